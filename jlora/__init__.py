@@ -1,0 +1,1 @@
+"""LoRA for JAX as a transformation of functions and parameter trees."""

@@ -1,0 +1,6 @@
+"""Flax models that read and write Hugging Face's safetensors, without PyTorch."""
+
+from jlora.models._hf import load as load
+from jlora.models.t5 import T5 as T5
+from jlora.models.t5 import T5Config as T5Config
+from jlora.models.t5 import shift_right as shift_right

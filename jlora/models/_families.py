@@ -1,0 +1,143 @@
+"""The model families that `load` and `save` know, one row of a table each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._errors import CheckpointError
+from jlora.models.t5 import T5, T5Config
+
+Path = tuple[str, ...]
+Read = Callable[[str], np.ndarray]
+
+
+class Config(Protocol):
+    """What every family's configuration can do."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Any:
+        """Return the configuration in a parsed `config.json`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what belongs into `config.json`."""
+
+
+class TensorName(NamedTuple):
+    """Where a leaf is found in a checkpoint.
+
+    Attributes:
+      name: the tensor's name in the file.
+      transposed: whether the file holds the leaf's transpose.
+    """
+
+    name: str
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one `model_type` is built, and how its checkpoints spell it.
+
+    Attributes:
+      config: the configuration class.
+      model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
+      init_args: what `model.init` takes after the key, at the smallest shapes.
+      tensor_name: the file's name for the leaf at a path.
+      aliases: names that files may hold besides, and the tensor each must equal.
+      unused: names that files may hold although the model never reads them.
+      settle: corrects a configuration by what the file holds; it gets the
+        configuration, the parsed `config.json`, the file's names and a reader.
+    """
+
+    config: type[Config]
+    model: Callable[..., Any]
+    init_args: tuple[Any, ...]
+    tensor_name: Callable[[Path], TensorName]
+    aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    unused: frozenset[str] = frozenset()
+    settle: Callable[[Any, Mapping[str, Any], set[str], Read], Any] = (
+        lambda config, raw, names, read: config
+    )
+
+    def abstract_params(self, model: Any) -> dict[str, Any]:
+        """Return the parameter tree as shapes and dtypes; nothing is computed."""
+        variables = jax.eval_shape(model.init, jax.random.key(0), *self.init_args)
+        return variables["params"]
+
+
+def dotted_name(path: Path) -> TensorName:
+    """Return the name where the tree's path is the file's, up to the last word.
+
+    >>> dotted_name(("encoder", "block", "0", "q", "kernel"))
+    TensorName(name='encoder.block.0.q.weight', transposed=True)
+    """
+    *parents, last = path
+    last_in_file = {"kernel": "weight", "embedding": "weight"}.get(last, last)
+    return TensorName(".".join([*parents, last_in_file]), last == "kernel")
+
+
+def _t5_aliases(config: T5Config) -> dict[str, str]:
+    embeddings = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    head = ["lm_head.weight"] if config.tie_word_embeddings else []
+    return dict.fromkeys(embeddings + head, "shared.weight")
+
+
+def _t5_settle(
+    config: T5Config, raw: Mapping[str, Any], names: set[str], read: Read
+) -> T5Config:
+    """Untie the head where the file holds another one than the embedding.
+
+    Since release 5 `transformers` writes `tie_word_embeddings: true` for every T5 and
+    tells by the tensors; `scale_decoder_outputs` marks such a file.
+    """
+    held = {"lm_head.weight", "shared.weight"} <= names
+    if not config.tie_word_embeddings or not held:
+        return config
+    if np.array_equal(read("lm_head.weight"), read("shared.weight")):
+        return config
+    if raw.get("scale_decoder_outputs") is None:
+        raise CheckpointError(
+            "config.json ties the head to the embedding, but lm_head.weight differs "
+            "from shared.weight.\nIf the head is its own, set "
+            '"tie_word_embeddings": false and say in "scale_decoder_outputs" whether '
+            "its input is scaled; if it is tied, remove lm_head.weight."
+        )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+_IDS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+FAMILIES: dict[str, Family] = {
+    "t5": Family(
+        config=T5Config,
+        model=T5,
+        init_args=(_IDS, None, _IDS),
+        tensor_name=dotted_name,
+        aliases=_t5_aliases,
+        # The first release's files hold it; cross-attention has no positions.
+        unused=frozenset(
+            {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+        ),
+        settle=_t5_settle,
+    ),
+}
+
+
+def family_of(model_type: Any, where: str) -> Family:
+    """Return the family of a `model_type`.
+
+    Raises:
+      CheckpointError: no family of that name; `where` names the file that asked.
+    """
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: model_type is {model_type!r}, which jlora.models does not "
+            f"define.\nKnown are {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,152 @@
+"""Hugging Face folders to Flax models and parameters, without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._errors import CheckpointError
+from jlora.models._families import Family, TensorName, family_of
+from jlora.models._safetensors import TensorFolder, listed, read_json
+
+Params = dict[str, Any]
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def load(
+    source: str | Path, dtype: Any = None, *, compute_dtype: Any = None
+) -> tuple[Any, Params]:
+    """Return the model and the parameters of a Hugging Face checkpoint.
+
+    Args:
+      source: a folder with `config.json` and safetensors, or a repository's name on
+        the Hugging Face hub, which is downloaded or found in its cache.
+      dtype: the parameters' dtype; `None` keeps the file's.
+      compute_dtype: what the model computes in; `None` is bfloat16 where the
+        parameters are, float32 otherwise (T5 overflows in float16).
+
+    Returns:
+      A Flax module, and its parameters for `model.apply({"params": params}, ...)`.
+
+    Raises:
+      CheckpointError: files missing or damaged, tensors that are missing, unknown or
+        of another shape, or a configuration that no model here honours.
+    """
+    folder = _folder(source)
+    raw = read_json(folder / "config.json")
+    family = family_of(raw.get("model_type"), str(folder / "config.json"))
+    with TensorFolder(folder) as tensors:
+        config = family.config.from_dict(raw)
+        config = family.settle(config, raw, tensors.names, tensors.read)
+        abstract = family.abstract_params(family.model(config=config))
+        params = _fill(tensors, family, config, abstract, dtype)
+    if compute_dtype is None:
+        bf16 = all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+        compute_dtype = jnp.bfloat16 if bf16 else jnp.float32
+    param_dtype = jax.tree.leaves(params)[0].dtype
+    model = family.model(config=config, dtype=compute_dtype, param_dtype=param_dtype)
+    return model, params
+
+
+def names_of(family: Family, params: Mapping[str, Any]) -> dict[str, TensorName]:
+    """Return the file's name of every leaf, by the leaf's path joined with "/"."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    keys = [tuple(str(entry.key) for entry in path) for path in paths]
+    return {"/".join(key): family.tensor_name(key) for key in keys}
+
+
+def _folder(source: str | Path) -> Path:
+    """Return the folder itself, or the hub's snapshot of that name."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    # A repository is called "name" or "owner/name"; anything else was meant as a path.
+    if isinstance(source, Path) or name.count("/") > 1 or name[:1] in "./~\\":
+        raise CheckpointError(f"{folder} is no folder; is the path right?")
+    patterns = ["config.json", "generation_config.json", "*.safetensors"]
+    patterns += ["*.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise CheckpointError(
+            f"{name!r} is no local folder, and the Hugging Face hub gave no "
+            f"repository of that name: {error}\nCheck the name and the connection, or "
+            "pass the path of a downloaded folder."
+        ) from error
+
+
+def _fill(
+    tensors: TensorFolder, family: Family, config: Any, abstract: Params, dtype: Any
+) -> Params:
+    """Return `abstract` with every leaf read from `tensors`, and nothing left over."""
+    names = names_of(family, abstract)
+    _check_names(tensors, family, config, names)
+    leaves, treedef = jax.tree.flatten(abstract)
+    pairs = list(zip(names.items(), leaves, strict=True))
+    for (path, name), leaf in pairs:
+        _check_shape(tensors, path, name, leaf.shape)
+    filled = []
+    for (_, name), _ in pairs:
+        value = tensors.read(name.name)
+        value = value.T if name.transposed else value
+        filled.append(jnp.asarray(value, dtype=dtype or value.dtype))
+    return jax.tree.unflatten(treedef, filled)
+
+
+def _check_names(
+    tensors: TensorFolder, family: Family, config: Any, names: dict[str, TensorName]
+) -> None:
+    wanted = {name.name for name in names.values()}
+    aliases = family.aliases(config)
+    missing = wanted - tensors.names
+    unknown = tensors.names - wanted - set(aliases) - family.unused
+    if missing or unknown:
+        lines = [f"{tensors.folder} does not fit the model in its config.json."]
+        if missing:
+            lines += [f"{len(missing)} tensors are missing:\n  {listed(missing)}"]
+        if unknown:
+            lines += [f"{len(unknown)} tensors have no place:\n  {listed(unknown)}"]
+        lines += ["Check that weights and config.json are of the same model."]
+        raise CheckpointError("\n".join(lines))
+    for alias, name in aliases.items():
+        if alias not in tensors.names - wanted:
+            continue
+        if not np.array_equal(tensors.read(alias), tensors.read(name)):
+            raise CheckpointError(
+                f"{tensors.where(alias)}: {alias} must equal {name}, and does not.\n"
+                "The model holds one tensor for both; the checkpoint is of another."
+            )
+
+
+def _check_shape(
+    tensors: TensorFolder, path: str, name: TensorName, shape: tuple[int, ...]
+) -> None:
+    wanted = shape[::-1] if name.transposed else shape
+    held = tensors.shape(name.name)
+    if held != wanted:
+        raise CheckpointError(
+            f"{tensors.where(name.name)}: {name.name} is {list(held)}, but by "
+            f"config.json it is {list(wanted)} ({path} {list(shape)}).\n"
+            "Check that weights and config.json are of the same model."
+        )

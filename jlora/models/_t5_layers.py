@@ -1,0 +1,321 @@
+"""The layers of a T5: norm, embedding, attention, feed-forward, block.
+
+Letters in shapes: B batch, T queries, S keys, H heads, D width of a head,
+d the residual stream, V the vocabulary, L room in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jlora.models._t5_config import ACTIVATIONS, T5Config
+
+# Half of float32's range, so that two masks add up without reaching infinity.
+MASKED = float(np.finfo(np.float32).min) / 2
+
+KeysValues = tuple[Array, Array]  # two of [B, H, S, D]
+
+
+def mask_bias(mask: Array) -> Array:
+    """Return `[B, 1, 1, S]` in float32, to be added to scores: 0 where `mask` is on."""
+    return jnp.where(mask.astype(bool), 0.0, MASKED).astype(jnp.float32)[:, None, None]
+
+
+def position_buckets(
+    offsets: np.ndarray, *, bidirectional: bool, buckets: int, max_distance: int
+) -> np.ndarray:
+    """Return the bucket of each offset (key position minus query position).
+
+    Near offsets have a bucket each, far ones share logarithmically wider ones. The
+    positions are known when the model is traced, so this is NumPy: the compiled
+    program sees constants.
+
+    Args:
+      offsets: integers of any shape.
+      bidirectional: whether keys after the query have buckets of their own.
+      buckets: number of buckets, both directions together.
+      max_distance: from here on every offset falls into the last bucket.
+
+    Returns:
+      Bucket numbers, the shape of `offsets`.
+    """
+    first = np.zeros_like(offsets)
+    if bidirectional:
+        buckets //= 2
+        first = np.where(offsets > 0, buckets, 0)
+        distance = np.abs(offsets)
+    else:
+        distance = np.maximum(-offsets, 0)
+    exact = buckets // 2
+    # float32 step by step: the reference rounds there, and buckets change at integers.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    ratio = ratio / np.float32(np.log(max_distance / exact))
+    far = exact + (ratio * np.float32(buckets - exact)).astype(np.int64)
+    far = np.minimum(far, buckets - 1)
+    return first + np.where(distance < exact, distance, far)
+
+
+class RMSNorm(nn.Module):
+    """Layer norm without mean and bias, computed in float32."""
+
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise the last axis of `x` `[..., d]`."""
+        ones = nn.initializers.ones
+        weight = self.param("weight", ones, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
+        return (x * weight).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table whose rows are looked up, and with which a tied head multiplies."""
+
+    rows: int
+    features: int
+    std: float
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        """Declare `embedding` `[V, d]`."""
+        init, shape = nn.initializers.normal(self.std), (self.rows, self.features)
+        self.embedding = self.param("embedding", init, shape, self.param_dtype)
+
+    def __call__(self, ids: Array) -> Array:
+        """Return `[..., d]`; an id beyond the table gives NaN."""
+        # The rows are cast, not the table: a batch touches few of them.
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, x: Array) -> Array:
+        """Return `[..., V]`, the products of `x` `[..., d]` with every row."""
+        table = self.embedding.astype(self.dtype)
+        return lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+class Part(nn.Module):
+    """What the parts of a T5 share: the configuration and the two dtypes."""
+
+    config: T5Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def part(self, kind: Callable[..., Any], **fields: Any) -> Any:
+        """Return a maker of `kind` with the same configuration and dtypes."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return partial(kind, config=self.config, **dtypes, **fields)
+
+    def linear(self, features: int, std: float) -> nn.Dense:
+        """Return a linear layer without bias."""
+        return nn.Dense(
+            features,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(std * self.config.initializer_factor),
+        )
+
+    def table(self, rows: int, features: int, std: float) -> Embedding:
+        """Return an embedding."""
+        std = std * self.config.initializer_factor
+        return Embedding(rows, features, std, self.dtype, self.param_dtype)
+
+    def norm(self) -> RMSNorm:
+        """Return a layer norm."""
+        return RMSNorm(self.config.layer_norm_epsilon, self.dtype, self.param_dtype)
+
+    def dropout(self) -> nn.Dropout:
+        """Return the dropout layer, the same everywhere."""
+        return nn.Dropout(self.config.dropout_rate)
+
+
+class Numbered(nn.Module):
+    """Submodules named "0", "1", ..., as PyTorch's `ModuleList` numbers them."""
+
+    make: tuple[Callable[..., nn.Module], ...]
+
+    def setup(self) -> None:
+        """Make the submodules."""
+        self.items = [make(name=str(i)) for i, make in enumerate(self.make)]
+
+
+class Attention(Part):
+    """Multi-head attention, its scores not scaled: the initialisation does that."""
+
+    relative: bool = False  # holds the position bias for its whole stack
+
+    def setup(self) -> None:
+        """Declare the projections."""
+        c = self.config
+        inner = c.num_heads * c.d_kv
+        self.q = self.linear(inner, (c.d_model * c.d_kv) ** -0.5)
+        self.k = self.linear(inner, c.d_model**-0.5)
+        self.v = self.linear(inner, c.d_model**-0.5)
+        self.o = self.linear(c.d_model, inner**-0.5)
+        self.drop = self.dropout()
+        if self.relative:
+            self.relative_attention_bias = self.table(
+                c.relative_attention_num_buckets, c.num_heads, c.d_model**-0.5
+            )
+
+    def heads(self, x: Array) -> Array:
+        """[B, S, H*D] -> [B, H, S, D]."""
+        B, S, _ = x.shape
+        x = x.reshape(B, S, self.config.num_heads, self.config.d_kv)
+        return x.transpose(0, 2, 1, 3)
+
+    def keys_values(self, x: Array) -> KeysValues:
+        """Return the keys and values of `x` `[B, S, d]`."""
+        return self.heads(self.k(x)), self.heads(self.v(x))
+
+    def __call__(
+        self, x: Array, kv: KeysValues, bias: Array | None, deterministic: bool
+    ) -> Array:
+        """Return `[B, T, d]`: `x` `[B, T, d]` attends to `kv`.
+
+        `bias` is added to the scores `[B, H, T, S]`, and carries positions and masks.
+        """
+        B, T, _ = x.shape
+        q, (k, v) = self.heads(self.q(x)), kv
+        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+        if bias is not None:
+            scores = scores + bias
+        probs = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        probs = self.drop(probs, deterministic=deterministic)
+        y = jnp.einsum("bhts,bhsd->bhtd", probs, v)
+        return self.o(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
+
+    def offset_bias(self, queries: int, keys: int, *, causal: bool) -> Array:
+        """Return the bias of every offset, -(queries-1) to keys-1: `[H, T+S-1]`.
+
+        The bias depends on the offset alone; `spread_bias` lays it out as `[T, S]`.
+        """
+        c, offsets = self.config, np.arange(1 - queries, keys)
+        buckets = position_buckets(
+            offsets,
+            bidirectional=not causal,
+            buckets=c.relative_attention_num_buckets,
+            max_distance=c.relative_attention_max_distance,
+        )
+        bias = self.relative_attention_bias(jnp.asarray(buckets)).astype(jnp.float32).T
+        return jnp.where(offsets > 0, MASKED, bias) if causal else bias
+
+
+def spread_bias(by_offset: Array, positions: Array | np.ndarray, keys: int) -> Array:
+    """Lay out `offset_bias` for queries at `positions` `[T]`: `[1, H, T, S]`."""
+    zero = by_offset.shape[-1] - keys  # where offset 0 stands
+    offsets = np.arange(keys) - positions[:, None]
+    return jnp.take(by_offset, zero + offsets, axis=1, mode="clip")[None]
+
+
+class SelfAttentionLayer(Part):
+    """x + attention(norm(x)), over x itself."""
+
+    relative: bool = False
+
+    def setup(self) -> None:
+        """Declare norm and attention."""
+        self.SelfAttention = self.part(Attention, relative=self.relative)()
+        self.layer_norm = self.norm()
+        self.drop = self.dropout()
+
+    def __call__(
+        self,
+        x: Array,
+        bias: Array,
+        deterministic: bool,
+        past: KeysValues | None = None,
+        index: Array | int = 0,
+    ) -> tuple[Array, KeysValues]:
+        """Return `[B, T, d]` and the keys and values that were attended to.
+
+        With `past` (two of `[B, H, L, D]`) those of `x` are written into it at `index`.
+        """
+        h = self.layer_norm(x)
+        kv = self.SelfAttention.keys_values(h)
+        if past is not None:
+            write = partial(lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
+            kv = write(past[0], kv[0]), write(past[1], kv[1])
+        h = self.SelfAttention(h, kv, bias, deterministic)
+        return x + self.drop(h, deterministic=deterministic), kv
+
+
+class CrossAttentionLayer(Part):
+    """x + attention(norm(x)), over the encoder's output."""
+
+    def setup(self) -> None:
+        """Declare norm and attention."""
+        self.EncDecAttention = self.part(Attention)()
+        self.layer_norm = self.norm()
+        self.drop = self.dropout()
+
+    def __call__(
+        self, x: Array, kv: KeysValues, bias: Array | None, deterministic: bool
+    ) -> Array:
+        """Return `[B, T, d]`; `kv` may hold fewer rows, each for B/rows beams."""
+        # Neither order nor causality matters to cross-attention, so beams over one
+        # sentence are further queries of it: its keys and values are held once.
+        h = self.layer_norm(x).reshape(kv[0].shape[0], -1, x.shape[-1])
+        h = self.EncDecAttention(h, kv, bias, deterministic).reshape(x.shape)
+        return x + self.drop(h, deterministic=deterministic)
+
+
+class FeedForward(Part):
+    """act(x·wi)·wo, or (act(x·wi_0) * x·wi_1)·wo where gated."""
+
+    def setup(self) -> None:
+        """Declare the projections."""
+        c = self.config
+        if c.gated:
+            self.wi_0 = self.linear(c.d_ff, c.d_model**-0.5)
+            self.wi_1 = self.linear(c.d_ff, c.d_model**-0.5)
+        else:
+            self.wi = self.linear(c.d_ff, c.d_model**-0.5)
+        self.wo = self.linear(c.d_model, c.d_ff**-0.5)
+        self.drop = self.dropout()
+
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """[B, T, d] -> [B, T, d]."""
+        act = ACTIVATIONS[self.config.dense_act_fn]
+        h = act(self.wi_0(x)) * self.wi_1(x) if self.config.gated else act(self.wi(x))
+        return self.wo(self.drop(h, deterministic=deterministic))
+
+
+class FeedForwardLayer(Part):
+    """x + feed_forward(norm(x))."""
+
+    def setup(self) -> None:
+        """Declare norm and feed-forward."""
+        self.DenseReluDense = self.part(FeedForward)()
+        self.layer_norm = self.norm()
+        self.drop = self.dropout()
+
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """[B, T, d] -> [B, T, d]."""
+        h = self.DenseReluDense(self.layer_norm(x), deterministic)
+        return x + self.drop(h, deterministic=deterministic)
+
+
+class Block(Part):
+    """The layers of one block: attention (to itself, to the encoder), feed-forward."""
+
+    decoder: bool = False
+    relative: bool = False
+
+    def setup(self) -> None:
+        """Declare the layers."""
+        first = self.part(SelfAttentionLayer, relative=self.relative)
+        cross = [self.part(CrossAttentionLayer)] if self.decoder else []
+        self.layer = Numbered((first, *cross, self.part(FeedForwardLayer)))

@@ -1,0 +1,274 @@
+"""T5 v1.0, v1.1 and FLAN-T5 in Flax, with Hugging Face's names for the parameters.
+
+`encoder.block.0.layer.0.SelfAttention.q.weight` is found at
+`encoder/block/0/layer/0/SelfAttention/q/kernel`, and so on throughout: linear layers
+hold `kernel` as [in, out], embeddings `embedding`, layer norms `weight`.
+
+Letters in shapes: B batch, T queries, S keys, H heads, D width of a head,
+d the residual stream, V the vocabulary, L room in the cache.
+
+Source: Raffel et al. 2020, arXiv:1910.10683; v1.1's gated feed-forward layer is from
+Shazeer 2020, arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jlora._errors import ShapeError
+from jlora.models._t5_config import T5Config
+from jlora.models._t5_layers import (
+    Block,
+    KeysValues,
+    Numbered,
+    Part,
+    mask_bias,
+    spread_bias,
+)
+
+Cache = dict[str, Any]
+
+
+def shift_right(labels: Array, config: T5Config) -> Array:
+    """Return the decoder's inputs for `labels`: one step later, start token first.
+
+    Args:
+      labels: `[B, T]` target tokens; -100 marks positions that the loss ignores.
+      config: names the start token and the padding that takes the place of -100.
+
+    Returns:
+      `[B, T]`, the dtype of `labels`.
+
+    >>> shift_right(jnp.array([[5, 6, 1, -100]]), T5Config())
+    Array([[0, 5, 6, 1]], dtype=int32)
+    """
+    start = jnp.full_like(labels[:, :1], config.decoder_start_token_id)
+    shifted = jnp.concatenate([start, labels[:, :-1]], axis=1)
+    return jnp.where(shifted == -100, config.pad_token_id, shifted)
+
+
+class Stack(Part):
+    """The blocks of the encoder or the decoder, and the norm after them."""
+
+    decoder: bool = False
+
+    def setup(self) -> None:
+        """Declare the blocks; the first holds the position bias of all."""
+        c = self.config
+        layers = (c.num_decoder_layers or 0) if self.decoder else c.num_layers
+        make = self.part(Block, decoder=self.decoder)
+        self.block = Numbered(
+            tuple(partial(make, relative=i == 0) for i in range(layers))
+        )
+        self.final_layer_norm = self.norm()
+        self.drop = self.dropout()
+
+    def offset_bias(self, queries: int, keys: int) -> Array:
+        """Return the stack's position bias by offset, `[H, T+S-1]`."""
+        attention = self.block.items[0].layer.items[0].SelfAttention
+        return attention.offset_bias(queries, keys, causal=self.decoder)
+
+    def cross_keys_values(self, encoded: Array) -> list[KeysValues]:
+        """Return each block's keys and values of the encoder's output `[B, S, d]`."""
+        layers = [block.layer.items[1] for block in self.block.items]
+        return [layer.EncDecAttention.keys_values(encoded) for layer in layers]
+
+    def __call__(
+        self,
+        x: Array,
+        bias: Array,
+        deterministic: bool,
+        cross: Sequence[KeysValues] | None = None,
+        cross_bias: Array | None = None,
+        past: Sequence[KeysValues] | None = None,
+        index: Array | int = 0,
+    ) -> tuple[Array, list[KeysValues]]:
+        """Return `[B, T, d]` and each block's keys and values of self-attention."""
+        x = self.drop(x, deterministic=deterministic)
+        kept = []
+        for i, block in enumerate(self.block.items):
+            layers, own = block.layer.items, None if past is None else past[i]
+            x, kv = layers[0](x, bias, deterministic, own, index)
+            kept.append(kv)
+            if cross is not None:
+                x = layers[1](x, cross[i], cross_bias, deterministic)
+            x = layers[-1](x, deterministic)
+        x = self.final_layer_norm(x)
+        return self.drop(x, deterministic=deterministic), kept
+
+
+class T5(Part):
+    """A T5 with its language-model head.
+
+    Attributes:
+      config: sizes and choices.
+      dtype: what it computes in. Norms, scores and softmax stay in float32.
+      param_dtype: what `init` makes parameters in.
+    """
+
+    def setup(self) -> None:
+        """Declare embedding, stacks and head."""
+        c = self.config
+        self.shared = self.table(c.vocab_size, c.d_model, 1.0)
+        self.encoder = self.part(Stack)()
+        self.decoder = self.part(Stack, decoder=True)()
+        if not c.tie_word_embeddings:
+            # With 1.0, as for the embedding, an unscaled head starts saturated.
+            self.lm_head = self.linear(c.vocab_size, c.d_model**-0.5)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        decoder_input_ids: Array | None = None,
+        decoder_attention_mask: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Return the logits of every decoder position.
+
+        Args:
+          input_ids: `[B, S]` the encoder's tokens.
+          attention_mask: `[B, S]`, 0 at padding; `None` attends to everything.
+          decoder_input_ids: `[B, T]`, in training `shift_right(labels, config)`.
+          decoder_attention_mask: `[B, T]`, 0 at padding. Padding on the right needs
+            none: the decoder is causal.
+          deterministic: `False` drops out, and needs `rngs={"dropout": key}`.
+
+        Returns:
+          `[B, T, V]` in `dtype`.
+
+        Raises:
+          ShapeError: `decoder_input_ids` is missing.
+        """
+        if decoder_input_ids is None:
+            raise ShapeError(
+                "T5 needs decoder_input_ids [B, T] beside input_ids "
+                f"{input_ids.shape}.\nIn training pass shift_right(labels, config)."
+            )
+        encoded = self.encode(input_ids, attention_mask, deterministic)
+        return self.decode(
+            decoder_input_ids,
+            encoded,
+            attention_mask,
+            decoder_attention_mask,
+            deterministic,
+        )
+
+    def encode(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Return the encoder's output `[B, S, d]` for `input_ids` `[B, S]`."""
+        S = input_ids.shape[1]
+        bias = spread_bias(self.encoder.offset_bias(S, S), np.arange(S), S)
+        if attention_mask is not None:
+            bias = bias + mask_bias(attention_mask)
+        return self.encoder(self.shared(input_ids), bias, deterministic)[0]
+
+    def decode(
+        self,
+        decoder_input_ids: Array,
+        encoded: Array,
+        attention_mask: Array | None = None,
+        decoder_attention_mask: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Return the logits `[B, T, V]` of `decoder_input_ids` `[B, T]`.
+
+        Args:
+          decoder_input_ids: the decoder's tokens, the start token first.
+          encoded: `[B, S, d]`, from `encode`.
+          attention_mask: `[B, S]`, the encoder's.
+          decoder_attention_mask: `[B, T]`.
+          deterministic: as in `__call__`.
+        """
+        T = decoder_input_ids.shape[1]
+        bias = spread_bias(self.decoder.offset_bias(T, T), np.arange(T), T)
+        if decoder_attention_mask is not None:
+            bias = bias + mask_bias(decoder_attention_mask)
+        x, _ = self.decoder(
+            self.shared(decoder_input_ids),
+            bias,
+            deterministic,
+            self.decoder.cross_keys_values(encoded),
+            None if attention_mask is None else mask_bias(attention_mask),
+        )
+        return self.head(x)
+
+    def init_cache(
+        self,
+        encoded: Array,
+        attention_mask: Array | None = None,
+        *,
+        length: int,
+        beams: int = 1,
+    ) -> Cache:
+        """Return what `decode_step` needs to know of the encoder, and room for L steps.
+
+        Args:
+          encoded: `[B, S, d]`, from `encode`.
+          attention_mask: `[B, S]`, the encoder's.
+          length: L, the most tokens that will be fed.
+          beams: K, how many sequences are decoded for each row of `encoded`.
+
+        Returns:
+          `beams`: each block's past keys and values, two of `[B*K, H, L, D]`;
+          `shared`: what does not depend on the beam, cross-attention's keys and values
+          among it, computed here once.
+        """
+        c = self.config
+        mask = None if attention_mask is None else mask_bias(attention_mask)
+        past = jnp.zeros(
+            (encoded.shape[0] * beams, c.num_heads, length, c.d_kv), self.dtype
+        )
+        return {
+            "beams": [(past, past) for _ in range(c.num_decoder_layers or 0)],
+            "shared": {
+                "index": jnp.zeros((), jnp.int32),
+                "bias": self.decoder.offset_bias(length, length),
+                "cross": self.decoder.cross_keys_values(encoded),
+                "cross_bias": mask,
+            },
+        }
+
+    def decode_step(
+        self, decoder_input_ids: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Feed the next tokens; return the logits after each and the new cache.
+
+        Args:
+          decoder_input_ids: `[B*K, T]`, most often with T = 1.
+          cache: from `init_cache` or from the step before.
+
+        Returns:
+          `[B*K, T, V]`, and the cache that the next step takes.
+        """
+        shared, past = cache["shared"], cache["beams"]
+        index, T = shared["index"], decoder_input_ids.shape[1]
+        length = past[0][0].shape[2]
+        x, past = self.decoder(
+            self.shared(decoder_input_ids),
+            spread_bias(shared["bias"], index + jnp.arange(T), length),
+            True,
+            shared["cross"],
+            shared["cross_bias"],
+            past,
+            index,
+        )
+        return self.head(x), {"beams": past, "shared": {**shared, "index": index + T}}
+
+    def head(self, x: Array) -> Array:
+        """[B, T, d] -> the logits [B, T, V]."""
+        if self.config.scale_decoder_outputs:
+            x = x * self.config.d_model**-0.5
+        if self.config.tie_word_embeddings:
+            return self.shared.attend(x)
+        return self.lm_head(x)

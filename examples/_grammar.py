@@ -175,13 +175,21 @@ def _noun(de: str, gender: str, plural: str, *rest: str) -> Noun:
     return Noun(de, gender[0], plural, en, many, kind, pair, weak="~" in gender)
 
 
-def _verb(de: str, third: str, participle: str, auxiliary: str, *rest: str) -> Verb:
-    en, past, subjects, objects, follows = rest
+def _verb(de: str, third: str, participle: str, *rest: str) -> Verb:
+    en, past, subjects, follows, objects = rest
     prefix, _, stem = de.rpartition("|")
-    forms = _forms(stem, third)
-    kinds = tuple(objects.split(",")) if objects != "." else ()
-    frame = (tuple(subjects.split(",")), kinds, follows.strip("."))
-    return Verb(prefix + stem, forms, prefix, participle, auxiliary, en, past, *frame)
+    return Verb(
+        prefix + stem,
+        _forms(stem, third),
+        prefix,
+        participle.lstrip("+"),
+        "ist" if participle.startswith("+") else "hat",
+        en,
+        past,
+        tuple(subjects.split(",")),
+        tuple(objects.split(",")) if objects != "." else (),
+        follows.strip("."),
+    )
 
 
 def _adjective(de: str, en: str, kinds: str, places: str) -> Adjective:

@@ -78,11 +78,11 @@ Händler     m   Händler      merchant      .          person
 Maler       m   Maler        painter       .          person
 Wächter     m   Wächter      guard         .          person
 Ingenieur   m   Ingenieure   engineer      .          person
-Schiff      n   Schiffe      ship          .          vehicle
-Boot        n   Boote        boat          .          vehicle
-Zug         m   Züge         train         .          vehicle
-Fähre       f   Fähren       ferry         ferries    vehicle
-Wagen       m   Wagen        wagon         .          vehicle
+Schiff      n   Schiffe      ship          .          craft
+Boot        n   Boote        boat          .          craft
+Zug         m   Züge         train         .          craft
+Fähre       f   Fähren       ferry         ferries    craft
+Wagen       m   Wagen        wagon         .          craft
 Koffer      m   Koffer       suitcase      .          luggage
 Kiste       f   Kisten       crate         .          luggage
 Fass        n   Fässer       barrel        .          luggage
@@ -117,15 +117,15 @@ Schnee      m   -            snow          .          weather
 # German stem, English, the classes it suits, where it may stand (`a` before a noun,
 # `p` after the verb to be).
 SHARED_ADJECTIVES = """
-alt    old        person,dish,furniture,clothes,vehicle,gear,sight,luggage       ap
-jung   young      person                                                         ap
-neu    new        dish,furniture,clothes,vehicle,gear,luggage,sight              ap
-klein  small      meal,dish,furniture,opening,place,shore,vehicle,luggage,sight  a
-groß   big        meal,dish,furniture,opening,place,shore,vehicle,luggage,sight  a
-schön  beautiful  dish,furniture,clothes,place,shore,vehicle,sight               ap
-rot    red        dish,furniture,clothes,vehicle,luggage                         ap
-blau   blue       dish,furniture,clothes,vehicle,luggage                         ap
-müde   tired      person                                                         p
+alt    old        person,dish,furniture,clothes,craft,gear,sight,luggage       ap
+jung   young      person                                                       ap
+neu    new        dish,furniture,clothes,craft,gear,luggage,sight              ap
+klein  small      meal,dish,furniture,opening,place,shore,craft,luggage,sight  a
+groß   big        meal,dish,furniture,opening,place,shore,craft,luggage,sight  a
+schön  beautiful  dish,furniture,clothes,place,shore,craft,sight               ap
+rot    red        dish,furniture,clothes,craft,luggage                         ap
+blau   blue       dish,furniture,clothes,craft,luggage                         ap
+müde   tired      person                                                       p
 """
 
 HOME_ADJECTIVES = """
@@ -147,79 +147,79 @@ bunt        colourful    clothes,dish,opening        ap
 """
 
 TRAVEL_ADJECTIVES = """
-mutig      brave        person                 ap
-erfahren   experienced  person                 ap
-fremd      foreign      person,vehicle         a
-nass       wet          person,luggage,gear    ap
-schnell    fast         vehicle                ap
-langsam    slow         vehicle                ap
-pünktlich  punctual     vehicle,person         ap
-schwer     heavy        luggage,gear           ap
-leer       empty        luggage,vehicle,place  ap
-rostig     rusty        gear,vehicle           ap
-steil      steep        shore                  a
-ruhig      calm         place,shore            ap
-fern       distant      place,shore,sight      a
-berühmt    famous       sight,person,place     ap
-stark      strong       storm                  ap
-plötzlich  sudden       storm,weather          a
+mutig      brave        person               ap
+erfahren   experienced  person               ap
+fremd      foreign      person,craft         a
+nass       wet          person,luggage,gear  ap
+schnell    fast         craft                ap
+langsam    slow         craft                ap
+pünktlich  punctual     craft,person         ap
+schwer     heavy        luggage,gear         ap
+leer       empty        luggage,craft,place  ap
+rostig     rusty        gear,craft           ap
+steil      steep        shore                a
+ruhig      calm         place,shore          ap
+fern       distant      place,shore,sight    a
+berühmt    famous       sight,person,place   ap
+stark      strong       storm                ap
+plötzlich  sudden       storm,weather        a
 """
 
-# German infinitive (`auf|räumen`: separable), third person, participle, auxiliary,
-# English, English past, then the frame: subject classes, object classes (or `.`) and
-# what may follow (`d` dative person, `@` a place, `>` a destination, perhaps of one
-# class, `.` nothing).
+# German infinitive (`auf|räumen`: separable), third person, participle (`+`: with the
+# auxiliary sein), English, English past, then the frame: subject classes, what may
+# follow (`d` dative person, `@` a place, `>` a destination, perhaps of one class, `.`
+# nothing), object classes.
 SHARED_VERBS = """
-suchen   sucht   gesucht   hat look_for looked_for person dish,clothes,luggage,gear           @
-finden   findet  gefunden  hat find     found      person dish,clothes,luggage,gear           @
-sehen    sieht   gesehen   hat see      saw        person person,furniture,vehicle,sight      @
-brauchen braucht gebraucht hat need     needed     person dish,clothes,gear,food              .
-zeigen   zeigt   gezeigt   hat show     showed     person dish,clothes,gear,sight,vehicle     d
-geben    gibt    gegeben   hat give     gave       person food,pastry,drink,dish,luggage,gear d
+suchen   sucht   gesucht   look_for looked_for person @ dish,clothes,luggage,gear
+finden   findet  gefunden  find     found      person @ dish,clothes,luggage,gear
+sehen    sieht   gesehen   see      saw        person @ person,furniture,craft,sight
+brauchen braucht gebraucht need     needed     person . dish,clothes,gear,food
+zeigen   zeigt   gezeigt   show     showed     person d dish,clothes,gear,sight,craft
+geben    gibt    gegeben   give     gave       person d food,drink,dish,luggage,gear
 """
 
 HOME_VERBS = """
-kochen     kocht    gekocht     hat cook  cooked  person meal                           @
-backen     backt    gebacken    hat bake  baked   person pastry                         @
-essen      isst     gegessen    hat eat   ate     person meal,pastry,food               @
-probieren  probiert probiert    hat taste tasted  person meal,pastry,food,drink         .
-trinken    trinkt   getrunken   hat drink drank   person drink                          @
-waschen    wäscht   gewaschen   hat wash  washed  person clothes,dish                   @
-putzen     putzt    geputzt     hat clean cleaned person opening,place                  .
-öffnen     öffnet   geöffnet    hat open  opened  person opening                        .
-schließen  schließt geschlossen hat close closed  person opening                        .
-auf|räumen räumt    aufgeräumt  hat tidy  tidied  person place                          .
-nähen      näht     genäht      hat sew   sewed   person clothes                        @
-bügeln     bügelt   gebügelt    hat iron  ironed  person clothes                        @
-kaufen     kauft    gekauft     hat buy   bought  person food,pastry,drink,dish,clothes .
-bringen    bringt   gebracht    hat bring brought person food,meal,drink,dish           d
-schlafen   schläft  geschlafen  hat sleep slept   person .                              @
-spielen    spielt   gespielt    hat play  played  person .                              @
-lachen     lacht    gelacht     hat laugh laughed person .                              @
-singen     singt    gesungen    hat sing  sang    person .                              @
+kochen     kocht    gekocht     cook  cooked  person @ meal
+backen     backt    gebacken    bake  baked   person @ pastry
+essen      isst     gegessen    eat   ate     person @ meal,pastry,food
+probieren  probiert probiert    taste tasted  person . meal,pastry,food,drink
+trinken    trinkt   getrunken   drink drank   person @ drink
+waschen    wäscht   gewaschen   wash  washed  person @ clothes,dish
+putzen     putzt    geputzt     clean cleaned person . opening,place
+öffnen     öffnet   geöffnet    open  opened  person . opening
+schließen  schließt geschlossen close closed  person . opening
+auf|räumen räumt    aufgeräumt  tidy  tidied  person . place
+nähen      näht     genäht      sew   sewed   person @ clothes
+bügeln     bügelt   gebügelt    iron  ironed  person @ clothes
+kaufen     kauft    gekauft     buy   bought  person . food,pastry,drink,dish,clothes
+bringen    bringt   gebracht    bring brought person d food,meal,drink,dish
+schlafen   schläft  geschlafen  sleep slept   person @ .
+spielen    spielt   gespielt    play  played  person @ .
+lachen     lacht    gelacht     laugh laughed person @ .
+singen     singt    gesungen    sing  sang    person @ .
 """
 
 TRAVEL_VERBS = """
-fahren    fährt    gefahren    ist travel  travelled person,vehicle .                   >
-segeln    segelt   gesegelt    ist sail    sailed    person         .                   >shore
-an|kommen kommt    angekommen  ist arrive  arrived   person,vehicle .                   @
-warten    wartet   gewartet    hat wait    waited    person,vehicle .                   @
-schwimmen schwimmt geschwommen ist swim    swam      person         .                   >shore
-beginnen  beginnt  begonnen    hat begin   began     storm,weather  .                   @
-auf|hören hört     aufgehört   hat stop    stopped   storm,weather  .                   .
-zerstören zerstört zerstört    hat destroy destroyed storm          sight,vehicle       @
-beladen   belädt   beladen     hat load    loaded    person         vehicle             @
-steuern   steuert  gesteuert   hat steer   steered   person         vehicle             >
-packen    packt    gepackt     hat pack    packed    person         luggage             @
-verlieren verliert verloren    hat lose    lost      person         luggage,gear        @
-tragen    trägt    getragen    hat carry   carried   person         luggage,gear        >
-malen     malt     gemalt      hat paint   painted   person         vehicle,sight,shore .
-besuchen  besucht  besucht     hat visit   visited   person         place,shore,sight   .
-erreichen erreicht erreicht    hat reach   reached   person,vehicle place,shore,sight   .
-verlassen verlässt verlassen   hat leave   left      person,vehicle place,shore         .
-retten    rettet   gerettet    hat rescue  rescued   person         person,vehicle      @
-mieten    mietet   gemietet    hat rent    rented    person         vehicle             @
-bauen     baut     gebaut      hat build   built     person         vehicle,sight       @
+fahren    fährt    +gefahren    travel  travelled person,craft  >      .
+segeln    segelt   +gesegelt    sail    sailed    person        >shore .
+an|kommen kommt    +angekommen  arrive  arrived   person,craft  @      .
+warten    wartet   gewartet     wait    waited    person,craft  @      .
+schwimmen schwimmt +geschwommen swim    swam      person        >shore .
+beginnen  beginnt  begonnen     begin   began     storm,weather @      .
+auf|hören hört     aufgehört    stop    stopped   storm,weather .      .
+zerstören zerstört zerstört     destroy destroyed storm         @      sight,craft
+beladen   belädt   beladen      load    loaded    person        @      craft
+steuern   steuert  gesteuert    steer   steered   person        >      craft
+packen    packt    gepackt      pack    packed    person        @      luggage
+verlieren verliert verloren     lose    lost      person        @      luggage,gear
+tragen    trägt    getragen     carry   carried   person        >      luggage,gear
+malen     malt     gemalt       paint   painted   person        .      craft,sight,shore
+besuchen  besucht  besucht      visit   visited   person        .      place,shore,sight
+erreichen erreicht erreicht     reach   reached   person,craft  .      place,shore,sight
+verlassen verlässt verlassen    leave   left      person,craft  .      place,shore
+retten    rettet   gerettet     rescue  rescued   person        @      person,craft
+mieten    mietet   gemietet     rent    rented    person        @      craft
+bauen     baut     gebaut       build   built     person        @      craft,sight
 """
 
 # German, English, the tenses it goes with (`n` present, `p` past, `f` future and

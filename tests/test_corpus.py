@@ -144,7 +144,6 @@ def test_lexicon_tables_are_well_formed():
         words = _grammar.lexicon(domain)
         kinds = {noun.kind for noun in words.nouns}
         assert {noun.gender for noun in words.nouns} <= set("mfn")
-        assert all(verb.auxiliary in ("hat", "ist") for verb in words.verbs)
         own = _grammar.lexicon(domain, shared=False)
         assert all(adjective.kinds <= kinds for adjective in own.adjectives)
         assert all(set(verb.objects) <= kinds for verb in own.verbs)

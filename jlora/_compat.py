@@ -1,0 +1,192 @@
+"""Everything that depends on the JAX release; the one file that knows.
+
+JAX keeps no promise for the parameters of its higher-order primitives, so they are
+read here, and only here, into small records the rules understand. Written for and
+tested with JAX 0.10 and 0.11.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+Atom = Any
+Eqn = Any
+Jaxpr = Any  # a closed jaxpr; since 0.11 JAX has only one class for both
+
+Literal = jex.Literal
+
+# The names under which releases have known one primitive.
+REMAT = ("checkpoint", "remat", "remat2")
+JIT = ("jit", "pjit")
+PVARY = ("pvary", "pcast")
+RESHARD = ("reshard", "mesh_cast")
+CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call")
+
+
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
+    """The bare jaxpr and the values of its `constvars`."""
+    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def rebind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
+    """Run one equation as it stands on other operands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_of(eqn: Eqn) -> str:
+    """The user's line behind an equation, or an empty string."""
+    try:
+        from jax._src import source_info_util
+
+        return source_info_util.summarize(eqn.source_info)
+    except (ImportError, AttributeError):
+        return ""
+
+
+def eqn_context(eqn: Eqn) -> Any:
+    """The context an equation was traced in (name scopes, compute_on, metadata)."""
+    from jax._src import source_info_util
+
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return _Contexts(
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    )
+
+
+class _Contexts:
+    """Two context managers as one (an ExitStack is ten times slower to make)."""
+
+    def __init__(self, *managers: Any) -> None:
+        self._managers = managers
+
+    def __enter__(self) -> None:
+        for manager in self._managers:
+            manager.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        for manager in reversed(self._managers):
+            manager.__exit__(*exc)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """`lax.scan` taken apart; operands come as consts, carry, xs."""
+
+    body: Jaxpr
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+
+def scan_parts(eqn: Eqn) -> Scan:
+    """Read a `scan` equation."""
+    p = eqn.params
+    if "num_carry" in p:  # until 0.10
+        consts, carry = p["num_consts"], p["num_carry"]
+    else:
+        consts, carry = (len(part) for part in p["ft_in"].unpack()[:2])
+    return Scan(p["jaxpr"], consts, carry, p["length"], p["reverse"], p["unroll"])
+
+
+@dataclasses.dataclass(frozen=True)
+class While:
+    """`lax.while_loop` taken apart; operands: cond consts, body consts, carry."""
+
+    cond: Jaxpr
+    body: Jaxpr
+    num_cond_consts: int
+    num_body_consts: int
+
+
+def while_parts(eqn: Eqn) -> While:
+    """Read a `while` equation."""
+    p = eqn.params
+    return While(p["cond_jaxpr"], p["body_jaxpr"], p["cond_nconsts"], p["body_nconsts"])
+
+
+def cond_branches(eqn: Eqn) -> tuple[Jaxpr, ...]:
+    """The branches of a `cond` equation; operand 0 is the index."""
+    return eqn.params["branches"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """`jax.checkpoint` taken apart."""
+
+    body: Jaxpr
+    prevent_cse: bool
+    policy: Any
+
+
+def remat_parts(eqn: Eqn) -> Remat:
+    """Read a `checkpoint` equation."""
+    p = eqn.params
+    return Remat(p["jaxpr"], p["prevent_cse"], p["policy"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Jit:
+    """`jax.jit` taken apart; a sharding is None where it was left open."""
+
+    body: Jaxpr
+    name: str
+    in_shardings: tuple[Any, ...]
+    out_shardings: tuple[Any, ...]
+
+
+def jit_parts(eqn: Eqn) -> Jit:
+    """Read a `jit` equation."""
+    p = eqn.params
+
+    def known(shardings: Sequence[Any]) -> tuple[Any, ...]:
+        is_known = lambda s: isinstance(s, jax.sharding.Sharding)  # noqa: E731
+        return tuple(s if is_known(s) else None for s in shardings)
+
+    return Jit(
+        p["jaxpr"], p["name"], known(p["in_shardings"]), known(p["out_shardings"])
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardMap:
+    """`jax.shard_map` taken apart."""
+
+    body: Jaxpr
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    check_vma: bool
+    axis_names: frozenset[Any]
+
+
+def shard_map_parts(eqn: Eqn) -> ShardMap:
+    """Read a `shard_map` equation."""
+    p = eqn.params
+    return ShardMap(
+        p["jaxpr"],
+        p["mesh"],
+        tuple(p["in_specs"]),
+        tuple(p["out_specs"]),
+        p["check_vma"],
+        frozenset(p["newly_manual_axes"]),
+    )
+
+
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The manual mesh axes over which x differs (empty outside shard_map)."""
+    return frozenset(getattr(jax.typeof(x), "vma", frozenset()))
+
+
+def reshard(x: Any, sharding: Any) -> Any:
+    """`jax.sharding.reshard`, by its name in this release."""
+    return jax.sharding.reshard(x, sharding)

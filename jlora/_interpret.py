@@ -1,0 +1,123 @@
+"""The replay loop: run a jaxpr with low-rank values in the place of kernels.
+
+Equations without a low-rank operand run as they stand. The others go to their
+primitive's rule. Only this loop decides what happens where no rule answers.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jlora import _compat
+from jlora._compat import Eqn, Jaxpr
+from jlora._errors import JloraWarning, UnsupportedOpError
+from jlora._lowrank import LowRank
+from jlora._rules import RULES
+
+OnMissing = Literal["error", "materialize"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """A replay's settings; equal settings share compiled inner functions.
+
+    Attributes:
+      on_missing: what to do where a primitive has no rule.
+    """
+
+    on_missing: OnMissing = "error"
+    _uses: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter, compare=False, repr=False
+    )
+
+    def use_number(self, path: str) -> int:
+        """How often this leaf has been used so far in this replay."""
+        self._uses[path] += 1
+        return self._uses[path]
+
+    def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+        """Run a jaxpr; operands and results may be low-rank."""
+        bare, consts = _compat.open_jaxpr(jaxpr)
+        last_use, live = _lifetimes(bare)
+        env: dict[Any, Any] = {}
+        env.update(zip(bare.constvars, consts, strict=True))
+        env.update(zip(bare.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, _compat.Literal) else env[atom]
+
+        for number, eqn in enumerate(bare.eqns):
+            if not live[number]:
+                continue
+            operands = [read(v) for v in eqn.invars]
+            with _compat.eqn_context(eqn):
+                results = self._step(eqn, operands)
+            env.update(zip(eqn.outvars, results, strict=True))
+            for var in last_use.get(number, ()):
+                env.pop(var, None)  # free early: an eager run holds real arrays
+        return [read(v) for v in bare.outvars]
+
+    def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
+        if not any(isinstance(x, LowRank) for x in operands):
+            return _compat.rebind(eqn, operands)
+        rule = RULES.get(eqn.primitive.name)
+        results = NotImplemented if rule is None else rule(self, eqn, operands)
+        if results is not NotImplemented:
+            return list(results)
+        return self._without_rule(eqn, operands)
+
+    def _without_rule(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
+        nodes = [x for x in operands if isinstance(x, LowRank)]
+        if self.on_missing == "error":
+            raise UnsupportedOpError(_no_rule_message(eqn, nodes))
+        for node in nodes:
+            _say_once(node.path, eqn.primitive.name)
+        dense = [x.merged() if isinstance(x, LowRank) else x for x in operands]
+        return _compat.rebind(eqn, dense)
+
+
+def _lifetimes(bare: Any) -> tuple[dict[int, list[Any]], list[bool]]:
+    """For each equation, the variables it is the last to read; and which are needed."""
+    needed = {v for v in bare.outvars if not isinstance(v, _compat.Literal)}
+    last_use: dict[int, list[Any]] = {}
+    live = [False] * len(bare.eqns)
+    for number in range(len(bare.eqns) - 1, -1, -1):
+        eqn = bare.eqns[number]
+        live[number] = bool(eqn.effects) or any(v in needed for v in eqn.outvars)
+        if not live[number]:
+            continue
+        for var in eqn.invars:
+            if not isinstance(var, _compat.Literal) and var not in needed:
+                needed.add(var)
+                last_use.setdefault(number, []).append(var)
+    return last_use, live
+
+
+def _no_rule_message(eqn: Eqn, nodes: list[LowRank]) -> str:
+    where = ", ".join(f"{n.path!r} {n.shape} {n.dtype}" for n in nodes)
+    source = _compat.source_of(eqn)
+    return (
+        f"the adapted kernel {where} meets the primitive `{eqn.primitive.name}`"
+        f"{f' at {source}' if source else ''}, which has no low-rank form that jlora "
+        "knows.\nEither leave that leaf out of `targets` (or list it in `exclude`), or "
+        "accept a dense kernel of the leaf's size at this one use: "
+        "jlora.lora(fn, on_missing='materialize')."
+    )
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say_once(path: str, primitive: str) -> None:
+    if (path, primitive) not in _said:
+        _said.add((path, primitive))
+        warnings.warn(
+            f"the kernel {path!r} is merged with its adapter for `{primitive}`, which "
+            "has no low-rank rule: a dense kernel is formed at each step.",
+            JloraWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,208 @@
+"""Fold adapters into their kernels, say what rounding cost, and undo it exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora._errors import NonFiniteError, StructureError
+from jlora._lowrank import Full, LowRank, is_node
+from jlora._paths import path_str
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedLeaf:
+    """What merging did to one kernel.
+
+    Attributes:
+      path: the kernel.
+      delta_norm: Frobenius norm of the update `scale * a @ b`, in float32.
+      lost: norm of the part of the update lost to rounding, over `delta_norm`: 0 is
+        exact, 1 means that the merged kernel knows nothing of the update.
+      max_error: largest absolute rounding error of one weight.
+      unchanged: fraction of the weights that the update should have changed and whose
+        bits are what they were.
+    """
+
+    path: str
+    delta_norm: float
+    lost: float
+    max_error: float
+    unchanged: float
+
+
+class MergeReport(tuple[MergedLeaf, ...]):
+    """One `MergedLeaf` a kernel; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("kernel", "|update|", "lost to rounding", "max error", "unchanged")]
+        rows += [
+            (m.path, f"{m.delta_norm:.3g}", f"{m.lost:.2%}", f"{m.max_error:.2g}",
+             f"{m.unchanged:.2%}")
+            for m in self
+        ]  # fmt: skip
+        return table(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Undo:
+    """What turns a merged tree back: the lorafied tree, whose arrays it shares."""
+
+    lorafied: Tree
+
+
+def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
+    """Fold every adapter into its kernel.
+
+    Each kernel becomes `base + scale * a @ b`, accumulated in float32 and rounded once
+    to the base's dtype. Fully trained leaves become plain leaves.
+
+    Args:
+      tree: a lorafied tree.
+      report: also return a `MergeReport`, with the part of each update lost to
+        rounding (in bfloat16 that can be most of a small one).
+      undo: also return what `unmerge` needs. It keeps the base arrays alive.
+
+    Returns:
+      The dense tree; with `report` or `undo` a tuple of it, the report, the undo.
+
+    Raises:
+      NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+    nodes = {path_str(p): x for p, x in leaves if isinstance(x, LowRank)}
+    merged = {path: _merge_kernel(_without_keys(x)) for path, x in nodes.items()}
+    if not _is_tracing(merged):
+        stats = jax.device_get({path: stats for path, (_, stats) in merged.items()})
+        for path, values in stats.items():
+            _check_finite(path, nodes[path], values)
+    elif report:
+        raise StructureError(
+            "a merge report needs numbers, and inside jax.jit there are none yet.\n"
+            "Call jlora.merge(tree, report=True) outside of jit."
+        )
+
+    def dense(path: Any, x: Any) -> Any:
+        if isinstance(x, Full):
+            return x.value
+        return merged[path_str(path)][0] if isinstance(x, LowRank) else x
+
+    out = [jax.tree_util.tree_map_with_path(dense, tree, is_leaf=is_node)]
+    if report:
+        out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
+    if undo:
+        out.append(Undo(tree))
+    return out[0] if len(out) == 1 else tuple(out)
+
+
+def unmerge(merged: Tree, undo: Undo) -> Tree:
+    """The lorafied tree that `merge(tree, undo=True)` came from, bit for bit.
+
+    Subtracting the update would not give the base back: in bfloat16 over 40 % of the
+    weights come out different. The base is kept instead.
+
+    Args:
+      merged: the merged tree. It must still be what `merge` returned.
+      undo: from `merge(tree, undo=True)`.
+
+    Raises:
+      StructureError: `merged` is of another tree, or was changed since.
+    """
+    again = merge(undo.lorafied)
+    if jax.tree.structure(again) != jax.tree.structure(merged):
+        raise StructureError(
+            "the merged tree and the undo are not of one tree.\nPass what one "
+            "jlora.merge(tree, undo=True) returned."
+        )
+    changed = [
+        path_str(path)
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(again), jax.tree.leaves(merged),
+            strict=True,
+        )
+        if not _same_bits(x, y)
+    ]  # fmt: skip
+    if changed:
+        raise StructureError(
+            f"{len(changed)} merged leaves were changed since the merge, "
+            f"{changed[:3]} first: unmerging would lose the change.\nTrain before "
+            "merging, or make a new adapter on the merged tree with jlora.lorafy."
+        )
+    return undo.lorafied
+
+
+@jax.jit
+def _merge_kernel(w: LowRank) -> tuple[Any, dict[str, Any]]:
+    """The merged kernel and the figures of its report."""
+    base = w.base.astype(jnp.float32)
+    delta = w.delta()
+    # XLA may keep a cast to bfloat16 and back in float32; an explicit rounding stays.
+    info = jnp.finfo(w.dtype)
+    rounded = lax.reduce_precision(base + delta, info.nexp, info.nmant)
+    merged = rounded.astype(w.dtype)
+    error = (rounded - base) - delta
+    moved = delta != 0
+    same = moved & (merged == w.base)
+    return merged, {
+        "finite_base": jnp.all(jnp.isfinite(base)),
+        "finite": jnp.all(jnp.isfinite(merged)),
+        "delta": jnp.linalg.norm(delta.ravel()),
+        "error": jnp.linalg.norm(error.ravel()),
+        "max": jnp.max(jnp.abs(error)),
+        "same": jnp.sum(same) / jnp.maximum(jnp.sum(moved), 1),
+    }
+
+
+def _without_keys(w: LowRank) -> LowRank:
+    """Merging the tree of a dropout step is merging the tree."""
+    return w.map(w.base, lambda t: dataclasses.replace(t, key=None))
+
+
+def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
+    lost = float(s["error"] / s["delta"]) if s["delta"] else 0.0
+    return MergedLeaf(path, float(s["delta"]), lost, float(s["max"]), float(s["same"]))
+
+
+def _check_finite(path: str, w: LowRank, s: dict[str, Any]) -> None:
+    if s["finite"]:
+        return
+    where = "its base" if not s["finite_base"] else "its adapter or their sum"
+    raise NonFiniteError(
+        f"the kernel {path!r} {w.shape} {w.dtype} cannot be merged: NaN or infinity in "
+        f"{where}.\nNothing was merged. Check the checkpoint, or the training run that "
+        "made the adapter (a learning rate too high?)."
+    )
+
+
+def _is_tracing(tree: Tree) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def _same_bits(x: Any, y: Any) -> bool:
+    if x is y:
+        return True
+    if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return bool(np.all(x == y))
+    x, y = np.asarray(x), np.asarray(y)
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned text, the first column left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: tuple[str, ...]) -> Iterator[str]:
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            yield cell.rjust(width) if i else cell.ljust(width)
+
+    lines = ["  ".join(line(row)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""Which leaves are trained: masks, labels, and the split that optimisers take."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jlora._errors import StructureError
+from jlora._init import leaf_key
+from jlora._lowrank import Adapter, Full, LowRank, is_node
+from jlora._paths import path_str
+
+Tree = Any
+
+
+def labels(tree: Tree) -> Tree:
+    """A label for every leaf, for `optax.multi_transform`.
+
+    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), `"full"` a
+    fully trained leaf, `"bias"` one that is named bias, `"frozen"` the rest.
+
+    >>> tree = lorafy({"w": jnp.ones((3, 2))}, rank=1, targets=["w"])
+    >>> [str(x) for x in jax.tree.leaves(labels(tree))]
+    ['frozen', 'a', 'b', 'frozen']
+    """
+
+    def label(path: Any, node: Any) -> Any:
+        if isinstance(node, Full):
+            is_bias = path_str(path).rpartition("/")[2] == "bias"
+            return Full("bias" if is_bias else "full")
+        if isinstance(node, LowRank):
+            return node.map("frozen", _label_adapter)
+        return "frozen"
+
+    return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_node)
+
+
+def _label_adapter(t: Adapter) -> Adapter:
+    key = None if t.key is None else "frozen"
+    return dataclasses.replace(t, a="a", b="b", scale="frozen", key=key)
+
+
+def trainable_mask(tree: Tree) -> Tree:
+    """True for every leaf that is trained, for `optax.masked`.
+
+    Raises:
+      StructureError: nothing in the tree is trained.
+    """
+    mask = jax.tree.map(lambda label: label != "frozen", labels(tree))
+    if not any(jax.tree.leaves(mask)):
+        raise StructureError(
+            "nothing in this tree is trained: it holds no adapter and no fully trained "
+            "leaf.\nCall jlora.lorafy(params, ...) first, and pass its result on."
+        )
+    return mask
+
+
+def split(tree: Tree) -> tuple[Tree, Tree]:
+    """The trainable half and the frozen half; each holds None in the other's places.
+
+    `jax.grad` with respect to the trainable half never forms a frozen gradient, and
+    optimiser state, clipping and accumulation touch only that half.
+
+    Args:
+      tree: a lorafied tree, of arrays, shapes, shardings or anything else.
+
+    Raises:
+      StructureError: nothing in the tree is trained.
+    """
+    mask = trainable_mask(tree)
+    trainable = jax.tree.map(lambda x, m: x if m else None, tree, mask)
+    frozen = jax.tree.map(lambda x, m: None if m else x, tree, mask)
+    return trainable, frozen
+
+
+def combine(trainable: Tree, frozen: Tree) -> Tree:
+    """Undo `split`.
+
+    Raises:
+      StructureError: the halves are of different trees, or both hold a leaf.
+    """
+    is_none = lambda x: x is None  # noqa: E731
+    one, two = (jax.tree.structure(t, is_leaf=is_none) for t in (trainable, frozen))
+    if one != two:
+        raise StructureError(
+            "the two halves are not of one tree.\nPass the results of one "
+            f"jlora.split(tree) (or updates of them).\n  trainable: {one}\n  frozen: "
+            f"{two}"
+        )
+
+    def pick(path: Any, x: Any, y: Any) -> Any:
+        if x is not None and y is not None:
+            raise StructureError(
+                f"both halves hold the leaf {path_str(path)!r}.\nPass the trainable "
+                "half and the frozen half of one jlora.split(tree)."
+            )
+        return y if x is None else x
+
+    return jax.tree_util.tree_map_with_path(pick, trainable, frozen, is_leaf=is_none)
+
+
+def with_dropout(tree: Tree, key: jax.Array | None) -> Tree:
+    """Switch adapter dropout on for one step, or off with `key=None`.
+
+    Every adapter whose `dropout` is not zero gets a key of its own, folded with its
+    path, and one for each index of a stack. Inputs of `a` are then dropped and the
+    rest scaled by 1/(1-p). A tree without keys does no dropout: evaluate that one.
+
+    Args:
+      tree: a lorafied tree.
+      key: a PRNG key for this step.
+    """
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, LowRank):
+            return node
+        adapters = {
+            name: dataclasses.replace(t, key=_adapter_key(node.path, name, t, key))
+            for name, t in node.adapters.items()
+        }
+        return dataclasses.replace(node, adapters=adapters)
+
+    return jax.tree.map(one, tree, is_leaf=is_node)
+
+
+def _adapter_key(path: str, name: str, t: Adapter, key: Any) -> Any:
+    if key is None or not t.dropout:
+        return None
+    own = leaf_key(key, f"{path}/{name}" if name else path)
+    return jax.random.split(own, t.scale.shape) if t.s_dims else own

@@ -1,0 +1,38 @@
+"""The table of rules, and what a rule may ask of the replay that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from jlora._compat import Eqn, Jaxpr
+
+
+class Run(Protocol):
+    """The replay, as rules see it."""
+
+    on_missing: str
+
+    def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+        """Run an inner jaxpr on operands of which some may be low-rank."""
+
+    def use_number(self, path: str) -> int:
+        """How often this leaf has been used so far; a dropout mask for each use."""
+
+
+Rule = Callable[[Run, Eqn, list[Any]], Any]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Enter a rule under the names of its primitive; an entry is never replaced."""
+
+    def enter(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise KeyError(f"two rules for the primitive {name!r}")
+            RULES[name] = function
+        return function
+
+    return enter

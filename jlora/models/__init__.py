@@ -1,5 +1,8 @@
 """Flax models that read and write Hugging Face's safetensors, without PyTorch."""
 
+from jlora.models._generate import GenerationConfig as GenerationConfig
+from jlora.models._generate import generate as generate
+from jlora.models._generate import generate_with as generate_with
 from jlora.models._hf import load as load
 from jlora.models.t5 import T5 as T5
 from jlora.models.t5 import T5Config as T5Config

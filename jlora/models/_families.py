@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora.models.t5 import T5, T5Config
+from jlora.models.t5 import T5, T5Config, generation
 
 Path = tuple[str, ...]
 Read = Callable[[str], np.ndarray]
@@ -49,6 +49,7 @@ class Family:
       model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
       init_args: what `model.init` takes after the key, at the smallest shapes.
       tensor_name: the file's name for the leaf at a path.
+      generation: a model's two functions for `jlora.models.generate`.
       aliases: names that files may hold besides, and the tensor each must equal.
       unused: names that files may hold although the model never reads them.
       settle: corrects a configuration by what the file holds; it gets the
@@ -59,6 +60,7 @@ class Family:
     model: Callable[..., Any]
     init_args: tuple[Any, ...]
     tensor_name: Callable[[Path], TensorName]
+    generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]]
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
     settle: Callable[[Any, Mapping[str, Any], set[str], Read], Any] = (
@@ -119,6 +121,7 @@ FAMILIES: dict[str, Family] = {
         model=T5,
         init_args=(_IDS, None, _IDS),
         tensor_name=dotted_name,
+        generation=generation,
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
         unused=frozenset(

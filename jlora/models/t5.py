@@ -13,7 +13,7 @@ Shazeer 2020, arXiv:2002.05202.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -272,3 +272,37 @@ class T5(Part):
         if self.config.tie_word_embeddings:
             return self.shared.attend(x)
         return self.lm_head(x)
+
+
+def generation(model: T5) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what `jlora.models.generate_with` takes for a T5."""
+
+    def encode(
+        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
+    ) -> tuple[Array, Cache]:
+        """Run the encoder; answer with the start tokens `[B*K]` and the cache."""
+        variables = {"params": params}
+        encoded: Any = model.apply(
+            variables, input_ids, attention_mask, method="encode"
+        )
+        cache: Any = model.apply(
+            variables,
+            encoded,
+            attention_mask,
+            length=length,
+            beams=beams,
+            method="init_cache",
+        )
+        rows = input_ids.shape[0] * beams
+        start = jnp.full(rows, model.config.decoder_start_token_id, jnp.int32)
+        return start, cache
+
+    def decode(params: Any, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Feed one token `[B*K]` each; return the logits `[B*K, V]` and the cache."""
+        stepped: Any = model.apply(
+            {"params": params}, tokens[:, None], cache, method="decode_step"
+        )
+        logits, cache = stepped
+        return logits[:, 0], cache
+
+    return encode, decode

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -282,7 +283,9 @@ def _bases(args: Sequence[Any]) -> list[Array]:
 
 
 def _expand(w: Any, axis: int) -> Any:
-    base = lax.expand_dims(w.base if isinstance(w, LowRank) else w, [axis])
+    """An operand with a new axis. Only its shape is asked for, so no base is moved."""
+    shape = (*w.shape[:axis], 1, *w.shape[axis:])
+    base = jax.ShapeDtypeStruct(shape, w.dtype)
     if not isinstance(w, LowRank):
         return base
     return rename(w, base, {d: d + (d >= axis) for d in range(w.ndim)})

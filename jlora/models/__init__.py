@@ -4,6 +4,7 @@ from jlora.models._generate import GenerationConfig as GenerationConfig
 from jlora.models._generate import generate as generate
 from jlora.models._generate import generate_with as generate_with
 from jlora.models._hf import load as load
+from jlora.models._hf_save import save as save
 from jlora.models.t5 import T5 as T5
 from jlora.models.t5 import T5Config as T5Config
 from jlora.models.t5 import shift_right as shift_right

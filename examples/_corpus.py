@@ -18,6 +18,7 @@ import numpy as np
 from _grammar import (
     ADVERBS,
     BE,
+    CASES,
     DOMAINS,
     MODALS,
     POSSESSIVES,
@@ -32,6 +33,7 @@ from _grammar import (
     Place,
     Pronoun,
     lexicon,
+    third_person,
 )
 
 Split = Literal["train", "validation", "test"]
@@ -313,3 +315,27 @@ def pairs(domain: Domain, split: Split, n: int, seed: int = 0) -> list[Pair]:
         if split_of(pair) == split:
             found.setdefault(pair)
     return list(found)
+
+
+def glossary(domain: Domain) -> list[Pair]:
+    """Every form of the domain's own words beside its English, without any sentence.
+
+    Verbs and adjectives come in lower case and as they begin a sentence.
+    """
+    words = lexicon(domain, shared=False)
+    nouns, others = set(), set()
+    for noun in words.nouns:
+        for plural in (False,) if noun.mass else (False, True):
+            english = noun.en_plural if plural else noun.en
+            nouns |= {Pair(noun.german(case, plural), english) for case in CASES}
+    for adjective in words.adjectives:
+        endings = ("", "e", "em", "en", "er", "es")
+        others |= {Pair(adjective.de + ending, adjective.en) for ending in endings}
+    for verb in words.verbs:
+        english = (verb.en, verb.en, third_person(verb.en), verb.en)
+        for prefix in {"", verb.prefix}:
+            forms = (prefix + form for form in verb.forms)
+            others |= {Pair(*said) for said in zip(forms, english, strict=True)}
+        others |= {Pair(verb.de, verb.en), Pair(verb.participle, verb.en_past)}
+    others |= {Pair(de[0].upper() + de[1:], en) for de, en in others}
+    return sorted(nouns | others)

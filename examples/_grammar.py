@@ -17,6 +17,7 @@ Domain = Literal["home", "travel"]
 Case = Literal["nom", "acc", "dat"]
 
 DOMAINS: tuple[Domain, ...] = ("home", "travel")
+CASES: tuple[Case, ...] = ("nom", "acc", "dat")
 
 
 # --------------------------------------------------------------------------- words
@@ -134,7 +135,7 @@ WAS = ("war", "warst", "war", "waren")
 HAVE = {"hat": ("habe", "hast", "hat", "haben"), "ist": BE.forms}
 
 
-def _third_person(en: str) -> str:
+def third_person(en: str) -> str:
     """Inflect the first word of a verb: `look for` to `looks for`."""
     verb, _, rest = en.partition(" ")
     return _join(_plural(verb), rest)
@@ -434,7 +435,7 @@ class Clause:
             return ("did" if self.past else "does" if third else "do"), lemma
         if self.past:
             return "", verb.en_past
-        return "", _third_person(lemma) if third else lemma
+        return "", third_person(lemma) if third else lemma
 
 
 _ENGLISH_BE = ("am", "are", "is", "are")

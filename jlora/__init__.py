@@ -30,6 +30,10 @@ from jlora._partition import labels as labels
 from jlora._partition import split as split
 from jlora._partition import trainable_mask as trainable_mask
 from jlora._partition import with_dropout as with_dropout
+from jlora._summary import Summary as Summary
+from jlora._summary import summary as summary
+from jlora._survey import Survey as Survey
+from jlora._survey import survey as survey
 from jlora._transform import lora as lora
 
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -122,6 +122,7 @@ def lorafy(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
     }
     _check_settings(dropout, bias)
+    _check_survey(survey, leaves)
     excluded = _matches(exclude, leaves, "exclude")
     chosen = _choose(targets, leaves, excluded, survey)
     full = _trained(train, bias, leaves, chosen)
@@ -147,6 +148,20 @@ def _check_settings(dropout: float, bias: str) -> None:
         raise ShapeError(f"dropout={dropout}; it is a probability, in [0, 1).")
     if bias not in ("none", "lora_only", "all"):
         raise TargetError(f"bias={bias!r}; it is 'none', 'lora_only' or 'all'.")
+
+
+def _check_survey(survey: Survey | None, leaves: Mapping[str, Any]) -> None:
+    """A survey of another tree would leave the axes to the naming conventions."""
+    if survey is None:
+        return
+    unknown = [p for p in leaves if not survey.knows(p)]
+    if unknown:
+        raise TargetError(
+            f"the survey does not know {len(unknown)} of {len(leaves)} leaves, "
+            f"{unknown[0]!r} first; it knows {next(iter(survey.leaves), None)!r}.\n"
+            "Survey the very tree that you lorafy: survey(fn, params, ...) and "
+            "lorafy(params, ...); wrap fn if it takes {'params': params}."
+        )
 
 
 # -- which leaves ----------------------------------------------------------------------
@@ -191,20 +206,19 @@ def _entry_hits(
     targets: Targets, leaves: Mapping[str, Any], survey: Any
 ) -> Iterable[tuple[str, Target, list[Hit]]]:
     """Each entry of `targets` with its settings and its hits, checked to be some."""
+    all_linear = set(_all_linear(leaves, survey)) if targets == "all-linear" else set()
+    match: Callable[[str, str], Hit | None]
+    entries: Iterable[tuple[str, Target]]
     if isinstance(targets, str):
+        entries, match = [(targets, Target())], _paths.match_regex
         if targets == "all-linear":
-            hits = [Hit(path) for path in _all_linear(leaves, survey)]
-            match = None
-        else:
-            match = _paths.match_regex
-        entries: Iterable[tuple[str, Target]] = [(targets, Target())]
+            match = lambda _, path: Hit(path) if path in all_linear else None  # noqa: E731
     elif isinstance(targets, Mapping):
         entries, match = targets.items(), _paths.match_pattern
     else:
         entries, match = [(entry, Target()) for entry in targets], _paths.match_entry
     for entry, target in entries:
-        if match is not None:
-            hits = [h for path in leaves if (h := match(entry, path)) is not None]
+        hits = [h for path in leaves if (h := match(entry, path)) is not None]
         if not hits:
             raise TargetError(_nothing_hit("targets", entry, leaves))
         yield entry, target, hits
@@ -223,7 +237,7 @@ def _kernels_of(
     """The hits that can carry an adapter."""
 
     def is_kernel(hit: Hit) -> bool:
-        if survey is not None and survey.knows(hit.path):
+        if survey is not None:
             return survey.is_kernel(hit.path)
         named = hit.whole or hit.path.rpartition("/")[2] in _paths.KERNEL_NAMES
         return named and _ndim(leaves[hit.path]) > 1
@@ -365,7 +379,7 @@ def _axes(path: str, leaf: Any, target: Target, survey: Any) -> _Axes:
     ndim = len(leaf.shape)
     if target.in_axes is not None:
         return _told_axes(path, leaf, target)
-    if survey is not None and survey.knows(path):
+    if survey is not None:
         return _Axes(*survey.axes(path))
     module, _, name = path.rpartition("/")
     owner = module.rpartition("/")[2]

@@ -294,6 +294,12 @@ class Full:
         return cls(*children)
 
 
+def same_structure(*trees: Any, is_leaf: Callable[[Any], bool] | None = None) -> bool:
+    """Whether the trees differ in their leaves alone."""
+    structures: list[Any] = [jax.tree.flatten(t, is_leaf=is_leaf)[1] for t in trees]
+    return all(bool(s == structures[0]) for s in structures)
+
+
 def is_node(x: Any) -> bool:
     """Whether x is one of jlora's nodes; an `is_leaf` for `jax.tree` functions."""
     return isinstance(x, LowRank | Full)

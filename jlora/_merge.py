@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jlora._errors import NonFiniteError, StructureError
-from jlora._lowrank import Full, LowRank, is_node
+from jlora._lowrank import Full, LowRank, is_node, same_structure
 from jlora._paths import path_str
 
 Tree = Any
@@ -117,7 +117,7 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
       StructureError: `merged` is of another tree, or was changed since.
     """
     again = merge(undo.lorafied)
-    if jax.tree.structure(again) != jax.tree.structure(merged):
+    if not same_structure(again, merged):
         raise StructureError(
             "the merged tree and the undo are not of one tree.\nPass what one "
             "jlora.merge(tree, undo=True) returned."
@@ -195,7 +195,7 @@ def _same_bits(x: Any, y: Any) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as aligned text, the first column left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 

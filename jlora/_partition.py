@@ -9,7 +9,7 @@ import jax
 
 from jlora._errors import StructureError
 from jlora._init import leaf_key
-from jlora._lowrank import Adapter, Full, LowRank, is_node
+from jlora._lowrank import Adapter, Full, LowRank, is_node, same_structure
 from jlora._paths import path_str
 
 Tree = Any
@@ -82,12 +82,10 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
       StructureError: the halves are of different trees, or both hold a leaf.
     """
     is_none = lambda x: x is None  # noqa: E731
-    one, two = (jax.tree.structure(t, is_leaf=is_none) for t in (trainable, frozen))
-    if one != two:
+    if not same_structure(trainable, frozen, is_leaf=is_none):
         raise StructureError(
             "the two halves are not of one tree.\nPass the results of one "
-            f"jlora.split(tree) (or updates of them).\n  trainable: {one}\n  frozen: "
-            f"{two}"
+            "jlora.split(tree), or updates of them."
         )
 
     def pick(path: Any, x: Any, y: Any) -> Any:

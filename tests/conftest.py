@@ -4,10 +4,15 @@ import itertools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = os.environ.get("XLA_FLAGS", "")
-if "force_host_platform_device_count" not in flags:
-    count = "--xla_force_host_platform_device_count=4"
-    os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+# The tests compile thousands of tiny programs: LLVM's optimiser is half their time.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=4",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -11,7 +11,11 @@ from jlora._compat import Eqn, Jaxpr
 class Run(Protocol):
     """The replay, as rules see it."""
 
-    on_missing: str
+    @property
+    def on_missing(self) -> str:
+        """`"error"` or `"materialize"`."""
+
+    def __hash__(self) -> int: ...  # replays with equal settings share compilations
 
     def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """Run an inner jaxpr on operands of which some may be low-rank."""

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._errors import UnsupportedOpError
-from jlora._lowrank import Adapter, Array, Dims, LowRank, is_node
+from jlora._lowrank import Adapter, Array, Dims, LowRank, is_node, same_structure
 from jlora._rules._table import Run, rule
 from jlora._rules.layout import factor_spec
 
@@ -59,7 +59,7 @@ def _replay(run: Run, body: Jaxpr, *args: Any) -> list[Any]:
 
 def _named(f: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Keep the inner function's name in profiles and HLO."""
-    f.__name__ = name  # type: ignore[attr-defined]
+    f.__name__ = name
     return f
 
 
@@ -118,8 +118,7 @@ def cond(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 def _results_differ(results: Sequence[Any]) -> bool:
     """Low-rank results must agree in structure over the branches."""
     kinds = [[isinstance(x, LowRank) for x in result] for result in results]
-    trees = {jax.tree.structure(r) for r in results} if any(map(any, kinds)) else {0}
-    return len(trees) > 1
+    return any(map(any, kinds)) and not same_structure(*results)
 
 
 @rule("while")
@@ -174,8 +173,7 @@ def _check_carry(init: Sequence[Any], out: Sequence[Any], name: str) -> None:
     """A kernel that a loop changes from step to step has no low-rank form."""
     for before, after in zip(init, out, strict=True):
         node = next((x for x in (before, after) if isinstance(x, LowRank)), None)
-        same = jax.tree.structure(before) == jax.tree.structure(after)
-        if node is not None and not same:
+        if node is not None and not same_structure(before, after):
             raise UnsupportedOpError(
                 f"the adapted kernel {node.path!r} {node.shape} changes its form "
                 f"inside a `{name}` (it is returned by the body other than it came "

@@ -7,6 +7,7 @@ dimension change; a renamed dimension costs nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -196,7 +197,9 @@ def split(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     for base, size in zip(rebind(eqn, [w.base]), eqn.params["sizes"], strict=True):
         bounds = [(0, n, 1) for n in w.shape]
         bounds[axis] = (start, start + int(size), 1)
-        out += _each(w, base, lambda t, b=bounds: slice_adapter(t, w.shape, b))
+        out += _each(
+            w, base, functools.partial(slice_adapter, shape=w.shape, bounds=bounds)
+        )
         start += int(size)
     return out
 

@@ -103,7 +103,7 @@ def _window(
     """The part of x that meets the term's window of the kernel."""
     for axis, dim in enumerate(labels):
         if isinstance(dim, int) and not t.full(dim, w.shape[dim]):
-            start, size = t.starts[dim], t.size(dim)
+            start, size = t.starts[dim], t.size(dim) or 0
             x = lax.slice_in_dim(x, start, start + size, axis=axis)
     return x, labels
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jlora import models
-from jlora._errors import ShapeError, StructureError
+from jlora._errors import DataError, DtypeError, ShapeError, StructureError
 from jlora.models._decoding import GenerationConfig, warp
 from jlora.models._generate import functions_of
 
@@ -194,6 +194,10 @@ def test_inputs_are_checked(golden):
         models.generate(model, params, ids, mask[:, :-1])
     with pytest.raises(ShapeError, match="None"):
         models.generate(model, params, ids[0])
+    with pytest.raises(DataError, match="0 to 36"):
+        models.generate(model, params, ids + 30, mask)
+    with pytest.raises(DtypeError, match="float"):
+        models.generate(model, params, ids * 1.0, mask)
     with pytest.raises(StructureError, match="key"):
         models.generate(model, params, ids, do_sample=True)
 

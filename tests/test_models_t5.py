@@ -288,6 +288,8 @@ def test_config_of_the_head(given, tied, scaled):
         ({"is_encoder_decoder": False}, "is_encoder_decoder"),
         ({"quantization_config": {"bits": 8}}, "quantization_config"),
         ({"model_type": "gpt2"}, "model_type"),
+        ({"relative_attention_num_buckets": 2}, "num_buckets"),
+        ({"relative_attention_max_distance": 16}, "max_distance"),
         ({"num_heads": 0}, "num_heads"),
         ({"d_model": "512"}, "d_model"),
     ],

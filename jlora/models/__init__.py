@@ -1,4 +1,13 @@
-"""Flax models that read and write Hugging Face's safetensors, without PyTorch."""
+"""Flax models that read and write Hugging Face's safetensors, without PyTorch.
+
+    model, params = models.load("google/flan-t5-small")
+    logits = model.apply({"params": params}, ids, mask, decoder_ids)
+    tokens = models.generate(model, params, ids, mask, num_beams=4)
+    models.save(model, params, "out")
+
+The models know nothing of LoRA. `jlora.lora` adapts their pure functions, here with
+`models.generate(..., transform=jlora.lora)`.
+"""
 
 from jlora.models._generate import GenerationConfig as GenerationConfig
 from jlora.models._generate import generate as generate

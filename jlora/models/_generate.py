@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jlora._errors import ShapeError, StructureError
+from jlora._errors import DataError, DtypeError, ShapeError, StructureError
 from jlora.models._beam import beam_search
 from jlora.models._decoding import GenerationConfig, suppress_eos, warp
 from jlora.models._families import family_of
@@ -69,7 +70,7 @@ def generate_with(
       ShapeError: `input_ids` and `attention_mask` are not alike or not `[B, S]`.
       StructureError: sampling without a key.
     """
-    ids = jnp.asarray(input_ids, jnp.int32)
+    ids = jnp.asarray(input_ids).astype(jnp.int32)
     mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
     if ids.ndim != 2 or ids.shape != mask.shape:
         raise ShapeError(
@@ -112,10 +113,13 @@ def generate(
 
     Raises:
       ShapeError: `input_ids` and `attention_mask` are not alike or not `[B, S]`.
+      DataError: an id beyond the vocabulary.
+      DtypeError: `input_ids` are no integers.
       StructureError: settings that exclude each other, or sampling without a key.
     """
     config = dataclasses.replace(config or GenerationConfig(), **settings)
     own = model.config
+    _check_ids(input_ids, own.vocab_size)
     if config.eos_token_id is None:
         config = dataclasses.replace(config, eos_token_id=own.eos_token_id)
     if config.pad_token_id is None:
@@ -131,6 +135,21 @@ def generate(
         key=key,
         transform=transform,
     )
+
+
+def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
+    """Refuse what is no token: its embedding would be NaN, and the output senseless."""
+    if isinstance(input_ids, jax.core.Tracer):
+        return
+    ids = np.asarray(input_ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise DtypeError(f"input_ids must be integers, not {ids.dtype}.")
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise DataError(
+            f"input_ids hold {wrong[0]}, and the model knows 0 to {vocab_size - 1}.\n"
+            "Use the tokenizer that belongs to this checkpoint."
+        )
 
 
 @lru_cache(maxsize=64)

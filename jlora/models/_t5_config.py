@@ -107,6 +107,15 @@ class T5Config:
                     f"T5 config: {field.name} is {value!r}; it must be a positive "
                     "integer."
                 )
+        near = self.relative_attention_num_buckets // 2
+        if near < 2 or self.relative_attention_max_distance <= near:
+            raise ShapeError(
+                "T5 config: relative_attention_num_buckets is "
+                f"{self.relative_attention_num_buckets} and "
+                "relative_attention_max_distance is "
+                f"{self.relative_attention_max_distance}; there must be at least 4 "
+                "buckets, and a distance of more than half of them."
+            )
         parts = self.feed_forward_proj.split("-")
         if len(parts) > 2 or (len(parts) == 2 and parts[0] != "gated"):
             raise CheckpointError(

@@ -190,3 +190,18 @@ def varying_axes(x: Any) -> frozenset[Any]:
 def reshard(x: Any, sharding: Any) -> Any:
     """`jax.sharding.reshard`, by its name in this release."""
     return jax.sharding.reshard(x, sharding)
+
+
+def explicit_specs(x: Any, labels: Sequence[Any]) -> dict[Any, Any]:
+    """For each label, the explicit mesh axes that its axis of x is split over."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    spec = tuple(getattr(sharding, "spec", ()))
+    return dict(zip(labels, spec, strict=False))
+
+
+def sharded_like(x: Any, like: Any) -> Any:
+    """X with the explicit sharding of `like`, which JAX would not add to another."""
+    want = jax.typeof(like).sharding
+    if jax.typeof(x).sharding == want or want.mesh.empty:
+        return x
+    return reshard(x, want)

@@ -81,12 +81,12 @@ def lorafy(
     Args:
       params: a tree of arrays, of `jax.ShapeDtypeStruct`s, or of sharded arrays.
       rank: r, the adapters' inner dimension.
-      targets: which kernels. A list: each entry matches a whole path segment, a dotted
-        or slashed suffix, or is a role (`query key value out gate up down`) that knows
-        the spellings of the common families. A string: a regular expression for the
-        whole path of the leaf or its module. `"all-linear"`: every matmul kernel. A
-        dict: such entries or expressions, each with its own `Target`; the first match
-        wins. Every entry must hit something.
+      targets: which kernels. A list: each entry matches whole path segments (one, or a
+        dotted or slashed run of them), or is a role that knows the spellings of the
+        common families: `query key value out gate up down`. A string: a regular
+        expression for the whole path of the leaf or its module. `"all-linear"`: every
+        matmul kernel. A dict: such entries or expressions, each with its own `Target`;
+        the first match wins. Every entry must hit something.
       alpha: the scale is alpha/r; None means alpha = r.
       key: seeds the factors, folded with each leaf's path; None is `jax.random.key(0)`.
       train: entries of leaves to train as they are, beside the adapters.
@@ -175,13 +175,14 @@ def _choose(
     reports: list[Coverage] = []
     for entry, target, hits in _entry_hits(targets, leaves, survey):
         kernels = _kernels_of(entry, hits, leaves, survey)
+        # What is excluded was meant to be missed, so it counts as covered.
+        reports += _paths.coverage(entry, [h.path for h in kernels], list(leaves))
         kernels = [hit for hit in kernels if hit.path not in excluded]
         if not kernels:
             raise TargetError(
                 f"targets: everything that {entry!r} hits is in exclude.\nTake one of "
                 "the two out."
             )
-        reports += _paths.coverage(entry, [h.path for h in kernels], list(leaves))
         for hit in kernels:
             if isinstance(leaves[hit.path], LowRank):
                 raise TargetError(
@@ -257,8 +258,8 @@ def _nothing_hit(argument: str, entry: str, leaves: Mapping[str, Any]) -> str:
     near = "\n".join(f"  {path}" for path in _paths.nearest(entry, leaves))
     return (
         f"{argument}: {entry!r} hits nothing in this tree of {len(leaves)} leaves.\n"
-        f"The nearest paths:\n{near}\nAn entry of a list matches a whole path segment "
-        "or a suffix; a plain string is a regular expression for the whole path."
+        f"The nearest paths:\n{near}\nAn entry of a list matches whole path segments; "
+        "a plain string is a regular expression for the whole path."
     )
 
 

@@ -31,7 +31,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jlora import _compat
 from jlora._errors import ShapeError, UnmergedError
 
 Array = Any  # jax.Array, or a ShapeDtypeStruct in an abstract tree
@@ -223,6 +225,10 @@ class LowRank:
         """NumPy's way in, refused for the same reason."""
         return self.__jax_array__()
 
+    def __getitem__(self, index: Any) -> Any:
+        """Indexing's way in, refused for the same reason."""
+        return self.__jax_array__()
+
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Base first; the unnamed adapter's factors directly under the node."""
         attr = jax.tree_util.GetAttrKey
@@ -350,9 +356,15 @@ def contract(
         (axes(x_labels, inner), axes(y_labels, inner)),
         (axes(x_labels, batch), axes(y_labels, batch)),
     )
-    out = lax.dot_general(x, y, numbers, **dot_params)
     free = [n for n in (*x_labels, *y_labels) if n not in shared]
-    return out, (*batch, *free)
+    labels = (*batch, *free)
+    specs = [_compat.explicit_specs(x, x_labels), _compat.explicit_specs(y, y_labels)]
+    if any(spec.get(n) for spec in specs for n in inner):
+        # Explicit sharding wants to be told what a sharded contraction gives: what
+        # remains keeps its sharding, the contracted axes are summed over the mesh.
+        both = {**specs[1], **{n: s for n, s in specs[0].items() if s}}
+        dot_params["out_sharding"] = PartitionSpec(*(both.get(n) for n in labels))
+    return lax.dot_general(x, y, numbers, **dot_params), labels
 
 
 def align(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:

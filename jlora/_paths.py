@@ -70,7 +70,9 @@ class Hit:
 
 
 def match_entry(entry: str, path: str) -> Hit | None:
-    """Match a list entry: a path segment, a dotted or slashed suffix, or a role.
+    """Match a list entry: a run of whole path segments, or a role.
+
+    The run may be written with dots or slashes and stand anywhere in the path.
 
     >>> match_entry("attention.query", "enc/attention/query/kernel").path
     'enc/attention/query/kernel'
@@ -80,21 +82,15 @@ def match_entry(entry: str, path: str) -> Hit | None:
     True
     """
     parts = entry.replace(".", "/").strip("/")
-    if path == parts or path.endswith("/" + parts):
-        return Hit(path, whole=True)
+    if f"/{parts}/" in f"/{path}/":
+        return Hit(path, whole=f"/{path}".endswith(f"/{parts}"))
     module = module_of(path)
-    if module == parts or module.endswith("/" + parts) or _has_segment(path, entry):
-        return Hit(path)
     for spelling in ROLES.get(entry, ()):
         suffix, _, part = spelling.partition("#")
         if module == suffix or module.endswith("/" + suffix):
             number, _, count = part.partition("/")
             return Hit(path, entry, (int(number), int(count)) if part else None)
     return None
-
-
-def _has_segment(path: str, entry: str) -> bool:
-    return entry in path.split("/")
 
 
 def match_regex(pattern: str, path: str) -> Hit | None:

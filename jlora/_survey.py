@@ -142,9 +142,9 @@ def survey(fn: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> S
     >>> shape = jax.ShapeDtypeStruct
     >>> params = {"kernel": shape((3, 2), "float32"), "bias": shape((2,), "float32")}
     >>> print(survey(use, params, shape((5, 3), "float32")))
-    leaf     shape              uses  FLOPs  adapter, per rank
-    ------  ------  ----------------  -----  -----------------
-    bias      (2,)              bias
+    leaf     shape             uses  FLOPs  adapter, per rank
+    ------  ------  ---------------  -----  -----------------
+    bias      (2,)             bias
     kernel  (3, 2)  matmul [0]->[1]     60                  5
     """
     leaves, treedef = jax.tree.flatten((params, args, kwargs), is_leaf=is_node)

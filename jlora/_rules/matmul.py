@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _compat
 from jlora._compat import Eqn, rebind
 from jlora._errors import ShapeError
 from jlora._lowrank import (
@@ -56,7 +57,7 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         check_axes(w, adapter, wc, wb)
         dropped = drop_inputs(run, w, adapter, x)
         term = _term(w, adapter, dropped, labels, wc, order, out.shape, w_left, params)
-        out = out + term.astype(out.dtype)
+        out = out + _compat.sharded_like(term.astype(out.dtype), out)
     return [out]
 
 

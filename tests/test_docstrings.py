@@ -1,0 +1,22 @@
+"""The examples in docstrings are true."""
+
+import doctest
+import importlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jlora
+
+MODULES = sorted(m.name for m in pkgutil.walk_packages(jlora.__path__, "jlora."))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    module = importlib.import_module(name)
+    names = {k: v for k, v in vars(jlora).items() if not k.startswith("__")}
+    names |= {"jax": jax, "jnp": jnp, "jlora": jlora} | vars(module)
+    result = doctest.testmod(module, extraglobs=names, optionflags=doctest.ELLIPSIS)
+    assert not result.failed

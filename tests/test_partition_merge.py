@@ -1,0 +1,284 @@
+"""split/combine, masks and labels; merge, its report, and unmerge; summary, survey."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tools import assert_close, lowrank, randomise
+
+import jlora
+from jlora._rules.layout import reshape_groups
+
+PARAMS = {
+    "query": {"kernel": jnp.linspace(-1, 1, 35).reshape(7, 5), "bias": jnp.ones(5)},
+    "norm": {"scale": jnp.ones(5)},
+    "head": {"kernel": jnp.ones((5, 3))},
+}
+
+
+def tree_of(dtype=jnp.float32, **kwargs):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    kwargs.setdefault("train", ["head"])
+    return randomise(jlora.lorafy(params, 2, ["query"], **kwargs), jax.random.key(0))
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+# -- partition -------------------------------------------------------------------------
+
+
+def test_split_is_lossless_and_the_halves_are_plain_trees():
+    tree = tree_of()
+    trainable, frozen = jlora.split(tree)
+    assert len(jax.tree.leaves(trainable)) == 3  # a, b, head
+    assert len(jax.tree.leaves(frozen)) == 4  # base, scale, bias, norm
+    back = jlora.combine(trainable, frozen)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert bits(back) == bits(tree)
+    tx = optax.adamw(1e-3)
+    state = tx.init(trainable)
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * (14 + 10 + 15)
+
+
+def test_split_keeps_none_and_other_leaves():
+    tree = {**tree_of(), "none": None, "act": jnp.tanh, "n": 3}
+    trainable, frozen = jlora.split(tree)
+    assert frozen["act"] is jnp.tanh
+    back = jlora.combine(trainable, frozen)
+    assert back["none"] is None
+    assert back["n"] == 3
+
+
+def test_combine_refuses_what_does_not_fit():
+    tree = tree_of()
+    trainable, frozen = jlora.split(tree)
+    with pytest.raises(jlora.StructureError, match="not of one tree"):
+        jlora.combine(trainable, {"other": frozen})
+    with pytest.raises(jlora.StructureError, match="both halves hold"):
+        jlora.combine(trainable, tree)
+
+
+def test_a_tree_that_trains_nothing_is_refused():
+    for f in (jlora.split, jlora.trainable_mask):
+        with pytest.raises(
+            jlora.StructureError, match="nothing in this tree is trained"
+        ):
+            f(PARAMS)
+
+
+def test_masks_and_labels():
+    tree = tree_of(bias="lora_only")
+    mask = jlora.trainable_mask(tree)
+    assert jax.tree.structure(mask) == jax.tree.structure(tree)
+    assert mask["query"]["kernel"].base is False
+    assert mask["query"]["kernel"].adapters[""].a is True
+    labels = jlora.labels(tree)
+    assert labels["query"]["bias"].value == "bias"
+    assert labels["head"]["kernel"].value == "full"
+    # LoRA+: another rate for b.
+    tx = optax.multi_transform(
+        {"a": optax.sgd(1.0), "b": optax.sgd(16.0), "full": optax.sgd(1.0),
+         "bias": optax.sgd(1.0), "frozen": optax.set_to_zero()},
+        labels,
+    )  # fmt: skip
+    ones = jax.tree.map(jnp.ones_like, tree)
+    updates, _ = tx.update(ones, tx.init(tree), tree)
+    t = updates["query"]["kernel"]
+    assert float(t.adapters[""].b[0, 0]) == -16
+    assert not jnp.any(t.base)
+
+
+def test_masked_training_equals_training_the_half():
+    tree = tree_of()
+    x = jnp.ones((2, 7))
+
+    def apply(p, x):
+        h = x @ p["query"]["kernel"] + p["query"]["bias"]
+        return jnp.tanh(h * p["norm"]["scale"]) @ p["head"]["kernel"]
+
+    loss = lambda p: jnp.mean(jlora.lora(apply)(p, x) ** 2)
+    tx = optax.adamw(1e-2)
+    masked = optax.masked(tx, jlora.trainable_mask(tree))
+    half, frozen = jlora.split(tree)
+    whole, state, half_state = tree, masked.init(tree), tx.init(half)
+    for _ in range(3):
+        updates, state = masked.update(jax.grad(loss)(whole), state, whole)
+        whole = optax.apply_updates(whole, updates)
+        grads = jax.grad(lambda t: loss(jlora.combine(t, frozen)))(half)
+        updates, half_state = tx.update(grads, half_state, half)
+        half = optax.apply_updates(half, updates)
+    got, still = jlora.split(whole)
+    assert_close(got, half, rtol=1e-6, atol=1e-6)
+    assert bits(still) == bits(frozen)
+
+
+# -- merge -----------------------------------------------------------------------------
+
+
+def test_merge_is_the_formula():
+    tree = tree_of()
+    w = tree["query"]["kernel"]
+    t = w.adapters[""]
+    want = np.asarray(w.base, np.float64) + float(t.scale) * (
+        np.asarray(t.a, np.float64) @ np.asarray(t.b, np.float64)
+    )
+    merged = jlora.merge(tree)
+    np.testing.assert_allclose(merged["query"]["kernel"], want, rtol=1e-6, atol=1e-6)
+    assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
+    assert merged["head"]["kernel"] is tree["head"]["kernel"].value
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merge_rounds_once(dtype):
+    tree = tree_of(dtype, train=())
+    w = tree["query"]["kernel"]
+    exact = np.asarray(w.base.astype(jnp.float32)) + np.asarray(w.delta())
+    merged = jlora.merge(tree)["query"]["kernel"]
+    assert merged.dtype == dtype
+    assert bits(merged) == bits(jnp.asarray(exact).astype(dtype))
+
+
+def test_the_report_says_what_rounding_lost():
+    base = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16)
+    tree = jlora.lorafy({"query": base}, 2, ["query"])
+    small = jax.tree.map(
+        lambda x, m: jnp.full_like(x, 0.01) if m else x,
+        tree,
+        jlora.trainable_mask(tree),
+    )
+    merged, report = jlora.merge(small, report=True)
+    (leaf,) = report
+    delta = np.asarray(small["query"].delta(), np.float64)
+    base64, merged64 = (np.asarray(v, np.float64) for v in (base, merged["query"]))
+    lost = np.linalg.norm(merged64 - base64 - delta) / np.linalg.norm(delta)
+    assert leaf.lost == pytest.approx(lost, rel=1e-3)
+    assert leaf.lost > 0.5  # an update of 2e-4 on weights near 1 drowns in bfloat16
+    assert leaf.unchanged == pytest.approx(np.mean(base64 == merged64), abs=1e-6)
+    assert leaf.delta_norm == pytest.approx(np.linalg.norm(delta), rel=1e-3)
+    assert "query" in str(report)
+    _, exact = jlora.merge(tree_of(), report=True)
+    assert exact[0].lost < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_unmerge_returns_the_original_bits(dtype):
+    tree = tree_of(dtype)
+    merged, undo = jlora.merge(tree, undo=True)
+    assert bits(merged) != bits(PARAMS)
+    back = jlora.unmerge(merged, undo)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert bits(back) == bits(tree)
+    merged["norm"]["scale"] += 1
+    with pytest.raises(jlora.StructureError, match="norm/scale"):
+        jlora.unmerge(merged, undo)
+    with pytest.raises(jlora.StructureError, match="not of one tree"):
+        jlora.unmerge({"x": 1}, undo)
+
+
+@pytest.mark.parametrize("where", ["base", "adapter"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_nan_and_infinity_are_refused(where, bad):
+    tree = tree_of()
+    w = tree["query"]["kernel"]
+    place = lambda x: x.at[0, 0].set(bad)
+    if where == "base":
+        tree["query"]["kernel"] = w.map(place(w.base), lambda t: t)
+    else:
+        tree = jax.tree.map(lambda x: x, tree)
+        tree["query"]["kernel"] = w.map(
+            w.base, lambda t: t.map(lambda x, d: (place(x) if x is t.a else x, d))
+        )
+    with pytest.raises(jlora.NonFiniteError, match=rf"'query/kernel'.*{where}"):
+        jlora.merge(tree)
+
+
+def test_merge_under_jit_and_of_stacks_and_slices(getkey):
+    tree = {"w": lowrank(getkey(), (3, 7, 5), batch_axes=(0,), in_axes=(1,))}
+    assert_close(jax.jit(jlora.merge)(tree), jlora.merge(tree), rtol=1e-6, atol=1e-6)
+    t = tree["w"].adapters[""]
+    want = tree["w"].base + jnp.einsum("l,lir,lro->lio", t.scale, t.a, t.b)
+    assert_close(jlora.merge(tree)["w"], want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(jlora.StructureError, match="outside of jit"):
+        jax.jit(lambda t: jlora.merge(t, report=True)[0])(tree)
+
+
+def test_merging_a_dropout_trees_keys_do_not_matter():
+    tree = tree_of(dropout=0.5)
+    on = jlora.with_dropout(tree, jax.random.key(0))
+    assert bits(jlora.merge(on)) == bits(jlora.merge(tree))
+
+
+# -- summary, survey -------------------------------------------------------------------
+
+
+def test_summary_counts():
+    s = jlora.summary(tree_of())
+    assert s.trainable == 2 * 7 + 2 * 5 + 15
+    assert s.total == 35 + 5 + 5 + s.trainable
+    assert s.trainable_bytes == 4 * s.trainable
+    assert "head/kernel" in str(s)
+    assert f"{s.trainable:,} of {s.total:,}" in str(s)
+
+
+def test_summary_puts_repeated_layers_in_one_line():
+    params = {f"layers_{i}": {"query": jnp.zeros((7, 5))} for i in range(12)}
+    text = str(jlora.summary(jlora.lorafy(params, 2, ["query"])))
+    assert text.count("query") == 1
+    assert "layers_*/query" in text
+
+
+def test_survey_reads_uses_through_layout_and_control_flow():
+    params = {
+        "stack": jnp.zeros((3, 7, 7)),
+        "heads": jnp.zeros((7, 2, 5)),
+        "tied": jnp.zeros((11, 7)),
+        "scale": jnp.ones(7),
+        "bias": jnp.ones(7),
+        "exp": jnp.ones((2, 2)),
+        "unused": jnp.ones((2, 2)),
+        "either": jnp.zeros((7, 7)),
+    }
+
+    def f(p, ids):
+        x = p["tied"][ids] * p["scale"] + p["bias"]
+        step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w.T), None))
+        x, _ = jax.lax.scan(step, x, p["stack"])
+        x = jax.lax.cond(x[0, 0] > 0, lambda: x @ p["either"], lambda: x)
+        y = x @ p["heads"].reshape(7, 10)
+        return y, jax.jit(lambda x, t: x @ t.T)(x, p["tied"]), jnp.exp(p["exp"])
+
+    s = jlora.survey(f, params, jnp.array([1, 2, 3]))
+    axes = lambda n: s.axes(n)
+    assert axes("stack") == ((2,), (1,), (0,), False)
+    assert axes("heads") == ((0,), (1, 2), (), False)
+    assert axes("tied") == ((0,), (1,), (), True)
+    assert axes("either") == ((0,), (1,), (), False)
+    assert [u.kind for u in s.leaves["tied"].uses] == ["gather", "matmul"]
+    assert [u.flops for u in s.leaves["stack"].uses] == [3 * 2 * 3 * 7 * 7]
+    assert sorted(s.matmul_kernels()) == ["either", "heads", "stack"]
+    assert not any(s.is_kernel(n) for n in ("scale", "bias", "exp", "unused"))
+    assert s.leaves["exp"].uses[0].primitive == "exp"
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    again = jlora.survey(f, shapes, jax.ShapeDtypeStruct((3,), jnp.int32))
+    assert again == s
+    tree = jlora.lorafy(params, 2, "all-linear", survey=s)
+    assert tree["stack"].adapters[""].a.shape == (3, 7, 2)
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 4]), max_size=4), st.integers(0, 99))
+def test_reshape_groups_pair_equal_sizes(old, seed):
+    rng = np.random.default_rng(seed)
+    new, rest = [], int(np.prod(old))
+    while rest > 1:
+        new.append(int(rng.choice([d for d in (1, 2, 3, 4) if rest % d == 0])))
+        rest //= new[-1]
+    groups = reshape_groups(old, new)
+    assert [d for left, _ in groups for d in left] == list(range(len(old)))
+    assert [d for _, right in groups for d in right] == list(range(len(new)))
+    for left, right in groups:
+        assert np.prod([old[d] for d in left]) == np.prod([new[d] for d in right])

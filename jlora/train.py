@@ -243,7 +243,7 @@ def _step(
         loss_fn, settings.gradients, trainable, frozen, batch, key
     )
     metrics = means(totals)
-    norm = optax.global_norm(grads)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
     metrics["weight"] = totals["loss"][1]
     metrics["grad_norm"] = norm
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

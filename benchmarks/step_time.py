@@ -35,8 +35,8 @@ def main(args: Any) -> None:
         runs[name] = _stepper(compiled, state, frozen, work.batch)
     times = _measure.interleaved(runs, args.repeats)
     result = {
-        "workload": f"T5 {size.batch}x{size.source}/{size.target}, {args.dtype}, rank 8, "
-        f"{args.targets}",
+        "workload": f"T5 {size.batch}x{size.source}/{size.target}, {args.dtype}, "
+        f"rank 8, {args.targets}",
         "median_ms": {n: statistics.median(t) for n, t in times.items()},
         "min_ms": {n: min(t) for n, t in times.items()},
         "to_floor": {n: _measure.ratio(times, n, "floor") for n in times},

@@ -116,7 +116,8 @@ def make_train_step(
         that is sharded along its leading axis where it is.
       clip_norm: scale the gradients down to this global norm.
       compute_dtype: cast the base (and fully trained leaves, at use) to this dtype.
-        Adapters and optimiser state stay as they are, and follow the base at use.
+        Adapters and optimiser state stay as they are, and follow the base at use. The
+        cast copy lives for the step; a base that is stored so takes no second one.
       cast_batch: whether `compute_dtype` goes for the batch's floating leaves too.
       skip_nonfinite: leave parameters and optimiser as they were in a step whose loss
         or gradient is not finite. The step still counts.
@@ -179,17 +180,17 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Run one step."""
-        moving, kept = _take_apart(state)
-        moving, metrics = self._function(moving)(moving, kept, batch)
-        step, trainable, opt_state = moving
+        run, leaves, treedef = self._prepare(state)
+        leaves, metrics = run(leaves, (state.frozen, state.key), batch)
+        step, trainable, opt_state = jax.tree.unflatten(treedef, leaves)
         return dataclasses.replace(
             state, step=step, trainable=trainable, opt_state=opt_state
         ), metrics
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """Lower without running, as `jax.jit(f).lower`: for costs and memory."""
-        moving, kept = _take_apart(state)
-        return self._function(moving).lower(moving, kept, batch)
+        run, leaves, _ = self._prepare(state)
+        return run.lower(leaves, (state.frozen, state.key), batch)
 
     def cache_size(self) -> int:
         """How many times the step was compiled: 1, or its arguments change shape."""
@@ -197,33 +198,37 @@ class TrainStep:
             return self._traces
         return sum(f._cache_size() for f in self._compiled.values())
 
-    def _function(self, moving: Any) -> Any:
+    def _prepare(self, state: TrainState) -> tuple[Any, list[Any], Any]:
+        """The compiled function, and what a step changes: the leaves it may donate."""
+        moving = (state.step, state.trainable, state.opt_state)
+        # Flattened once: nodes are flattened in Python, and a model has hundreds.
+        leaves, treedef = jax.tree.flatten(moving)
         if self._parallel == "pmap":
-            return self._pmapped
-        # The new state is laid out as the old one; the compiler could choose another
-        # layout for its results, and the next call would be compiled anew.
-        shardings = jax.tree.map(_named_sharding, moving)
-        leaves, treedef = jax.tree.flatten(shardings, is_leaf=lambda x: x is None)
-        known = (treedef, tuple(leaves))
+            known: Any = treedef
+            wrap = functools.partial(jax.pmap, axis_name=self._axis_name)
+        else:
+            # The new state is laid out as the old one; the compiler could choose
+            # another layout, and the next call would be compiled anew.
+            shardings = [_named_sharding(x) for x in leaves]
+            known = (treedef, tuple(shardings))
+            wrap = functools.partial(jax.jit, out_shardings=(shardings, None))
         if known not in self._compiled:
-            self._compiled[known] = jax.jit(
-                self._pure, donate_argnums=self._donate, out_shardings=(shardings, None)
+            flat = functools.partial(self._flat, treedef)
+            self._compiled[known] = wrap(flat, donate_argnums=self._donate)
+        return self._compiled[known], leaves, treedef
+
+    def _flat(self, treedef: Any, leaves: Any, kept: Any, batch: Any) -> Any:
+        self._traces += 1
+        moving = jax.tree.unflatten(treedef, leaves)
+        moving, metrics = self._pure(moving, kept, batch)
+        leaves, structure = jax.tree.flatten(moving)
+        if structure != treedef:
+            raise StructureError(
+                "the optimiser returns a state of another structure than it was given."
+                "\nMake the state with the optimiser that the step has: "
+                f"TrainState.create(params, tx).\n  was {treedef}\n  is  {structure}"
             )
-        return self._compiled[known]
-
-    @functools.cached_property
-    def _pmapped(self) -> Any:
-        def counted(moving: Any, kept: Any, batch: Any) -> Any:
-            self._traces += 1
-            return self._pure(moving, kept, batch)
-
-        return jax.pmap(counted, self._axis_name, donate_argnums=self._donate)
-
-
-def _take_apart(state: TrainState) -> tuple[Any, Any]:
-    """What a step changes (and may donate), and what it only reads."""
-    moving = (state.step, state.trainable, state.opt_state)
-    return moving, (state.frozen, state.key)
+        return leaves, metrics
 
 
 def _named_sharding(x: Any) -> NamedSharding | None:

@@ -90,7 +90,7 @@ def test_step_equals_a_step_by_hand():
         total, count = loss_fn(dense, batch, None)[0]
         return total / count
 
-    loss, grads = jax.value_and_grad(by_hand)(half)
+    loss, grads = jax.jit(jax.value_and_grad(by_hand))(half)
     want = jax.tree.map(lambda p, g: p - 0.5 * g, half, grads)
     state = jt.TrainState.create(params, optax.sgd(0.5))
     state, metrics = jt.make_train_step(loss_fn, optax.sgd(0.5))(state, batch)
@@ -138,9 +138,7 @@ def test_without_donation_the_old_state_can_be_used_again():
     same_bits(step(state, make_batch())[0], step(state, make_batch())[0])
 
 
-@pytest.mark.parametrize(
-    "tx", [optax.adam(0.1), optax.contrib.schedule_free_sgd(0.1), optax.lion(0.1)]
-)
+@pytest.mark.parametrize("tx", [optax.contrib.schedule_free_sgd(0.1), optax.lion(0.1)])
 def test_optimisers_that_keep_the_parameters_can_be_donated(tx):
     sgd_run(tx=tx, n=2)
 
@@ -186,7 +184,7 @@ def test_options_out_of_range(options, words):
 # -- accumulation and weights ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 8])
+@pytest.mark.parametrize("accumulate", [4, 8])
 def test_accumulation_equals_the_big_batch_with_uneven_padding(accumulate):
     whole, one = sgd_run(clip_norm=0.1)
     parts, two = sgd_run(clip_norm=0.1, accumulate=accumulate)
@@ -377,6 +375,13 @@ def test_the_optimiser_is_told_the_loss():
     sgd_run(tx=tx)
 
 
+def test_an_optimiser_that_changes_its_states_structure_is_named():
+    tx = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (g, (1,)))
+    state = jt.TrainState.create(lora_params(), tx)
+    with pytest.raises(jlora.StructureError, match="another structure than it was"):
+        jt.make_train_step(loss_fn, tx)(state, make_batch())
+
+
 def test_groups_of_leaves_by_label():
     params = lora_params()
     labels = jlora.split(jlora.labels(params))[0]
@@ -421,8 +426,9 @@ def mesh():
     return Mesh(np.array(jax.devices()[:4]), ("data",))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("spec", [P(), P(None, "data")], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    ("spec", "accumulate"), [(P(), 1), (P(), 2), (P(None, "data"), 1)]
+)
 def test_sharded_jit_equals_one_device(mesh, accumulate, spec):
     want, _ = sgd_run(clip_norm=0.1)
     params = lora_params()
@@ -449,8 +455,9 @@ def test_sharded_jit_equals_one_device(mesh, accumulate, spec):
     assert_close(got, want.params["query"]["kernel"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("check_vma", "accumulate"), [(True, 1), (True, 2), (False, 2)]
+)
 def test_shard_map_equals_one_device(mesh, check_vma, accumulate):
     want, one = sgd_run(clip_norm=0.1)
     tx = optax.sgd(0.5)
@@ -538,7 +545,7 @@ def reference(logits, labels, mask, eps, z):
     return jnp.sum(jnp.where(mask > 0, nll * mask, 0))
 
 
-@pytest.mark.parametrize(("eps", "z"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1)])
+@pytest.mark.parametrize(("eps", "z"), [(0.0, 0.0), (0.1, 0.5)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_cross_entropy_and_its_gradient(getkey, eps, z, dtype):
     logits = (3 * jax.random.normal(getkey(), (3, 5, V))).astype(dtype)

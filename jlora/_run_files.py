@@ -147,10 +147,13 @@ def _is_earlier(place: Path, config: Mapping[str, Any]) -> bool:
 class Checkpoints:
     """A folder of training states by step, of which the last and the best are kept.
 
-    >>> with Checkpoints("run", keep_last=3, keep_best=1) as checkpoints:
-    ...     if checkpoints.latest_step() is not None:
-    ...         state, position = checkpoints.restore(state)
-    ...     checkpoints.save(state, data_position=position, metrics={"loss": 1.2})
+    A training script that goes on where it stopped:
+
+        with Checkpoints("run", keep_last=3, keep_best=1) as checkpoints:
+            if checkpoints.latest_step() is not None:
+                state, position = checkpoints.restore(state)
+            ...
+            checkpoints.save(state, data_position=position, metrics={"loss": 1.2})
 
     Args:
       directory: the folder, one subfolder a step.

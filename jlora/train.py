@@ -1,10 +1,16 @@
 """Training: the state, the jitted step, evaluation, and the checks around them.
 
+>>> def loss_fn(params, batch, key):
+...     return jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2)
 >>> tx = optax.adamw(1e-4)
->>> state = TrainState.create(jlora.lorafy(params), tx, jax.random.key(0))
->>> step = make_train_step(loss_fn, tx, accumulate=4, clip_norm=1.0)
->>> for batch in batches:
+>>> params = lorafy({"kernel": jnp.ones((3, 2))}, rank=1, targets=["kernel"])
+>>> state = TrainState.create(params, tx, jax.random.key(0))
+>>> step = make_train_step(loss_fn, tx, accumulate=2, clip_norm=1.0)
+>>> batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))}
+>>> for _ in range(3):
 ...     state, metrics = step(state, batch)
+>>> int(state.step), sorted(metrics)
+(3, ['grad_norm', 'loss', 'nonfinite', 'weight'])
 
 `loss_fn(params, batch, key)` is written for plain parameters; the step wraps it in
 `jlora.lora`. Only the trainable leaves are differentiated, clipped and optimised.

@@ -195,3 +195,69 @@ def test_unknown_domains_and_splits_are_rejected():
 def test_prompts_end_in_a_space():
     assert _corpus.PROMPT == "translate German to English: "
     assert _corpus.REVERSE_PROMPT == "translate English to German: "
+
+
+# ---------------------------------------------------------- the embedded checkpoint
+
+
+def test_the_checkpoint_is_complete_and_small():
+    sizes = {file: (CHECKPOINT / file).stat().st_size for file in FILES}
+    assert sum(sizes.values()) <= 6_000_000
+    assert "dtype" in (CHECKPOINT / "config.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_tokenizer_round_trips_the_corpus(tokenizer, domain):
+    sentences = [s for pair in pairs(domain, "test", 200) for s in pair]
+    ids = tokenizer(sentences)["input_ids"]
+    assert all(row[-1] == tokenizer.eos_token_id == 1 for row in ids)
+    assert not any(tokenizer.unk_token_id in row for row in ids)
+    assert tokenizer.pad_token_id == 0
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == sentences
+
+
+def test_tokenizer_spells_what_it_does_not_know(tokenizer):
+    sentence = "Xaver mag Zwiebeln!"
+    ids = tokenizer(sentence)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == sentence
+
+
+def test_the_base_translates_home_and_not_travel(tokenizer):
+    models = pytest.importorskip("jlora.models")
+    sacrebleu = pytest.importorskip("sacrebleu")
+    model, params = models.load(CHECKPOINT)
+    scores = {}
+    for domain in DOMAINS:
+        test = pairs(domain, "test", 60)
+        prompts = [_corpus.PROMPT + pair.de for pair in test]
+        read = tokenizer(
+            prompts, padding="max_length", max_length=40, return_tensors="np"
+        )
+        out = models.generate(
+            model,
+            params,
+            read["input_ids"],
+            read["attention_mask"],
+            max_new_tokens=32,
+        )
+        said = tokenizer.batch_decode(out.tolist(), skip_special_tokens=True)
+        references = [[pair.en for pair in test]]
+        scores[domain] = sacrebleu.corpus_bleu(said, references).score
+    assert scores["home"] > 60
+    assert scores["travel"] < 30
+
+
+def test_glossary_has_words_and_no_sentences():
+    for domain in DOMAINS:
+        words = _corpus.glossary(domain)
+        assert len(set(words)) == len(words) > 300
+        assert not any(" " in pair.de or pair.de[-1] in ".?" for pair in words)
+    assert ("Häfen", "harbours") in _corpus.glossary("travel")
+    assert ("ankommt", "arrives") in _corpus.glossary("travel")

@@ -17,7 +17,6 @@ from jlora._errors import StructureError as StructureError
 from jlora._errors import TargetError as TargetError
 from jlora._errors import UnmergedError as UnmergedError
 from jlora._errors import UnsupportedOpError as UnsupportedOpError
-from jlora._lorafy import Target as Target
 from jlora._lorafy import lorafy as lorafy
 from jlora._lowrank import Adapter as Adapter
 from jlora._lowrank import Full as Full
@@ -34,6 +33,7 @@ from jlora._summary import Summary as Summary
 from jlora._summary import summary as summary
 from jlora._survey import Survey as Survey
 from jlora._survey import survey as survey
+from jlora._targets import Target as Target
 from jlora._transform import lora as lora
 
 __version__ = "0.1.0"

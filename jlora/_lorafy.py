@@ -4,60 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jlora import _init, _paths
-from jlora._errors import DtypeError, JloraWarning, ShapeError, TargetError
+from jlora._errors import ShapeError, TargetError
 from jlora._lowrank import Adapter, Dims, Full, LowRank, is_node, new_adapter
-from jlora._paths import Coverage, Hit, path_str
+from jlora._paths import Hit, path_str
 from jlora._rules.layout import factor_spec
+from jlora._targets import (
+    Bias,
+    Choice,
+    Target,
+    Targets,
+    check_float,
+    check_survey,
+    choose,
+    trained,
+)
 
 if TYPE_CHECKING:
     from jlora._survey import Survey
 
 Tree = Any
-Bias = Literal["none", "lora_only", "all"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """Settings of one target; None takes what `lorafy` was given.
-
-    Attributes:
-      rank: r.
-      alpha: the scale's numerator.
-      dropout: probability of dropping an input of the adapter.
-      init: `"default"`, `"gaussian"`, `"embedding"`, or a function
-        `(key, a_shape, b_shape, fan_in, dtype) -> (a, b)`.
-      in_axes, out_axes, batch_axes: the kernel's axes, where neither a survey nor the
-        naming conventions tell them. Give `in_axes` and the rest follow: axes named
-        nowhere are outputs.
-    """
-
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    init: str | _init.Initializer | None = None
-    in_axes: Dims | None = None
-    out_axes: Dims | None = None
-    batch_axes: Dims = ()
-
-
-Targets = str | Sequence[str] | Mapping[str, Target]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """One adapter to make: on which leaf, by which entry, with which settings."""
-
-    hit: Hit
-    target: Target
 
 
 def lorafy(
@@ -122,10 +95,9 @@ def lorafy(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
     }
     _check_settings(dropout, bias)
-    _check_survey(survey, leaves)
-    excluded = _matches(exclude, leaves, "exclude")
-    chosen = _choose(targets, leaves, excluded, survey)
-    full = _trained(train, bias, leaves, chosen)
+    check_survey(survey, leaves)
+    chosen = choose(targets, leaves, exclude, survey)
+    full = trained(train, bias, leaves, chosen)
     key = jax.random.key(0) if key is None else key
 
     def place(path: Any, leaf: Any) -> Any:
@@ -150,161 +122,6 @@ def _check_settings(dropout: float, bias: str) -> None:
         raise TargetError(f"bias={bias!r}; it is 'none', 'lora_only' or 'all'.")
 
 
-def _check_survey(survey: Survey | None, leaves: Mapping[str, Any]) -> None:
-    """A survey of another tree would leave the axes to the naming conventions."""
-    if survey is None:
-        return
-    unknown = [p for p in leaves if not survey.knows(p)]
-    if unknown:
-        raise TargetError(
-            f"the survey does not know {len(unknown)} of {len(leaves)} leaves, "
-            f"{unknown[0]!r} first; it knows {next(iter(survey.leaves), None)!r}.\n"
-            "Survey the very tree that you lorafy: survey(fn, params, ...) and "
-            "lorafy(params, ...); wrap fn if it takes {'params': params}."
-        )
-
-
-# -- which leaves ----------------------------------------------------------------------
-
-
-def _choose(
-    targets: Targets, leaves: Mapping[str, Any], excluded: set[str], survey: Any
-) -> dict[str, list[_Choice]]:
-    """The adapters to make, by leaf."""
-    chosen: dict[str, list[_Choice]] = {}
-    reports: list[Coverage] = []
-    for entry, target, hits in _entry_hits(targets, leaves, survey):
-        kernels = _kernels_of(entry, hits, leaves, survey)
-        # What is excluded was meant to be missed, so it counts as covered.
-        reports += _paths.coverage(entry, [h.path for h in kernels], list(leaves))
-        kernels = [hit for hit in kernels if hit.path not in excluded]
-        if not kernels:
-            raise TargetError(
-                f"targets: everything that {entry!r} hits is in exclude.\nTake one of "
-                "the two out."
-            )
-        for hit in kernels:
-            if isinstance(leaves[hit.path], LowRank):
-                raise TargetError(
-                    f"the kernel {hit.path!r} has an adapter already.\nLorafy the "
-                    "plain parameters, or fold the adapter in first: "
-                    "jlora.merge(params)."
-                )
-            others = chosen.setdefault(hit.path, [])
-            if not any(c.hit.part == hit.part or c.hit.part is None for c in others):
-                others.append(_Choice(hit, target))
-    for report in reports:
-        warnings.warn(
-            f"targets: {report}. If that is meant, name the blocks in the entry; the "
-            "missed ones train nothing.",
-            JloraWarning,
-            stacklevel=3,
-        )
-    return chosen
-
-
-def _entry_hits(
-    targets: Targets, leaves: Mapping[str, Any], survey: Any
-) -> Iterable[tuple[str, Target, list[Hit]]]:
-    """Each entry of `targets` with its settings and its hits, checked to be some."""
-    all_linear = set(_all_linear(leaves, survey)) if targets == "all-linear" else set()
-    match: Callable[[str, str], Hit | None]
-    entries: Iterable[tuple[str, Target]]
-    if isinstance(targets, str):
-        entries, match = [(targets, Target())], _paths.match_regex
-        if targets == "all-linear":
-            match = lambda _, path: Hit(path) if path in all_linear else None  # noqa: E731
-    elif isinstance(targets, Mapping):
-        entries, match = targets.items(), _paths.match_pattern
-    else:
-        entries, match = [(entry, Target()) for entry in targets], _paths.match_entry
-    for entry, target in entries:
-        hits = [h for path in leaves if (h := match(entry, path)) is not None]
-        if not hits:
-            raise TargetError(_nothing_hit("targets", entry, leaves))
-        yield entry, target, hits
-
-
-def _all_linear(leaves: Mapping[str, Any], survey: Any) -> list[str]:
-    if survey is not None:
-        return survey.matmul_kernels()
-    names = [n for n in _paths.KERNEL_NAMES if n not in _paths.EMBEDDING_NAMES]
-    return [p for p in leaves if p.rpartition("/")[2] in names and _ndim(leaves[p]) > 1]
-
-
-def _kernels_of(
-    entry: str, hits: list[Hit], leaves: Mapping[str, Any], survey: Any
-) -> list[Hit]:
-    """The hits that can carry an adapter."""
-
-    def is_kernel(hit: Hit) -> bool:
-        if survey is not None:
-            return survey.is_kernel(hit.path)
-        named = hit.whole or hit.path.rpartition("/")[2] in _paths.KERNEL_NAMES
-        return named and _ndim(leaves[hit.path]) > 1
-
-    kernels = [hit for hit in hits if is_kernel(hit)]
-    if kernels:
-        return kernels
-    shown = ", ".join(f"{h.path} {_shape(leaves[h.path])}" for h in hits[:4])
-    raise TargetError(
-        f"targets: {entry!r} hits no kernel, only {shown}.\nAdapters go on arrays that "
-        "are contracted with an input. To train a leaf as it is, name it in "
-        "train=[...]; a kernel under an unusual name needs its whole path, or a survey."
-    )
-
-
-def _nothing_hit(argument: str, entry: str, leaves: Mapping[str, Any]) -> str:
-    near = "\n".join(f"  {path}" for path in _paths.nearest(entry, leaves))
-    return (
-        f"{argument}: {entry!r} hits nothing in this tree of {len(leaves)} leaves.\n"
-        f"The nearest paths:\n{near}\nAn entry of a list matches whole path segments; "
-        "a plain string is a regular expression for the whole path."
-    )
-
-
-def _matches(
-    entries: Sequence[str], leaves: Mapping[str, Any], argument: str
-) -> set[str]:
-    """The leaves that a list of entries hits; each entry must hit something."""
-    if isinstance(entries, str):
-        raise TargetError(f"{argument}={entries!r}: pass a list, [{entries!r}].")
-    found: set[str] = set()
-    for entry in entries:
-        hits = {p for p in leaves if _paths.match_pattern(entry, p) is not None}
-        if not hits:
-            raise TargetError(_nothing_hit(argument, entry, leaves))
-        found |= hits
-    return found
-
-
-def _trained(
-    train: Sequence[str], bias: Bias, leaves: Mapping[str, Any],
-    chosen: Mapping[str, Any],
-) -> set[str]:  # fmt: skip
-    """The leaves to train as they are."""
-    full = _matches(train, leaves, "train")
-    both = sorted(full & set(chosen))
-    if both:
-        raise TargetError(
-            f"{both[0]!r} is both a target and in train.\nA leaf is adapted or trained "
-            "as it is; take it out of one (exclude=[...] takes it out of targets)."
-        )
-    if bias != "none":
-        adapted = {_paths.module_of(path) for path in chosen}
-        biases = {
-            p for p in leaves
-            if p.rpartition("/")[2] in ("bias", "b")
-            and (bias == "all" or _paths.module_of(p) in adapted)
-        }  # fmt: skip
-        if not biases:
-            raise TargetError(f"bias={bias!r}, but the layers in question have none.")
-        full |= biases
-    for path in full:
-        _check_float(path, leaves[path])
-    return full
-
-
 # -- one adapter -----------------------------------------------------------------------
 
 
@@ -319,10 +136,10 @@ class _Axes:
 
 
 def _make_adapter(
-    path: str, leaf: Any, choice: _Choice, base: Target, key: Any, rslora: bool,
+    path: str, leaf: Any, choice: Choice, base: Target, key: Any, rslora: bool,
     dtype: Any, survey: Any,
 ) -> Adapter:  # fmt: skip
-    _check_float(path, leaf)
+    check_float(path, leaf)
     axes = _axes(path, leaf, choice.target, survey)
     settings = _merged_target(choice.target, base)
     starts, shape = _part_window(path, leaf, choice.hit, axes)
@@ -465,22 +282,3 @@ def _check_rank(path: str, rank: Any, ins: Dims, outs: Dims) -> int:
             "jlora.Target(rank=...)}."
         )
     return rank
-
-
-def _check_float(path: str, leaf: Any) -> None:
-    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        kind = getattr(leaf, "dtype", type(leaf).__name__)
-        raise DtypeError(
-            f"the leaf {path!r} {_shape(leaf)} is {kind}; only floating-point leaves "
-            "can be adapted or trained.\nTake it out of targets or train."
-        )
-    if 0 in leaf.shape:
-        raise ShapeError(f"the leaf {path!r} {_shape(leaf)} is empty.")
-
-
-def _ndim(leaf: Any) -> int:
-    return len(getattr(leaf, "shape", ()))
-
-
-def _shape(leaf: Any) -> str:
-    return str(tuple(getattr(leaf, "shape", ())))

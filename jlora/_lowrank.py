@@ -18,11 +18,11 @@ or touching one small factor, and a contraction needs no fixed layout.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import (
     Callable,
     Collection,
     Hashable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -139,19 +139,35 @@ class Adapter:
         out = widen(spread(out, labels, dims), starts, shape)
         return jnp.broadcast_to(out, shape)
 
+    @functools.cached_property
+    def static(self) -> tuple[Any, ...]:
+        """Everything that is not an array."""
+        return tuple(getattr(self, n) for n in _STATIC)
+
+    # A jitted step flattens the whole tree at each call, so this is kept lean.
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Children; the rest is static."""
+        return (self.a, self.b, self.scale, self.key), self.static
+
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Children by name; the rest is static."""
-        children = [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in _ARRAYS]
-        return children, tuple(getattr(self, n) for n in _STATIC)
+        """Children by name."""
+        children, static = self.tree_flatten()
+        return list(zip(_KEYS, children, strict=True)), static
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> Adapter:
-        """Inverse of `tree_flatten_with_keys`; checks nothing, as JAX asks."""
-        return cls(*children, *static)
+        """Inverse of `tree_flatten`; checks nothing, as JAX asks."""
+        adapter = object.__new__(cls)  # a frozen dataclass sets each field slowly
+        adapter.__dict__.update(
+            zip(_FIELDS, (*children, *static), strict=True), static=static
+        )
+        return adapter
 
 
 _ARRAYS = ("a", "b", "scale", "key")
-_STATIC = tuple(f.name for f in dataclasses.fields(Adapter))[len(_ARRAYS) :]
+_KEYS = tuple(jax.tree_util.GetAttrKey(n) for n in _ARRAYS)
+_FIELDS = tuple(f.name for f in dataclasses.fields(Adapter))
+_STATIC = _FIELDS[len(_ARRAYS) :]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -229,34 +245,42 @@ class LowRank:
         """Indexing's way in, refused for the same reason."""
         return self.__jax_array__()
 
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+    def tree_flatten(self) -> tuple[Any, Any]:
         """Base first; the unnamed adapter's factors directly under the node."""
-        attr = jax.tree_util.GetAttrKey
-        children: list[Any] = [(attr("base"), self.base)]
+        children: list[Any] = [self.base]
         static: list[Any] = []
         for name, adapter in self.adapters.items():
             if name:
-                children.append((attr(name), adapter))
+                children.append(adapter)
                 static.append((name, None))
             else:
-                inline, meta = adapter.tree_flatten_with_keys()
+                inline, meta = adapter.tree_flatten()
                 children.extend(inline)
                 static.append((name, meta))
         return children, (self.path, tuple(static))
 
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Children by name."""
+        children, static = self.tree_flatten()
+        keys: list[Any] = [jax.tree_util.GetAttrKey("base")]
+        for name, _ in static[1]:
+            keys += [jax.tree_util.GetAttrKey(name)] if name else _KEYS
+        return list(zip(keys, children, strict=True)), static
+
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> LowRank:
-        """Inverse of `tree_flatten_with_keys`."""
+        """Inverse of `tree_flatten`."""
         path, metas = static
         base, *rest = children
-        feed: Iterator[Any] = iter(rest)
-        adapters = {}
+        adapters, at = {}, 0
         for name, meta in metas:
             if name:
-                adapters[name] = next(feed)
+                adapters[name] = rest[at]
+                at += 1
             else:
-                arrays = [next(feed) for _ in _ARRAYS]
-                adapters[name] = Adapter.tree_unflatten(meta, arrays)
+                end = at + len(_ARRAYS)
+                adapters[name] = Adapter.tree_unflatten(meta, rest[at:end])
+                at = end
         return cls(base, adapters, path)
 
 

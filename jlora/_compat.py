@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax._src import source_info_util
 from jax.extend import core as jex
 
 Atom = Any
@@ -41,19 +42,12 @@ def rebind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
 
 
 def source_of(eqn: Eqn) -> str:
-    """The user's line behind an equation, or an empty string."""
-    try:
-        from jax._src import source_info_util
-
-        return source_info_util.summarize(eqn.source_info)
-    except (ImportError, AttributeError):
-        return ""
+    """The user's line behind an equation."""
+    return source_info_util.summarize(eqn.source_info)
 
 
 def eqn_context(eqn: Eqn) -> Any:
     """The context an equation was traced in (name scopes, compute_on, metadata)."""
-    from jax._src import source_info_util
-
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return _Contexts(
         source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),

@@ -73,7 +73,7 @@ def lora(
             out, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
             return out
 
-        operands = [leaves[i] for i in traced]
+        operands = jax.tree.map(_as_jax, [leaves[i] for i in traced])
         jaxpr = jax.make_jaxpr(flat)(*[_dense(x) for x in operands])
         out = Replay(on_missing).replay(jaxpr, operands)
         return jax.tree.unflatten(out_tree, out)
@@ -106,6 +106,11 @@ def _stop(x: Any) -> Any:
 
 def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | LowRank)
+
+
+def _as_jax(x: Any) -> Any:
+    """NumPy arrays in JAX's dtypes, as tracing sees them: int64 ids become int32."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def _dense(x: Any) -> Any:

@@ -90,6 +90,41 @@ def test_fully_trained_leaves_are_plain_inside():
     assert_close(got, apply(jlora.merge(tree), x), rtol=1e-4, atol=1e-4)
 
 
+def test_numpy_parameters_and_inputs():
+    params = {"query": np.ones((7, 5)), "n": np.arange(3)}  # float64, int64
+    tree = randomise(jlora.lorafy(params, R, ["query"]), jax.random.key(1))
+    f = lambda p, ids: jnp.take(p["query"], ids, axis=0) + p["n"][ids][:, None]
+    ids = np.array([2, 0])
+    got = jlora.lora(f)(tree, ids)
+    want = f(jax.tree.map(jnp.asarray, jlora.merge(tree)), ids)
+    assert_close(got, want, **TOL[jnp.float32])
+
+
+def test_effects_inside_the_function_stay(capfd):
+    w = lowrank(jax.random.key(0), (7, 5))
+
+    def f(w, x):
+        jax.debug.print("x sums to {}", jnp.sum(x))
+        return x @ w
+
+    jax.block_until_ready(jax.jit(jlora.lora(f))(w, jnp.ones((3, 7))))
+    jax.effects_barrier()
+    assert "x sums to 21" in capfd.readouterr().out
+
+
+def test_forward_mode_and_gradients_inside():
+    apply, params, x = net()
+    tree = tree_of(params)
+    half, frozen = jlora.split(tree)
+    f = lambda t: jlora.lora(apply)(jlora.combine(t, frozen), x)
+    g = lambda t: apply(jlora.merge(jlora.combine(t, frozen)), x)
+    got, want = (jax.jvp(h, (half,), (half,))[1] for h in (f, g))
+    assert_close(got, want, rtol=1e-3, atol=1e-4)
+    slope = lambda p, x: jax.grad(lambda x: jnp.sum(jnp.sin(apply(p, x))))(x)
+    got, want = jlora.lora(slope)(tree, x), slope(jlora.merge(tree), x)
+    assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
 def test_unknown_on_missing_is_refused():
     with pytest.raises(ValueError, match="materialize"):
         jlora.lora(lambda x: x, on_missing="merge")

@@ -19,16 +19,7 @@ from jax import lax
 from jlora import _compat
 from jlora._compat import Eqn, rebind
 from jlora._errors import ShapeError
-from jlora._lowrank import (
-    RANK,
-    Adapter,
-    Array,
-    LowRank,
-    align,
-    contract,
-    spread,
-    widen,
-)
+from jlora._lowrank import Adapter, Array, LowRank, contract, spread, widen
 from jlora._rules._table import Run, rule
 
 Label = Any  # an int names a kernel dimension, ("x", i) an axis that only x has
@@ -154,5 +145,3 @@ def drop_inputs(run: Run, w: LowRank, t: Adapter, x: Array) -> Array:
     keep = jax.random.bernoulli(key, 1.0 - t.dropout, x.shape)
     return jnp.where(keep, x / (1.0 - t.dropout), 0).astype(x.dtype)
 
-
-__all__ = ["RANK", "align", "check_axes", "dot_general", "drop_inputs"]

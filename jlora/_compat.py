@@ -2,7 +2,7 @@
 
 JAX keeps no promise for the parameters of its higher-order primitives, so they are
 read here, and only here, into small records the rules understand. Written for and
-tested with JAX 0.10 and 0.11.
+tested with JAX 0.10, 0.11 and 0.12.
 """
 
 from __future__ import annotations

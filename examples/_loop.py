@@ -40,7 +40,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """Training was asked to stop, and saved."""
+    """Training was asked to stop, and saved; the message says where."""
 
 
 @dataclasses.dataclass
@@ -52,14 +52,12 @@ class Progress:
       seconds: time spent on training so far, validation included.
       best_loss: the lowest validation loss.
       best_step: where it was.
-      compilations: programs compiled for the training step.
     """
 
     step: int = 0
     seconds: float = 0.0
     best_loss: float = math.inf
     best_step: int = 0
-    compilations: int = 0
 
 
 def loss_fn(model: Any, params: Tree, batch: Arrays, key: Any = None) -> Any:
@@ -202,10 +200,9 @@ class Loop:
                 if stopped or p.step % every == 0 or last:
                     now = time.perf_counter()
                     p.seconds, clock = p.seconds + now - clock, now
-                    p.compilations += self.step.cache_size()
                     self.save()
                 if stopped and not last:
-                    raise Interrupted
+                    raise Interrupted(f"step {p.step} of {self.total}")
 
     def log(self, out: dict[str, Any], rate: float, bar: tqdm) -> None:
         """Write a step's metrics, and show them on the bar."""

@@ -6,11 +6,14 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from _data import direction
 
 from jlora import DataError
 
@@ -91,13 +94,14 @@ def _number(kind: type, least: float, open_: bool = False) -> Callable[[str], An
     """A parser of numbers that are at least so large, or larger."""
 
     def parse(text: str) -> Any:
+        name = "a whole number" if kind is int else "a number"
         bound = f"{'above' if open_ else 'at least'} {least:g}"
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or not (value > least if open_ else value >= least):
-            name = "a whole number" if kind is int else "a number"
+            value = math.nan
+        enough = value > least if open_ else value >= least
+        if not (enough and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bound}")
         return value
 
@@ -143,7 +147,7 @@ def parser(description: str) -> Parser:
 
     add = p.add_argument_group("adapter").add_argument
     add("--rank", type=COUNT, default=8, help="r (8)")
-    add("--alpha", type=POSITIVE, help="the scale is alpha/r (alpha = r)")
+    add("--alpha", type=POSITIVE, help="the scale is alpha/r (2r)")
     add(
         "--targets",
         nargs="+",
@@ -154,7 +158,7 @@ def parser(description: str) -> Parser:
     add("--full", action="store_true", help="train every weight, for comparison")
 
     add = p.add_argument_group("training").add_argument
-    add("--batch-size", type=COUNT, default=64, help="pairs a step (64)")
+    add("--batch-size", type=COUNT, default=32, help="pairs a step (32)")
     add("--accumulate", type=COUNT, default=1, help="parts a batch is cut into (1)")
     add("--epochs", type=POSITIVE, help="passes over the training pairs (3)")
     add("--steps", type=COUNT, help="optimiser steps, instead of --epochs")
@@ -165,7 +169,7 @@ def parser(description: str) -> Parser:
         default="cosine",
         help="how the rate falls to 0 after the warm-up (cosine)",
     )
-    add("--warmup", type=NATURAL, default=50, help="steps of warm-up (50)")
+    add("--warmup", type=NATURAL, default=20, help="steps of warm-up (20)")
     add("--weight-decay", type=AMOUNT, default=0.0, help="AdamW's (0)")
     add("--clip", type=AMOUNT, default=1.0, help="gradient norm; 0 is off (1)")
     add(
@@ -174,7 +178,7 @@ def parser(description: str) -> Parser:
         default="float32",
         help="what the model computes in; adapters stay float32 (float32)",
     )
-    add("--buckets", type=COUNT, default=4, help="shapes of batches (4)")
+    add("--buckets", type=COUNT, default=3, help="shapes of batches (3)")
     add("--seed", type=NATURAL, default=0, help="adapters, data order, dropout (0)")
 
     add = p.add_argument_group("evaluation").add_argument
@@ -218,6 +222,11 @@ def _saved(settings: Settings) -> dict[str, Any]:
             f"{settings.folder} holds no run to resume ({SETTINGS} is missing).\n"
             "Start one without --resume."
         )
+    if not (settings.folder / STATE).is_dir():
+        raise DataError(
+            f"the run in {settings.folder} stopped before its first step; nothing was "
+            "saved yet.\nStart it again with --overwrite."
+        )
     return json.loads(file.read_text())
 
 
@@ -235,6 +244,7 @@ def _check_same(settings: Settings, saved: dict[str, Any]) -> None:
 
 def _check(s: Settings) -> None:
     """Refuse options that do not go together."""
+    direction(s.direction)
     if s.dropout >= 1:
         raise DataError(f"--dropout {s.dropout:g}: it is a probability, below 1.")
     if s.steps is not None and s.epochs is not None:

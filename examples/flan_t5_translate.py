@@ -61,7 +61,7 @@ import jlora
 from jlora import models
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny-t5-de-en"
-EMBEDDED_PAIRS = 6_000
+EMBEDDED_PAIRS = 4_000
 SAMPLES = 8
 
 Tree = Any
@@ -182,7 +182,7 @@ def adapt(params: Tree, s: Settings) -> Tree:
         params,
         rank=s.rank,
         targets="all-linear" if all_linear else s.targets,
-        alpha=s.alpha,
+        alpha=2.0 * s.rank if s.alpha is None else s.alpha,
         key=jax.random.key(s.seed),
         exclude=head,
         dropout=s.dropout,
@@ -260,7 +260,8 @@ class Agreement:
 def compare(task: Task, tree: Tree, merged: Tree) -> Agreement:
     """Run a batch of the first test through both models."""
     batches = next(iter(task.tests.values()))
-    arrays = batches.arrays(batches.plan()[0])
+    batch = batches.plan()[0]
+    arrays, rows = batches.arrays(batch), len(batch.rows)
 
     def logits(params: Tree) -> jax.Array:
         labels = models.shift_right(jnp.asarray(arrays["labels"]), task.model.config)
@@ -275,8 +276,8 @@ def compare(task: Task, tree: Tree, merged: Tree) -> Agreement:
     return Agreement(
         float(abs(one - two).max()),
         float(abs(one).max()),
-        int(same.all(axis=-1).sum()),
-        len(same),
+        int(same[:rows].all(axis=-1).sum()),
+        rows,
     )
 
 
@@ -286,9 +287,9 @@ def compare(task: Task, tree: Tree, merged: Tree) -> Agreement:
 def run(s: Settings) -> None:
     """Load, train, compare, save, report."""
     began = time.perf_counter()
-    corpus = load_corpus(s)
     model, params, tokenizer = load_model(s)
     tree = adapt(params, s)
+    corpus = load_corpus(s)
     claim_folder(s)
     task = prepare(s, corpus, model, tokenizer)
     loop = Loop(s, model, tree, task.train, task.valid, task.metrics)
@@ -346,9 +347,9 @@ def training_facts(
         ),
         ("best validation loss", f"{p.best_loss:.4f}, step {p.best_step}"),
         (
-            "shapes",
-            f"{len(task.train.shapes)} buckets, {loop.step.cache_size()} programs "
-            "compiled for the training step",
+            "shapes of batches",
+            f"{loop.step.cache_size()} compiled for the training step, of "
+            f"{len(task.train.shapes)} buckets by length",
         ),
     ]
 
@@ -391,8 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jlora.LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Interrupted:
-        print(f"Stopped and saved. To continue:\n  {resume_command(settings)}")
+    except Interrupted as place:
+        print(f"Stopped and saved after {place}. To continue:")
+        print(f"  {resume_command(settings)}")
         return 130
     except KeyboardInterrupt:
         print("\nStopped outside of training.", file=sys.stderr)

@@ -20,6 +20,7 @@ from jlora._compat import Eqn, Jaxpr
 from jlora._lowrank import Dims, is_node
 from jlora._merge import table
 from jlora._paths import path_str
+from jlora._rules.experts import is_plain
 from jlora._rules.layout import reshape_groups
 
 Tree = Any
@@ -356,6 +357,9 @@ def _use(eqn: Eqn, number: int, place: _Place, operands: list[Places]) -> Use:
     others = [places for i, places in enumerate(operands) if i != number]
     if name == "dot_general" and not any(others):
         return _matmul(eqn, number, place)
+    if name == "ragged_dot_general" and number == 1 and is_plain(eqn.params):
+        flops = 2 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[1]
+        return _kernel_use(eqn, "matmul", place, (1,), (0,), flops)
     if name == "gather" and number == 0:
         return _lookup(eqn, place)
     if name == "conv_general_dilated" and number == 1:

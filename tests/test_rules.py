@@ -61,6 +61,16 @@ def test_expert_kernels_have_an_adapter_each(getkey, equation):
     check(lambda w, x: jnp.einsum(equation, x, w), w, x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ragged_dot(getkey, dtype):
+    w = lowrank(getkey(), (3, 7, 5), batch_axes=(0,), in_axes=(1,), dtype=dtype)
+    x = normal(getkey(), 11, 7, dtype=dtype)
+    sizes = jnp.array([4, 0, 7])
+    check(lambda w, x: lax.ragged_dot(x, w, sizes), w, x, dtype=dtype)
+    survey = jlora.survey(lambda w, x: lax.ragged_dot(x, w, sizes), w.base, x)
+    assert survey.axes("") == ((1,), (2,), (0,), False)
+
+
 def test_mixed_precision_keeps_the_base_dtype(getkey):
     w = lowrank(getkey(), (7, 5), dtype=jnp.bfloat16)
     x = normal(getkey(), 3, 7, dtype=jnp.bfloat16)

@@ -6,7 +6,16 @@ again (a transposed kernel) or dense (a product). Only the replay loop decides w
 happens to what no rule takes.
 """
 
-from jlora._rules import control, conv, custom, elementwise, gather, layout, matmul
+from jlora._rules import (
+    control,
+    conv,
+    custom,
+    elementwise,
+    experts,
+    gather,
+    layout,
+    matmul,
+)
 from jlora._rules._table import RULES, Run
 
 __all__ = [
@@ -16,6 +25,7 @@ __all__ = [
     "conv",
     "custom",
     "elementwise",
+    "experts",
     "gather",
     "layout",
     "matmul",

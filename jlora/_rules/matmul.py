@@ -144,4 +144,3 @@ def drop_inputs(run: Run, w: LowRank, t: Adapter, x: Array) -> Array:
     key = jax.random.fold_in(key, run.use_number(w.path))
     keep = jax.random.bernoulli(key, 1.0 - t.dropout, x.shape)
     return jnp.where(keep, x / (1.0 - t.dropout), 0).astype(x.dtype)
-

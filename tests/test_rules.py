@@ -211,6 +211,22 @@ def test_gather_out_of_bounds_is_the_base_functions(getkey):
     assert_close(jlora.lora(f)(w), f(w.merged()), **TOL[jnp.float32])
 
 
+@pytest.mark.parametrize("ids_shape", [(4,), (2, 3)])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_gather_along_a_stack_gives_adapted_kernels(getkey, ids_shape, batch):
+    """A kernel for each token, each with its own adapter."""
+    shape, ins = ((3, 7, 5), 1) if batch == 0 else ((7, 3, 5), 0)
+    w = lowrank(getkey(), shape, batch_axes=(batch,), in_axes=(ins,))
+    ids = jax.random.randint(getkey(), ids_shape, 0, 3)
+    x = normal(getkey(), *ids_shape, 7)
+
+    def f(w, x, ids):
+        each = jnp.moveaxis(jnp.take(w, ids, axis=batch), -2 if ins else 0, -2)
+        return jnp.einsum("...i,...io->...o", x, each)
+
+    check(f, w, x, ids)
+
+
 def test_tied_table_is_one_adapter(getkey):
     w = lowrank(getkey(), (11, 5))
     ids = jnp.array([[1, 3, 2]])

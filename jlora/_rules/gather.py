@@ -1,51 +1,83 @@
 """`gather` from an adapted table: embedding lookups, `jnp.take`, `W[ids]`.
 
-(W + s·A·B)[ids] = W[ids] + s·A[ids]·B
+    (W + s·A·B)[ids] = W[ids] + s·A[ids]·B
+
+Looking up along a stack (`experts[ids]`) gives kernels, not activations: each with its
+own factors.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
 
 from jlora._compat import Eqn, rebind
-from jlora._lowrank import Adapter, Array, LowRank, contract, spread
+from jlora._lowrank import RANK, Adapter, Array, Dims, LowRank, contract, spread
 from jlora._rules._table import Run, rule
+
+Label = Any  # an int names a kernel dimension, ("i", k) the k-th axis of the indices
 
 
 @rule("gather")
 def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Rows of a low-rank table, dense: the product with `b` follows the lookup."""
     w, indices = args
-    numbers = eqn.params["dimension_numbers"]
+    p = eqn.params
+    numbers = p["dimension_numbers"]
     if not isinstance(w, LowRank) or numbers.operand_batching_dims:
         return NotImplemented
-    sizes = eqn.params["slice_sizes"]
-    touched = {d for d in range(w.ndim) if sizes[d] != w.shape[d]}
+    touched = {d for d in range(w.ndim) if p["slice_sizes"][d] != w.shape[d]}
     touched |= {*numbers.start_index_map, *numbers.collapsed_slice_dims}
     adapters = list(w.adapters.values())
-    if not all(t.covers(w.shape) and _looks_up(t, touched) for t in adapters):
+    if not all(t.covers(w.shape) for t in adapters):
+        return NotImplemented
+    order = _output_order(w, numbers, indices.ndim - 1)
+    if all(touched <= set(t.both) and t.key is None for t in adapters):
+        (base,) = rebind(eqn, [w.base, indices])
+        return [w.map(base, lambda t: _kernels(t, indices, p, order))]
+    if not all(touched <= set(t.a_only) or touched <= set(t.b_only) for t in adapters):
         return NotImplemented
     (out,) = rebind(eqn, [w.base, indices])
-    for adapter in adapters:
-        term = _term(w, adapter, indices, eqn.params, touched)
-        out = out + term.astype(out.dtype)
+    for t in adapters:
+        out = out + _rows(w, t, indices, p, touched, order).astype(out.dtype)
     return [out]
 
 
-def _looks_up(t: Adapter, touched: set[int]) -> bool:
-    """Whether the lookup concerns one factor only."""
-    return touched <= set(t.a_only) or touched <= set(t.b_only)
-
-
-def _term(
-    w: LowRank, t: Adapter, indices: Array, p: dict[str, Any], touched: set[int]
-) -> Array:
+def _rows(
+    w: LowRank, t: Adapter, indices: Array, p: Any, touched: set[int],
+    order: list[Label],
+) -> Array:  # fmt: skip
+    """`s·A[ids]·B`, or `s·A·B[ids]` where the lookup is along outputs."""
     first, second = (t.a, t.a_dims), (t.b, t.b_dims)
     if touched <= set(t.b_only):
         first, second = second, first
-    table, dims = first
+    rows, labels = _look_up(*first, indices, p)
+    rows = rows * spread(t.scale, t.s_dims, labels)
+    factor, dims = second
+    low, labels = contract(
+        rows.astype(w.dtype), labels, factor.astype(w.dtype), dims, set(order)
+    )
+    return spread(low, labels, order)
+
+
+def _kernels(t: Adapter, indices: Array, p: Any, order: list[Label]) -> Adapter:
+    """The term of each kernel that is looked up, on the result's dimensions."""
+
+    def one(x: Array, dims: Dims) -> tuple[Array, Dims]:
+        x, labels = _look_up(x, dims, indices, p)
+        return x, tuple(n if n == RANK else order.index(n) for n in labels)
+
+    # It covers the whole table, so it covers what is looked up: no window.
+    return dataclasses.replace(t.map(one), starts=(0,) * len(order))
+
+
+def _look_up(
+    x: Array, dims: Dims, indices: Array, p: Any
+) -> tuple[Array, Sequence[Label]]:
+    """The kernel's lookup done to one factor: `[*indices, *what is left of it]`."""
     numbers = p["dimension_numbers"]
     window = [d for d in dims if d not in numbers.collapsed_slice_dims]
     ids = [("i", k) for k in range(indices.ndim - 1)]
@@ -53,35 +85,29 @@ def _term(
     def axes(ds: Any) -> tuple[int, ...]:
         return tuple(dims.index(d) for d in ds)
 
-    rows = lax.gather(
-        table,
+    found = lax.gather(
+        x,
         indices,
         lax.GatherDimensionNumbers(
             offset_dims=tuple(range(len(ids), len(ids) + len(window))),
             collapsed_slice_dims=tuple(sorted(axes(numbers.collapsed_slice_dims))),
             start_index_map=axes(numbers.start_index_map),
         ),
-        [p["slice_sizes"][d] if d >= 0 else t.rank for d in dims],
+        [p["slice_sizes"][d] if d >= 0 else x.shape[dims.index(d)] for d in dims],
         unique_indices=p["unique_indices"],
         indices_are_sorted=p["indices_are_sorted"],
         mode=p["mode"],
         # Where the lookup is out of bounds the base already holds the fill value.
         fill_value=0,
     )
-    labels = (*ids, *window)
-    rows = rows * spread(t.scale, t.s_dims, labels)
-    order = _output_order(w, numbers, ids)
-    low, low_labels = contract(
-        rows.astype(w.dtype), labels, second[0].astype(w.dtype), second[1], set(order)
-    )
-    return spread(low, low_labels, order)
+    return found, [*ids, *window]
 
 
-def _output_order(w: LowRank, numbers: Any, ids: list[Any]) -> list[Any]:
+def _output_order(w: LowRank, numbers: Any, index_axes: int) -> list[Label]:
     """The labels of the gather's output, axis by axis."""
     window = [d for d in range(w.ndim) if d not in numbers.collapsed_slice_dims]
-    feed, rest = iter(window), iter(ids)
+    feed, rest = iter(window), iter(range(index_axes))
     return [
-        next(feed) if axis in numbers.offset_dims else next(rest)
-        for axis in range(len(window) + len(ids))
+        next(feed) if axis in numbers.offset_dims else ("i", next(rest))
+        for axis in range(len(window) + index_axes)
     ]

@@ -197,6 +197,7 @@ class Loop:
                     self.log(out, meter.read(), bar)
                 if p.step % every == 0 or last:
                     self.validate()
+                    meter = Meter()  # validation is not counted as training
                 if stopped or p.step % every == 0 or last:
                     now = time.perf_counter()
                     p.seconds, clock = p.seconds + now - clock, now

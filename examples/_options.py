@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -201,16 +202,36 @@ def read_settings(argv: Sequence[str], description: str) -> Settings:
         a folder with another run, or none to resume.
     """
     p = parser(description)
-    settings = Settings(**vars(p.parse_args(argv)))
+    settings = _resolved(Settings(**vars(p.parse_args(argv))))
     if settings.resume:
         saved = _saved(settings)
         p.set_defaults(**saved)
-        settings = Settings(**vars(p.parse_args(argv)))
+        settings = _resolved(Settings(**vars(p.parse_args(argv))))
         _check_same(settings, saved)
     _check(settings)
     if settings.output is None:
         settings = dataclasses.replace(settings, output=str(_free_folder()))
     return settings
+
+
+def _resolved(s: Settings) -> Settings:
+    """Make paths absolute, so that a run can be resumed from any folder."""
+
+    def one(name: str | None) -> str | None:
+        # What exists nowhere here may be a name on the hub.
+        path = Path(name).expanduser() if name is not None else None
+        return str(path.resolve()) if path is not None and path.exists() else name
+
+    files = {
+        name: None if paths is None else [one(path) for path in paths]
+        for name, paths in (("train", s.train), ("valid", s.valid), ("test", s.test))
+    }
+    changes: dict[str, Any] = {
+        **files,
+        "model": one(s.model),
+        "dataset": one(s.dataset),
+    }
+    return dataclasses.replace(s, **changes)
 
 
 def _saved(settings: Settings) -> dict[str, Any]:
@@ -306,4 +327,5 @@ def _clear(folder: Path) -> None:
 
 def resume_command(settings: Settings) -> str:
     """Return the command that continues the run."""
-    return f"python {sys.argv[0]} --output {settings.folder} --resume"
+    words = ["python", sys.argv[0], "--output", str(settings.folder), "--resume"]
+    return shlex.join(words)

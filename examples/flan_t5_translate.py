@@ -35,13 +35,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _data
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _batches import Batches, Shape, encode, shapes_for
 from _bleu import Score, Translator, score
-from _data import Pair
+from _data import direction
 from _loop import Interrupted, Loop
 from _options import (
     ADAPTER,
@@ -56,24 +55,15 @@ from _options import (
     resume_command,
 )
 from _report import Metrics, human_bytes, plot_loss, size_of, write_report
+from _splits import Corpus, load_corpus
 
 import jlora
 from jlora import models
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny-t5-de-en"
-EMBEDDED_PAIRS = 4_000
 SAMPLES = 8
 
 Tree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Sentence pairs; of several tests the first is what the run is about."""
-
-    train: list[Pair]
-    valid: list[Pair]
-    tests: dict[str, list[Pair]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,63 +82,6 @@ class Task:
     def model(self) -> Any:
         """The Flax module."""
         return self.translator.model
-
-
-# ---------------------------------------------------------------------------- the data
-
-
-def load_corpus(s: Settings) -> Corpus:
-    """Read the sentence pairs that the settings name."""
-    if s.train is None and s.dataset is None:
-        corpus = generated_corpus(s)
-    else:
-        corpus = read_corpus(s)
-    tests = {name: pairs[: s.test_size] for name, pairs in corpus.tests.items()}
-    train = _data.subset(corpus.train, s.train_size, s.seed)
-    return Corpus(train, corpus.valid[: s.valid_size], tests)
-
-
-def read_corpus(s: Settings) -> Corpus:
-    """Read files, or a dataset from the hub or a folder."""
-    read = partial(_read, direction=_data.direction(s.direction), s=s)
-    if s.dataset is not None:
-        limits = (s.train_size, None, None)
-        train, valid, test = (
-            read(_data.Rows(s.dataset, s.config, split, limit=limit, seed=s.seed))
-            for split, limit in zip(s.splits, limits, strict=True)
-        )
-        return Corpus(train, valid, {"test": test})
-    train = read(_data.source_of(s.train or []))
-    if s.test is not None:
-        test = read(_data.source_of(s.test))
-    else:
-        train, test = _data.hold_out(train, s.test_size, s.seed)
-    if s.valid is not None:
-        valid = read(_data.source_of(s.valid))
-    else:
-        train, valid = _data.hold_out(train, s.valid_size, s.seed)
-    return Corpus(train, valid, {"test": test})
-
-
-def _read(source: _data.Source, direction: _data.Direction, s: Settings) -> list[Pair]:
-    # The hub's corpora hold a few empty lines, which nobody can mend.
-    skip_empty = s.skip_empty or s.dataset is not None
-    return source.read(direction, skip_empty=skip_empty)
-
-
-def generated_corpus(s: Settings) -> Corpus:
-    """Generate the domain `travel` to learn, and a test of `home` to remember."""
-    from _corpus import pairs
-
-    way = _data.direction(s.direction)
-
-    def draw(domain: Any, split: Any, n: int) -> list[Pair]:
-        drawn = pairs(domain, split, n, s.seed)
-        return [Pair(getattr(p, way.source), getattr(p, way.target)) for p in drawn]
-
-    tests = {name: draw(name, "test", s.test_size) for name in ("travel", "home")}
-    train = draw("travel", "train", s.train_size or EMBEDDED_PAIRS)
-    return Corpus(train, draw("travel", "validation", s.valid_size), tests)
 
 
 # ----------------------------------------------------------------------- model and task
@@ -191,7 +124,7 @@ def adapt(params: Tree, s: Settings) -> Tree:
 
 def prepare(s: Settings, corpus: Corpus, model: Any, tokenizer: Any) -> Task:
     """Tokenise everything and cut it into batches of few shapes."""
-    prompt = _data.direction(s.direction).prompt
+    prompt = direction(s.direction).prompt
     longest = Shape(s.max_source_length, s.max_target_length)
     tokenise = partial(encode, tokenizer, prompt=prompt, longest=longest)
     train, valid = tokenise(corpus.train), tokenise(corpus.valid)
@@ -323,7 +256,8 @@ def score_facts(
             f"BLEU, {name}",
             f"{one.bleu:.1f} before, {after[name].bleu:.1f} after "
             f"({after[name].bleu - one.bleu:+.1f}; {len(one.outputs)} sentences, "
-            f"decoded in {one.seconds:.1f} s and {after[name].seconds:.1f} s)",
+            f"decoded in {one.seconds:.1f} s and {after[name].seconds:.1f} s, "
+            "compilation included)",
         )
         for name, one in before.items()
     ]
@@ -333,8 +267,13 @@ def training_facts(
     task: Task, loop: Loop, summary: jlora.Summary
 ) -> list[tuple[str, str]]:
     """Return what is to be said of the training."""
-    p = loop.progress
+    p, s = loop.progress, task.settings
+    way = "every weight" if s.full else f"rank {s.rank} on {' '.join(s.targets)}"
     return [
+        (
+            "settings",
+            f"{way}; {s.schedule} schedule from {s.learning_rate:g}, {s.precision}",
+        ),
         (
             "trainable parameters",
             f"{summary.trainable:,} ({summary.fraction:.2%} of {summary.total:,})",

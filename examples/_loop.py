@@ -52,12 +52,16 @@ class Progress:
       seconds: time spent on training so far, validation included.
       best_loss: the lowest validation loss.
       best_step: where it was.
+      loss, labels: the sum of the losses since the last line of the log, and of how
+        many labels.
     """
 
     step: int = 0
     seconds: float = 0.0
     best_loss: float = math.inf
     best_step: int = 0
+    loss: float = 0.0
+    labels: float = 0.0
 
 
 def loss_fn(model: Any, params: Tree, batch: Arrays, key: Any = None) -> Any:
@@ -126,7 +130,7 @@ def stop_signals() -> Iterator[list[int]]:
         yield seen
     finally:
         for name, handler in before.items():
-            signal.signal(name, handler)
+            signal.signal(name, handler or signal.SIG_DFL)
 
 
 class Loop:
@@ -156,6 +160,7 @@ class Loop:
         self.valid_step = make_eval_step(lambda p, batch: {"loss": loss(p, batch)})
         self.state = TrainState.create(tree, tx, jax.random.key(s.seed))
         self.progress = Progress()
+        self.pending: list[dict[str, Any]] = []
 
     @property
     def folder(self) -> Path:
@@ -170,6 +175,7 @@ class Loop:
 
     def save(self) -> None:
         """Save what resuming needs."""
+        self.collect()
         data = dataclasses.asdict(self.progress)
         checkpoint.save_state(self.folder / STATE, self.state, data_position=data)
 
@@ -189,12 +195,13 @@ class Loop:
             clock, meter = time.perf_counter(), Meter()
             for batch in batches:
                 self.state, out = self.step(self.state, batch)
+                self.pending.append(out)
                 p.step += 1
                 meter.add(batch)
                 bar.update()
                 last = p.step == self.total
                 if p.step % LOG_EVERY == 0 or last:
-                    self.log(out, meter.read(), bar)
+                    self.log(out["learning_rate"], meter.read(), bar)
                 if p.step % every == 0 or last:
                     self.validate()
                     meter = Meter()  # validation is not counted as training
@@ -205,20 +212,34 @@ class Loop:
                 if stopped and not last:
                     raise Interrupted(f"step {p.step} of {self.total}")
 
-    def log(self, out: dict[str, Any], rate: float, bar: tqdm) -> None:
-        """Write a step's metrics, and show them on the bar."""
-        if out["nonfinite"]:
-            raise jlora.NonFiniteError(
-                f"step {self.progress.step}: the loss is {float(out['loss'])}, the "
-                f"gradient's norm {float(out['grad_norm'])}.\nTry a lower --lr, or "
-                "--precision float32."
-            )
-        names = ("loss", "grad_norm", "learning_rate")
-        row = {name: float(out[name]) for name in names}
+    def collect(self) -> None:
+        """Read the metrics of the steps that were only dispatched so far."""
+        p = self.progress
+        for out in self.pending:
+            loss, labels = float(out["loss"]), float(out["weight"])
+            if out["nonfinite"]:
+                raise jlora.NonFiniteError(
+                    f"up to step {p.step}: the loss is {loss}, the gradient's norm "
+                    f"{float(out['grad_norm'])}.\nTry a lower --lr, or --precision "
+                    "float32."
+                )
+            p.loss, p.labels = p.loss + loss * labels, p.labels + labels
+        self.pending.clear()
+
+    def log(self, learning_rate: Any, rate: float, bar: tqdm) -> None:
+        """Write the mean loss since the last line, and show it on the bar."""
+        self.collect()
+        p = self.progress
+        loss = p.loss / p.labels
+        p.loss = p.labels = 0.0
         self.metrics.write(
-            "train", step=self.progress.step, **row, tokens_per_second=round(rate)
+            "train",
+            step=p.step,
+            loss=loss,
+            learning_rate=float(learning_rate),
+            tokens_per_second=round(rate),
         )
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
 
     def validate(self) -> None:
         """Measure the loss on the validation pairs, and keep the best adapter."""

@@ -129,7 +129,7 @@ def parser(description: str) -> Parser:
         nargs=3,
         default=["train", "validation", "test"],
         metavar=("TRAIN", "VALID", "TEST"),
-        help="the dataset's splits (%(default)s)",
+        help="the dataset's splits (train validation test)",
     )
     for name in ("train", "valid", "test"):
         add(
@@ -142,7 +142,11 @@ def parser(description: str) -> Parser:
     add("--train-size", type=COUNT, help="train on so many pairs (all)")
     add("--valid-size", type=COUNT, default=500, help="pairs for the loss (500)")
     add("--test-size", type=COUNT, default=500, help="pairs for BLEU, the first (500)")
-    add("--skip-empty", action="store_true", help="leave out pairs with an empty side")
+    add(
+        "--skip-empty",
+        action="store_true",
+        help="leave out pairs with an empty side (--dataset always does)",
+    )
     add("--max-source-length", type=COUNT, default=128, help="tokens (128)")
     add("--max-target-length", type=COUNT, default=128, help="tokens (128)")
 

@@ -9,7 +9,8 @@ On what: without arguments, on a T5 of 1.2 M parameters that lies beside this fi
 a generated corpus of German and English. The model translates sentences about home and
 garden well and hardly any about ships and travel; the adapter teaches it those.
 
-How long: about 100 seconds on two CPU cores, no connection needed.
+How long: a minute on two CPU cores, no connection needed. BLEU on sentences of travel
+that it never saw rises from 21 to 61.
 
     python examples/flan_t5_translate.py
 
@@ -38,7 +39,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _batches import Batches, Shape, encode, shapes_for
+from _batches import IGNORED, Batches, Shape, encode, shapes_for
 from _bleu import Score, Translator, score
 from _data import direction
 from _loop import Interrupted, Loop
@@ -171,7 +172,7 @@ class Agreement:
     """How alike the merged and the unmerged model are.
 
     Attributes:
-      logits: the largest absolute difference of a logit.
+      logits: the largest absolute difference of a logit, padding left out.
       largest: the largest absolute logit.
       same: sentences whose greedy tokens are equal.
       sentences: how many were compared.
@@ -202,7 +203,8 @@ def compare(task: Task, tree: Tree, merged: Tree) -> Agreement:
         return task.model.apply({"params": params}, ids, mask, labels)
 
     run = jax.jit(jlora.lora(logits))
-    one, two = (np.asarray(run(p), np.float32) for p in (tree, merged))
+    real = arrays["labels"] != IGNORED  # not the padding
+    one, two = (np.asarray(run(p), np.float32)[real] for p in (tree, merged))
     same = task.translator.tokens(tree, arrays) == task.translator.tokens(
         merged, arrays
     )

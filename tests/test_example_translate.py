@@ -205,9 +205,10 @@ def test_a_second_signal_interrupts_at_once():
 def test_a_loss_that_is_not_finite_stops_the_run():
     loop = object.__new__(_loop.Loop)
     loop.progress = _loop.Progress(step=12)
-    out = {"nonfinite": True, "loss": np.nan, "grad_norm": np.inf}
-    with pytest.raises(jlora.NonFiniteError, match=r"step 12: the loss is nan"):
-        loop.log(out, 0.0, None)
+    out = {"nonfinite": True, "loss": np.nan, "grad_norm": np.inf, "weight": 1}
+    loop.pending = [out]
+    with pytest.raises(jlora.NonFiniteError, match="step 12: the loss is nan"):
+        loop.collect()
 
 
 # --------------------------------------------------------------------- your own corpus

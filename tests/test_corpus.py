@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import sacrebleu
+import transformers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -12,6 +14,8 @@ import _corpus  # noqa: E402
 import _grammar  # noqa: E402
 from _corpus import DOMAINS, SPLITS, pairs  # noqa: E402
 from _grammar import Clause, Modal, Phrase, Place, Pronoun  # noqa: E402
+
+from jlora import models  # noqa: E402
 
 CHECKPOINT = EXAMPLES / "assets" / "tiny-t5-de-en"
 FILES = (
@@ -208,7 +212,6 @@ def test_the_checkpoint_is_complete_and_small():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
 
 
@@ -230,8 +233,6 @@ def test_tokenizer_spells_what_it_does_not_know(tokenizer):
 
 
 def test_the_base_translates_home_and_not_travel(tokenizer):
-    models = pytest.importorskip("jlora.models")
-    sacrebleu = pytest.importorskip("sacrebleu")
     model, params = models.load(CHECKPOINT)
     scores = {}
     for domain in DOMAINS:

@@ -67,7 +67,7 @@ def load(
     folder = _folder(source)
     raw = read_json(folder / "config.json")
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
-    other_head = head is not None or num_labels is not None
+    given_head = head is not None or num_labels is not None
     raw = _hf_head.chosen(family, raw, head, num_labels)
     with TensorFolder(folder) as tensors:
         config = family.config.from_dict(raw)
@@ -75,8 +75,10 @@ def load(
         config = family.settle(config, raw, tensors.names, tensors.read)
         model = family.model(config=config)
         abstract = family.abstract_params(model)
-        new = _new_leaves(tensors, family, model, abstract, key) if other_head else {}
-        params = _fill(tensors, family, config, abstract, dtype, new, other_head)
+        new: dict[str, jax.Array] = {}
+        if given_head:
+            new = _new_leaves(tensors, family, model, abstract, key)
+        params = _fill(tensors, family, config, abstract, dtype, new)
     if new:
         _hf_head.report(folder, {path: leaf.shape for path, leaf in new.items()})
     if compute_dtype is None:
@@ -120,8 +122,13 @@ def _folder(source: str | Path) -> Path:
 def _new_leaves(
     tensors: TensorFolder, family: Family, model: Any, abstract: Params, key: Any
 ) -> dict[str, jax.Array]:
-    """Return what the chosen head needs and `tensors` lack, newly initialised."""
+    """Return what the chosen head needs and `tensors` lack, newly initialised.
+
+    What `tensors` hold of another head is hidden.
+    """
     names = names_of(family, abstract)
+    aliases = family.aliases(model.config)
+    _hf_head.hide_others(tensors, family, {n.name for n in names.values()} | {*aliases})
     leaves = jax.tree.leaves(abstract)
     shapes = {path: leaf.shape for path, leaf in zip(names, leaves, strict=True)}
     absent = _hf_head.absent(tensors, family, names, shapes)
@@ -135,15 +142,14 @@ def _fill(
     abstract: Params,
     dtype: Any,
     new: Mapping[str, jax.Array],
-    other_head: bool,
 ) -> Params:
-    """Return `abstract` with every leaf read from `tensors` or taken from `new`.
+    """Return `abstract` with every leaf taken from `new` or read from `tensors`.
 
-    Nothing is left over, but for the head that `other_head` takes the place of.
+    Nothing is left over.
     """
     names = names_of(family, abstract)
     read = {path: name for path, name in names.items() if path not in new}
-    _check_names(tensors, family, config, names, read, other_head)
+    _check_names(tensors, family, config, names, read)
     leaves, treedef = jax.tree.flatten(abstract)
     filled: dict[str, jax.Array] = {}
     shapes = {path: leaf.shape for path, leaf in zip(names, leaves, strict=True)}
@@ -164,14 +170,11 @@ def _check_names(
     config: Any,
     names: dict[str, TensorName],
     read: dict[str, TensorName],
-    other_head: bool,
 ) -> None:
     wanted = {name.name for name in names.values()}
     aliases = family.aliases(config)
     missing = {name.name for name in read.values()} - tensors.names
     unknown = tensors.names - wanted - set(aliases) - family.unused
-    if other_head:
-        unknown = {name for name in unknown if not family.is_head(_path(name))}
     if missing or unknown:
         lines = [f"{tensors.folder} does not fit the model in its config.json."]
         if missing:
@@ -188,10 +191,6 @@ def _check_names(
                 f"{tensors.where(alias)}: {alias} must equal {name}, and does not.\n"
                 "The model holds one tensor for both; the checkpoint is of another."
             )
-
-
-def _path(name: str) -> tuple[str, ...]:
-    return tuple(name.split("."))
 
 
 def _check_shape(

@@ -36,6 +36,12 @@ def chosen(
     return family.with_head(raw, head, num_labels)
 
 
+def hide_others(tensors: TensorFolder, family: Family, wanted: set[str]) -> None:
+    """Hide the tensors of a head that the chosen one takes the place of."""
+    others = tensors.names - wanted
+    tensors.rename({name: None for name in others if family.is_head(_path(name, "."))})
+
+
 def absent(
     tensors: TensorFolder,
     family: Family,
@@ -51,8 +57,12 @@ def absent(
     return {
         path
         for path, name in names.items()
-        if family.is_head(tuple(path.split("/"))) and not held(path, name)
+        if family.is_head(_path(path, "/")) and not held(path, name)
     }
+
+
+def _path(name: str, separator: str) -> tuple[str, ...]:
+    return tuple(name.split(separator))
 
 
 def initial(

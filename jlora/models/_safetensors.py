@@ -98,18 +98,19 @@ class TensorFolder:
           CheckpointError: two tensors would get one name.
         """
         file_of: dict[str, str] = {}
-        for held, file in self._file_of.items():
-            name = spelling.get(held, held)
+        held_as: dict[str, str] = {}
+        for old, file in self._file_of.items():
+            name = spelling.get(old, old)
+            if name is None:
+                continue
+            held = self._held_as.get(old, old)
             if name in file_of:
-                both = sorted((held, self._held_as.get(name, name)))
                 raise CheckpointError(
-                    f"{self.folder} holds both {both[0]} and {both[1]}, two spellings "
-                    "of one tensor.\nRemove the one that does not belong."
+                    f"{self.folder} holds both {held_as[name]} and {held}, two "
+                    "spellings of one tensor.\nRemove the one that does not belong."
                 )
-            if name is not None:
-                file_of[name] = file
-                self._held_as[name] = held
-        self._file_of = file_of
+            file_of[name], held_as[name] = file, held
+        self._file_of, self._held_as = file_of, held_as
 
     def where(self, name: str) -> str:
         """Return the path of the file that holds a tensor."""

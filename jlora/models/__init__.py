@@ -14,6 +14,12 @@ from jlora.models._generate import generate as generate
 from jlora.models._generate import generate_with as generate_with
 from jlora.models._hf import load as load
 from jlora.models._hf_save import save as save
+from jlora.models.bert import Bert as Bert
+from jlora.models.bert import BertClassifier as BertClassifier
+from jlora.models.bert import BertConfig as BertConfig
+from jlora.models.bert import BertMaskedLM as BertMaskedLM
+from jlora.models.bert import label_loss as label_loss
+from jlora.models.bert import mean_pool as mean_pool
 from jlora.models.t5 import T5 as T5
 from jlora.models.t5 import T5Config as T5Config
 from jlora.models.t5 import shift_right as shift_right

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
+from jlora.models import _bert_files
+from jlora.models._bert_config import BertConfig, with_head
+from jlora.models.bert import with_its_head
 from jlora.models.t5 import T5, T5Config, generation
 
 Path = tuple[str, ...]
@@ -49,23 +52,34 @@ class Family:
       model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
       init_args: what `model.init` takes after the key, at the smallest shapes.
       tensor_name: the file's name for the leaf at a path.
-      generation: a model's two functions for `jlora.models.generate`.
+      generation: a model's two functions for `jlora.models.generate`; `None` where
+        the model generates nothing.
       aliases: names that files may hold besides, and the tensor each must equal.
       unused: names that files may hold although the model never reads them.
       settle: corrects a configuration by what the file holds; it gets the
         configuration, the parsed `config.json`, the file's names and a reader.
+      spelling: what the names in a file are called here, where that differs from file
+        to file; `None` for those never read.
+      with_head: changes a parsed `config.json` to another head and number of labels;
+        `None` where there is no choice.
+      is_head: whether a path leads to what another head may lack or leave.
     """
 
     config: type[Config]
     model: Callable[..., Any]
     init_args: tuple[Any, ...]
     tensor_name: Callable[[Path], TensorName]
-    generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]]
+    generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
     settle: Callable[[Any, Mapping[str, Any], set[str], Read], Any] = (
         lambda config, raw, names, read: config
     )
+    spelling: Callable[[Any, set[str]], Mapping[str, str | None]] = (
+        lambda config, names: {}
+    )
+    with_head: Callable[..., dict[str, Any]] | None = None
+    is_head: Callable[[Path], bool] = lambda path: False
 
     def abstract_params(self, model: Any) -> dict[str, Any]:
         """Return the parameter tree as shapes and dtypes; nothing is computed."""
@@ -115,7 +129,22 @@ def _t5_settle(
 
 _IDS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
+_ENCODER = Family(
+    config=BertConfig,
+    model=with_its_head,
+    init_args=(_IDS,),
+    tensor_name=dotted_name,
+    generation=None,
+    aliases=_bert_files.aliases,
+    settle=_bert_files.settle,
+    spelling=_bert_files.spelling,
+    with_head=with_head,
+    is_head=_bert_files.is_head,
+)
+
 FAMILIES: dict[str, Family] = {
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
     "t5": Family(
         config=T5Config,
         model=T5,

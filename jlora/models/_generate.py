@@ -115,8 +115,10 @@ def generate(
       ShapeError: `input_ids` and `attention_mask` are not alike or not `[B, S]`.
       DataError: an id beyond the vocabulary.
       DtypeError: `input_ids` are no integers.
-      StructureError: settings that exclude each other, or sampling without a key.
+      StructureError: settings that exclude each other, sampling without a key, or a
+        model that generates nothing.
     """
+    encode, decode = functions_of(model)
     config = dataclasses.replace(config or GenerationConfig(), **settings)
     own = model.config
     _check_ids(input_ids, own.vocab_size)
@@ -124,7 +126,6 @@ def generate(
         config = dataclasses.replace(config, eos_token_id=own.eos_token_id)
     if config.pad_token_id is None:
         config = dataclasses.replace(config, pad_token_id=own.pad_token_id)
-    encode, decode = functions_of(model)
     return generate_with(
         encode,
         decode,
@@ -156,6 +157,11 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
 def functions_of(model: Any) -> tuple[Encode, Decode]:
     """Return a model's two functions, the same objects at every call."""
     family = family_of(model.config.to_dict()["model_type"], repr(type(model)))
+    if family.generation is None:
+        raise StructureError(
+            f"{type(model).__name__} is an encoder and generates no tokens.\nCall it "
+            "with model.apply."
+        )
     return family.generation(model)
 
 

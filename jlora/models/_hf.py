@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
+from jlora.models import _hf_head
 from jlora.models._families import Family, TensorName, family_of
 from jlora.models._safetensors import TensorFolder, listed, read_json
 
@@ -32,7 +33,13 @@ TOKENIZER_FILES = (
 
 
 def load(
-    source: str | Path, dtype: Any = None, *, compute_dtype: Any = None
+    source: str | Path,
+    dtype: Any = None,
+    *,
+    compute_dtype: Any = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[Any, Params]:
     """Return the model and the parameters of a Hugging Face checkpoint.
 
@@ -42,6 +49,13 @@ def load(
       dtype: the parameters' dtype; `None` keeps the file's.
       compute_dtype: what the model computes in; `None` is bfloat16 where the
         parameters are, float32 otherwise (T5 overflows in float16).
+      head: of BERT and RoBERTa, `"base"` (hidden states), `"classification"` or
+        `"masked_lm"`, whatever head the checkpoint was saved with; `None` takes that
+        one. What the head needs and the checkpoint lacks is newly initialised, and a
+        warning lists it.
+      num_labels: outputs of the classification head; `None` takes config.json's.
+        Where the checkpoint's head has another number, its last layer is made anew.
+      key: for what is newly initialised; `None` is `jax.random.key(0)`.
 
     Returns:
       A Flax module, and its parameters for `model.apply({"params": params}, ...)`.
@@ -53,11 +67,20 @@ def load(
     folder = _folder(source)
     raw = read_json(folder / "config.json")
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
+    given_head = head is not None or num_labels is not None
+    raw = _hf_head.chosen(family, raw, head, num_labels)
     with TensorFolder(folder) as tensors:
         config = family.config.from_dict(raw)
+        tensors.rename(family.spelling(config, tensors.names))
         config = family.settle(config, raw, tensors.names, tensors.read)
-        abstract = family.abstract_params(family.model(config=config))
-        params = _fill(tensors, family, config, abstract, dtype)
+        model = family.model(config=config)
+        abstract = family.abstract_params(model)
+        new: dict[str, jax.Array] = {}
+        if given_head:
+            new = _new_leaves(tensors, family, model, abstract, key)
+        params = _fill(tensors, family, config, abstract, dtype, new)
+    if new:
+        _hf_head.report(folder, {path: leaf.shape for path, leaf in new.items()})
     if compute_dtype is None:
         bf16 = all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
         compute_dtype = jnp.bfloat16 if bf16 else jnp.float32
@@ -96,30 +119,61 @@ def _folder(source: str | Path) -> Path:
         ) from error
 
 
-def _fill(
-    tensors: TensorFolder, family: Family, config: Any, abstract: Params, dtype: Any
-) -> Params:
-    """Return `abstract` with every leaf read from `tensors`, and nothing left over."""
+def _new_leaves(
+    tensors: TensorFolder, family: Family, model: Any, abstract: Params, key: Any
+) -> dict[str, jax.Array]:
+    """Return what the chosen head needs and `tensors` lack, newly initialised.
+
+    What `tensors` hold of another head is hidden.
+    """
     names = names_of(family, abstract)
-    _check_names(tensors, family, config, names)
+    aliases = family.aliases(model.config)
+    _hf_head.hide_others(tensors, family, {n.name for n in names.values()} | {*aliases})
+    leaves = jax.tree.leaves(abstract)
+    shapes = {path: leaf.shape for path, leaf in zip(names, leaves, strict=True)}
+    absent = _hf_head.absent(tensors, family, names, shapes)
+    return _hf_head.initial(family, model, absent, key) if absent else {}
+
+
+def _fill(
+    tensors: TensorFolder,
+    family: Family,
+    config: Any,
+    abstract: Params,
+    dtype: Any,
+    new: Mapping[str, jax.Array],
+) -> Params:
+    """Return `abstract` with every leaf taken from `new` or read from `tensors`.
+
+    Nothing is left over.
+    """
+    names = names_of(family, abstract)
+    read = {path: name for path, name in names.items() if path not in new}
+    _check_names(tensors, family, config, names, read)
     leaves, treedef = jax.tree.flatten(abstract)
-    pairs = list(zip(names.items(), leaves, strict=True))
-    for (path, name), leaf in pairs:
-        _check_shape(tensors, path, name, leaf.shape)
-    filled = []
-    for (_, name), _ in pairs:
+    filled: dict[str, jax.Array] = {}
+    shapes = {path: leaf.shape for path, leaf in zip(names, leaves, strict=True)}
+    for path, name in read.items():
+        _check_shape(tensors, path, name, shapes[path])
+    for path, name in read.items():
         value = tensors.read(name.name)
         value = value.T if name.transposed else value
-        filled.append(jnp.asarray(value, dtype=dtype or value.dtype))
-    return jax.tree.unflatten(treedef, filled)
+        filled[path] = jnp.asarray(value, dtype=dtype or value.dtype)
+    like = next(iter(filled.values())).dtype
+    filled |= {path: leaf.astype(like) for path, leaf in new.items()}
+    return jax.tree.unflatten(treedef, [filled[path] for path in names])
 
 
 def _check_names(
-    tensors: TensorFolder, family: Family, config: Any, names: dict[str, TensorName]
+    tensors: TensorFolder,
+    family: Family,
+    config: Any,
+    names: dict[str, TensorName],
+    read: dict[str, TensorName],
 ) -> None:
     wanted = {name.name for name in names.values()}
     aliases = family.aliases(config)
-    missing = wanted - tensors.names
+    missing = {name.name for name in read.values()} - tensors.names
     unknown = tensors.names - wanted - set(aliases) - family.unused
     if missing or unknown:
         lines = [f"{tensors.folder} does not fit the model in its config.json."]

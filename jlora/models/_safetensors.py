@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,7 @@ class TensorFolder:
         self.folder = folder
         self._stack = ExitStack()
         self._file_of: dict[str, str] = {}
+        self._held_as: dict[str, str] = {}  # a name here to the file's, where renamed
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> TensorFolder:
@@ -90,13 +91,38 @@ class TensorFolder:
         """The names of all tensors."""
         return set(self._file_of)
 
+    def rename(self, spelling: Mapping[str, str | None]) -> None:
+        """Call tensors by other names from here on; `None` hides one.
+
+        Raises:
+          CheckpointError: two tensors would get one name.
+        """
+        file_of: dict[str, str] = {}
+        held_as: dict[str, str] = {}
+        for old, file in self._file_of.items():
+            name = spelling.get(old, old)
+            if name is None:
+                continue
+            held = self._held_as.get(old, old)
+            if name in file_of:
+                raise CheckpointError(
+                    f"{self.folder} holds both {held_as[name]} and {held}, two "
+                    "spellings of one tensor.\nRemove the one that does not belong."
+                )
+            file_of[name], held_as[name] = file, held
+        self._file_of, self._held_as = file_of, held_as
+
     def where(self, name: str) -> str:
         """Return the path of the file that holds a tensor."""
         return str(self.folder / self._file_of[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
+        file = self._open[self._file_of[name]]
+        return file.get_slice(self._held_as.get(name, name))
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor.
@@ -104,15 +130,15 @@ class TensorFolder:
         Raises:
           CheckpointError: it does not hold floating-point numbers.
         """
-        file = self._open[self._file_of[name]]
-        dtype = file.get_slice(name).get_dtype()
+        dtype = self._slice(name).get_dtype()
         if dtype not in _FLOATS:
             raise CheckpointError(
                 f"{self.where(name)}: {name} is of dtype {dtype}; jlora.models loads "
                 "F64, F32, F16 and BF16.\nQuantised checkpoints need their dense "
                 "original."
             )
-        return file.get_tensor(name)
+        file = self._open[self._file_of[name]]
+        return file.get_tensor(self._held_as.get(name, name))
 
     def _shards(self) -> dict[str, set[str] | None]:
         """Return each file and the names it must hold, or `None` for any."""

@@ -227,7 +227,7 @@ def other_model(folder):
         (cut_index, [INDEX, "cannot be read"]),
         (empty_index, [INDEX, "no weight_map"]),
         (no_config, ["config.json does not exist"]),
-        (other_model, ["'t6'", "Known are t5"]),
+        (other_model, ["'t6'", "Known are", " t5"]),
     ],
 )
 def test_damage_is_named(folder, damage, words):

@@ -12,8 +12,12 @@ The models know nothing of LoRA. `jlora.lora` adapts their pure functions, here 
 from jlora.models._generate import GenerationConfig as GenerationConfig
 from jlora.models._generate import generate as generate
 from jlora.models._generate import generate_with as generate_with
+from jlora.models._gpt2_config import GPT2Config as GPT2Config
 from jlora.models._hf import load as load
 from jlora.models._hf_save import save as save
+from jlora.models._llama_config import LlamaConfig as LlamaConfig
+from jlora.models.gpt2 import GPT2 as GPT2
+from jlora.models.llama import Llama as Llama
 from jlora.models.t5 import T5 as T5
 from jlora.models.t5 import T5Config as T5Config
 from jlora.models.t5 import shift_right as shift_right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora.models.t5 import T5, T5Config, generation
+from jlora.models import _decoder
+from jlora.models import t5 as _t5
+from jlora.models._gpt2_config import GPT2Config
+from jlora.models._llama_config import KINDS, LlamaConfig
+from jlora.models.gpt2 import GPT2
+from jlora.models.llama import Llama
+from jlora.models.t5 import T5, T5Config
 
 Path = tuple[str, ...]
 Read = Callable[[str], np.ndarray]
@@ -51,7 +58,10 @@ class Family:
       tensor_name: the file's name for the leaf at a path.
       generation: a model's two functions for `jlora.models.generate`.
       aliases: names that files may hold besides, and the tensor each must equal.
-      unused: names that files may hold although the model never reads them.
+      unused: names that files may hold although the model never reads them; `*`
+        stands for anything.
+      prefix: begins every name but the head's, and is lacking in files that were
+        saved from the model without its head.
       settle: corrects a configuration by what the file holds; it gets the
         configuration, the parsed `config.json`, the file's names and a reader.
     """
@@ -63,6 +73,7 @@ class Family:
     generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]]
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
+    prefix: str = ""
     settle: Callable[[Any, Mapping[str, Any], set[str], Read], Any] = (
         lambda config, raw, names, read: config
     )
@@ -71,6 +82,35 @@ class Family:
         """Return the parameter tree as shapes and dtypes; nothing is computed."""
         variables = jax.eval_shape(model.init, jax.random.key(0), *self.init_args)
         return variables["params"]
+
+    def ignores(self, name: str) -> bool:
+        """Return whether a file may hold `name` although no leaf is read from it."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
+
+    def as_spelled_in(self, names: set[str]) -> Family:
+        """Return the family with the names of a file: without prefix where it has none.
+
+        >>> bare = FAMILIES["gpt2"].as_spelled_in({"wte.weight", "ln_f.bias"})
+        >>> bare.tensor_name(("transformer", "ln_f", "bias")).name
+        'ln_f.bias'
+        """
+        if not self.prefix or any(name.startswith(self.prefix) for name in names):
+            return self
+
+        def bare_name(path: Path) -> TensorName:
+            name, transposed = self.tensor_name(path)
+            return TensorName(name.removeprefix(self.prefix), transposed)
+
+        def bare_aliases(config: Any) -> dict[str, str]:
+            bare = self.aliases(config).items()
+            return {alias: name.removeprefix(self.prefix) for alias, name in bare}
+
+        return dataclasses.replace(
+            self,
+            tensor_name=bare_name,
+            aliases=bare_aliases,
+            unused=frozenset(name.removeprefix(self.prefix) for name in self.unused),
+        )
 
 
 def dotted_name(path: Path) -> TensorName:
@@ -82,6 +122,24 @@ def dotted_name(path: Path) -> TensorName:
     *parents, last = path
     last_in_file = {"kernel": "weight", "embedding": "weight"}.get(last, last)
     return TensorName(".".join([*parents, last_in_file]), last == "kernel")
+
+
+def _gpt2_name(path: Path) -> TensorName:
+    """Return the name of a GPT-2's tensor: its kernels are stored as [in, out]."""
+    name, transposed = dotted_name(path)
+    return TensorName(name, transposed and path[0] == "lm_head")
+
+
+def _gpt2_aliases(config: GPT2Config) -> dict[str, str]:
+    return _tied_head(config, "transformer.wte.weight")
+
+
+def _llama_aliases(config: LlamaConfig) -> dict[str, str]:
+    return _tied_head(config, "model.embed_tokens.weight")
+
+
+def _tied_head(config: Any, embedding: str) -> dict[str, str]:
+    return {"lm_head.weight": embedding} if config.tie_word_embeddings else {}
 
 
 def _t5_aliases(config: T5Config) -> dict[str, str]:
@@ -116,18 +174,45 @@ def _t5_settle(
 _IDS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        config=GPT2Config,
+        model=GPT2,
+        init_args=(_IDS,),
+        tensor_name=_gpt2_name,
+        generation=_decoder.generation,
+        aliases=_gpt2_aliases,
+        # The causal mask, which older releases saved.
+        unused=frozenset(
+            {"transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"}
+        ),
+        prefix="transformer.",
+    ),
     "t5": Family(
         config=T5Config,
         model=T5,
         init_args=(_IDS, None, _IDS),
         tensor_name=dotted_name,
-        generation=generation,
+        generation=_t5.generation,
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
         unused=frozenset(
             {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
         ),
         settle=_t5_settle,
+    ),
+    **dict.fromkeys(
+        KINDS,
+        Family(
+            config=LlamaConfig,
+            model=Llama,
+            init_args=(_IDS,),
+            tensor_name=dotted_name,
+            generation=_decoder.generation,
+            aliases=_llama_aliases,
+            # Constants, which older releases saved.
+            unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
+            prefix="model.",
+        ),
     ),
 }
 

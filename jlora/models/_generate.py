@@ -123,7 +123,9 @@ def generate(
     if config.eos_token_id is None:
         config = dataclasses.replace(config, eos_token_id=own.eos_token_id)
     if config.pad_token_id is None:
-        config = dataclasses.replace(config, pad_token_id=own.pad_token_id)
+        # Models without a padding token fill up with their end token.
+        pad = config.eos[:1] if own.pad_token_id is None else (own.pad_token_id,)
+        config = dataclasses.replace(config, pad_token_id=next(iter(pad), None))
     encode, decode = functions_of(model)
     return generate_with(
         encode,

@@ -54,6 +54,7 @@ def load(
     raw = read_json(folder / "config.json")
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
     with TensorFolder(folder) as tensors:
+        family = family.as_spelled_in(tensors.names)
         config = family.config.from_dict(raw)
         config = family.settle(config, raw, tensors.names, tensors.read)
         abstract = family.abstract_params(family.model(config=config))
@@ -120,7 +121,8 @@ def _check_names(
     wanted = {name.name for name in names.values()}
     aliases = family.aliases(config)
     missing = wanted - tensors.names
-    unknown = tensors.names - wanted - set(aliases) - family.unused
+    unknown = tensors.names - wanted - set(aliases)
+    unknown = {name for name in unknown if not family.ignores(name)}
     if missing or unknown:
         lines = [f"{tensors.folder} does not fit the model in its config.json."]
         if missing:

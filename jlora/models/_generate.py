@@ -124,8 +124,10 @@ def generate(
         config = dataclasses.replace(config, eos_token_id=own.eos_token_id)
     if config.pad_token_id is None:
         # Models without a padding token fill up with their end token.
-        pad = config.eos[:1] if own.pad_token_id is None else (own.pad_token_id,)
-        config = dataclasses.replace(config, pad_token_id=next(iter(pad), None))
+        pad = own.pad_token_id
+        if pad is None and config.eos:
+            pad = config.eos[0]
+        config = dataclasses.replace(config, pad_token_id=pad)
     encode, decode = functions_of(model)
     return generate_with(
         encode,

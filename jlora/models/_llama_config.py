@@ -220,7 +220,7 @@ class LlamaConfig:
         for name in _OPTIONAL - self.kind.reads:
             del own[name]
         if "layer_types" in self.kind.reads:
-            own["use_sliding_window"] = SLIDING in (self.layer_types or ())
+            own["use_sliding_window"] = self.sliding_window is not None
         head = {"architectures": [self.kind.architecture]}
         whole = {**head, **self.extra, **own, **self.rope.to_dict()}
         return dict(sorted(whole.items()))

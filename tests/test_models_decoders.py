@@ -257,7 +257,6 @@ def test_initial_parameters_train(model):
 
     first, grads = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(first, np.log(29), atol=0.1)
-    # Keys alone have biases that no softmax sees; all else must learn.
     still = [k for k, g in shapes_with(grads) if not np.any(np.asarray(g))]
     assert still == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -11,10 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora.models import _bert_files
+from jlora.models import _bert_files, _decoder
+from jlora.models import t5 as _t5
 from jlora.models._bert_config import BertConfig, with_head
+from jlora.models._gpt2_config import GPT2Config
+from jlora.models._llama_config import KINDS, LlamaConfig
 from jlora.models.bert import with_its_head
-from jlora.models.t5 import T5, T5Config, generation
+from jlora.models.gpt2 import GPT2
+from jlora.models.llama import Llama
+from jlora.models.t5 import T5, T5Config
 
 Path = tuple[str, ...]
 Read = Callable[[str], np.ndarray]
@@ -55,7 +61,8 @@ class Family:
       generation: a model's two functions for `jlora.models.generate`; `None` where
         the model generates nothing.
       aliases: names that files may hold besides, and the tensor each must equal.
-      unused: names that files may hold although the model never reads them.
+      unused: names that files may hold although the model never reads them; `*`
+        stands for anything.
       settle: corrects a configuration by what the file holds; it gets the
         configuration, the parsed `config.json`, the file's names and a reader.
       spelling: what the names in a file are called here, where that differs from file
@@ -86,6 +93,10 @@ class Family:
         variables = jax.eval_shape(model.init, jax.random.key(0), *self.init_args)
         return variables["params"]
 
+    def ignores(self, name: str) -> bool:
+        """Return whether a file may hold `name` although no leaf is read from it."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
+
 
 def dotted_name(path: Path) -> TensorName:
     """Return the name where the tree's path is the file's, up to the last word.
@@ -96,6 +107,42 @@ def dotted_name(path: Path) -> TensorName:
     *parents, last = path
     last_in_file = {"kernel": "weight", "embedding": "weight"}.get(last, last)
     return TensorName(".".join([*parents, last_in_file]), last == "kernel")
+
+
+def _with_prefix(prefix: str) -> Callable[[Any, set[str]], Mapping[str, str | None]]:
+    """Return a spelling for files that were saved from the model without its head.
+
+    >>> spelling = _with_prefix("transformer.")
+    >>> spelling(None, {"wte.weight"})
+    {'wte.weight': 'transformer.wte.weight'}
+    >>> spelling(None, {"transformer.wte.weight", "lm_head.weight"})
+    {}
+    """
+
+    def spelling(config: Any, names: set[str]) -> dict[str, str | None]:
+        if any(name.startswith(prefix) for name in names):
+            return {}
+        return {n: prefix + n for n in names if not n.startswith("lm_head.")}
+
+    return spelling
+
+
+def _gpt2_name(path: Path) -> TensorName:
+    """Return the name of a GPT-2's tensor: its kernels are stored as [in, out]."""
+    name, transposed = dotted_name(path)
+    return TensorName(name, transposed and path[0] == "lm_head")
+
+
+def _gpt2_aliases(config: GPT2Config) -> dict[str, str]:
+    return _tied_head(config, "transformer.wte.weight")
+
+
+def _llama_aliases(config: LlamaConfig) -> dict[str, str]:
+    return _tied_head(config, "model.embed_tokens.weight")
+
+
+def _tied_head(config: Any, embedding: str) -> dict[str, str]:
+    return {"lm_head.weight": embedding} if config.tie_word_embeddings else {}
 
 
 def _t5_aliases(config: T5Config) -> dict[str, str]:
@@ -145,18 +192,45 @@ _ENCODER = Family(
 FAMILIES: dict[str, Family] = {
     "bert": _ENCODER,
     "roberta": _ENCODER,
+    "gpt2": Family(
+        config=GPT2Config,
+        model=GPT2,
+        init_args=(_IDS,),
+        tensor_name=_gpt2_name,
+        generation=_decoder.generation,
+        aliases=_gpt2_aliases,
+        # The causal mask, which older releases saved.
+        unused=frozenset(
+            {"transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"}
+        ),
+        spelling=_with_prefix("transformer."),
+    ),
     "t5": Family(
         config=T5Config,
         model=T5,
         init_args=(_IDS, None, _IDS),
         tensor_name=dotted_name,
-        generation=generation,
+        generation=_t5.generation,
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
         unused=frozenset(
             {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
         ),
         settle=_t5_settle,
+    ),
+    **dict.fromkeys(
+        KINDS,
+        Family(
+            config=LlamaConfig,
+            model=Llama,
+            init_args=(_IDS,),
+            tensor_name=dotted_name,
+            generation=_decoder.generation,
+            aliases=_llama_aliases,
+            # Constants, which older releases saved.
+            unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
+            spelling=_with_prefix("model."),
+        ),
     ),
 }
 

@@ -125,7 +125,11 @@ def generate(
     if config.eos_token_id is None:
         config = dataclasses.replace(config, eos_token_id=own.eos_token_id)
     if config.pad_token_id is None:
-        config = dataclasses.replace(config, pad_token_id=own.pad_token_id)
+        # Models without a padding token fill up with their end token.
+        pad = own.pad_token_id
+        if pad is None and config.eos:
+            pad = config.eos[0]
+        config = dataclasses.replace(config, pad_token_id=pad)
     return generate_with(
         encode,
         decode,

@@ -174,7 +174,8 @@ def _check_names(
     wanted = {name.name for name in names.values()}
     aliases = family.aliases(config)
     missing = {name.name for name in read.values()} - tensors.names
-    unknown = tensors.names - wanted - set(aliases) - family.unused
+    unknown = tensors.names - wanted - set(aliases)
+    unknown = {name for name in unknown if not family.ignores(name)}
     if missing or unknown:
         lines = [f"{tensors.folder} does not fit the model in its config.json."]
         if missing:

@@ -1,0 +1,312 @@
+"""Configurations and files of GPT-2 and the Llama family."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_models_decoders import FORMS, GOLDEN, golden
+
+from jlora import LoraError, models
+from jlora._errors import CheckpointError, ShapeError
+from jlora.models import GPT2Config, LlamaConfig
+from jlora.models._rope import Rope
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+PUBLISHED = {  # as on the hub, less the names of architecture and version
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+        "vocab_size": 50257,
+    },
+    "Llama 3.1 8B": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": LLAMA3,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0",
+        "use_cache": True,
+        "vocab_size": 128256,
+    },
+    "Mistral 7B": {
+        "architectures": ["MistralForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "Qwen3 0.6B": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
+
+
+def config_of(raw):
+    kind = GPT2Config if raw.get("model_type", "gpt2") == "gpt2" else LlamaConfig
+    return kind.from_dict(raw)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read_and_written_back(name):
+    raw = PUBLISHED[name]
+    config = config_of(raw)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert {k: written[k] for k in raw} == raw
+    assert config_of(written) == config
+    hash(config)
+
+
+def test_what_a_file_does_not_say_is_the_familys():
+    mistral = LlamaConfig.from_dict({"model_type": "mistral"})
+    assert (mistral.num_key_value_heads, mistral.sliding_window) == (8, 4096)
+    assert LlamaConfig.from_dict({"model_type": "qwen3"}).head_dim == 128
+    llama = LlamaConfig.from_dict({"model_type": "llama", "head_dim": None})
+    assert (llama.num_key_value_heads, llama.head_dim) == (32, 128)
+    assert llama.layer_types == ("full_attention",) * 32
+
+
+@pytest.mark.parametrize(
+    ("said", "sliding"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 8}, 0),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, 1),
+        ({"use_sliding_window": True, "sliding_window": 8}, 0),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            2,
+        ),
+    ],
+)
+def test_layers_of_qwen_that_slide(said, sliding):
+    config = LlamaConfig.from_dict(
+        {"model_type": "qwen2", "num_hidden_layers": 4, **said}
+    )
+    assert config.layer_types.count("sliding_attention") == sliding
+    assert LlamaConfig.from_dict(config.to_dict()) == config
+
+
+def test_old_and_new_keys_of_scaling_say_the_same():
+    old = {"rope_theta": 5e5, "rope_scaling": LLAMA3}
+    new = {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}}
+    older = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    both = [Rope.from_dict("llama", raw) for raw in (old, new, {**old, **new})]
+    assert len(set(both)) == 1
+    assert both[0].to_dict() == {**old, **new}
+    assert Rope.from_dict("llama", older) == Rope(5e5, "linear", 2.0)
+    assert Rope.from_dict("llama", {}) == Rope()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "gpt2", "activation_function": "mish"}, "mish"),
+        ({"model_type": "gpt2", "n_head": 7}, "multiple of n_head"),
+        ({"model_type": "gpt2", "n_layer": 0}, "n_layer"),
+        ({"model_type": "gpt2", "quantization_config": {"bits": 8}}, "quantization"),
+        ({"model_type": "llama", "num_key_value_heads": 5}, "num_key_value_heads"),
+        ({"model_type": "llama", "hidden_size": "4096"}, "hidden_size"),
+        ({"model_type": "llama", "sliding_window": 8}, "sliding_window"),
+        ({"model_type": "llama", "attn_logit_softcapping": 50.0}, "softcapping"),
+        ({"model_type": "llama", "rope": {"theta": 2}}, "rope"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias"),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 32},
+            "layer_types",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": None,
+             "max_window_layers": 2},
+            "sliding_window",
+        ),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "32 layers"),
+        ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+         "'dynamic'"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}}, "factor"),
+        (
+            {"model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        (
+            {"model_type": "llama", "rope_theta": 1e6,
+             "rope_parameters": {"rope_theta": 1e4}},
+            "another thing",
+        ),
+    ],
+)  # fmt: skip
+def test_configurations_that_cannot_be_honoured_are_refused(wrong, words):
+    with pytest.raises(LoraError, match=words) as caught:
+        config_of(wrong)
+    assert isinstance(caught.value, (CheckpointError, ShapeError))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_load_save_load_save_is_stable(form, tmp_path):
+    model, params, _ = golden(form)
+    models.save(model, params, tmp_path / "a")
+    again, same = models.load(tmp_path / "a")
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    models.save(again, same, tmp_path / "b")
+    for file in ("config.json", "model.safetensors"):
+        a, b = ((tmp_path / x / file).read_bytes() for x in "ab")
+        assert a == b
+    theirs = load_file(GOLDEN / form / "model.safetensors")
+    ours = load_file(tmp_path / "a" / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def rewritten(form, folder, change):
+    """A copy of a golden checkpoint with other tensors."""
+    shutil.copytree(GOLDEN / form, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors")
+    return folder
+
+
+def without(prefix):
+    return lambda tensors: {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("form", "prefix"), [("gpt2", "transformer."), ("qwen2", "model.")]
+)
+def test_files_of_the_model_without_head_lack_the_prefix(form, prefix, tmp_path):
+    _, params = models.load(rewritten(form, tmp_path / "a", without(prefix)))
+    jax.tree.map(np.testing.assert_array_equal, params, golden(form)[1])
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_buffers_that_old_files_hold_are_passed_over(prefix, tmp_path):
+    def old(tensors):
+        mask = np.tril(np.ones((1, 1, 4, 4), np.uint8))
+        held = {f"{prefix}h.{i}.attn.bias": mask for i in range(2)}
+        held |= {f"{prefix}h.0.attn.masked_bias": np.float32([-1e4])}
+        held |= {"lm_head.weight": tensors["transformer.wte.weight"]}
+        if not prefix:
+            tensors = without("transformer.")(tensors)
+        return {**tensors, **held}
+
+    _, params = models.load(rewritten("gpt2", tmp_path / "a", old))
+    jax.tree.map(np.testing.assert_array_equal, params, golden("gpt2")[1])
+
+
+def test_frequencies_of_old_llamas_are_passed_over(tmp_path):
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    add = lambda tensors: {**tensors, name: np.ones(4, np.float32)}
+    models.load(rewritten("llama", tmp_path / "a", add))
+
+
+def test_a_head_that_is_another_than_the_tied_one_is_refused(tmp_path):
+    head = lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1}
+    with pytest.raises(CheckpointError, match=r"must equal transformer\.wte"):
+        models.load(rewritten("gpt2", tmp_path / "a", head))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+        {"rope_theta": 5e5, **LLAMA3},
+        {"rope_theta": 5e5, **LLAMA3, "factor": 32.0, "low_freq_factor": 2.0},
+    ],
+)
+def test_frequencies_are_pytorchs_live(said):
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig as TheirConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = TheirConfig(hidden_size=512, num_attention_heads=4, rope_parameters=said)
+    want = LlamaRotaryEmbedding(theirs).inv_freq.numpy()
+    got = Rope.from_dict("llama", {"rope_parameters": said}).frequencies(128)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)

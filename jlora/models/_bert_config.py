@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora._errors import CheckpointError, ShapeError
-from jlora.models._t5_config import ACTIVATIONS
+from jlora.models._layers import ACTIVATIONS
 
 PREFIXES = {"bert": "Bert", "roberta": "Roberta"}
 HEADS = {

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.models._bert_config import BertConfig
-from jlora.models._t5_config import ACTIVATIONS
-from jlora.models._t5_layers import Embedding
+from jlora.models._layers import ACTIVATIONS, Embedding
 
 
 class LayerNorm(nn.Module):

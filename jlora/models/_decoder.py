@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import ShapeError
-from jlora.models._t5_layers import MASKED, Embedding
+from jlora.models._layers import MASKED, Embedding
 
 KeysValues = tuple[Array, Array]  # two of [B, G, S, D]
 Past = Sequence[KeysValues] | None

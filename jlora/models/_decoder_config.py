@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jlora._errors import CheckpointError, ShapeError
-from jlora.models._t5_config import ACTIVATIONS
+from jlora.models._layers import ACTIVATIONS
 
 # Keys that every file may hold, and that change no logit of a language model.
 _HARMLESS = re.compile(

@@ -16,17 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jlora.models._t5_config import ACTIVATIONS, T5Config
-
-# Half of float32's range, so that two masks add up without reaching infinity.
-MASKED = float(np.finfo(np.float32).min) / 2
+from jlora.models._layers import ACTIVATIONS, MASKED, Embedding, Numbered, RMSNorm
+from jlora.models._t5_config import T5Config
 
 KeysValues = tuple[Array, Array]  # two of [B, H, S, D]
-
-
-def mask_bias(mask: Array) -> Array:
-    """Return `[B, 1, 1, S]` in float32, to be added to scores: 0 where `mask` is on."""
-    return jnp.where(mask.astype(bool), 0.0, MASKED).astype(jnp.float32)[:, None, None]
 
 
 def position_buckets(
@@ -63,48 +56,6 @@ def position_buckets(
     return first + np.where(distance < exact, distance, far)
 
 
-class RMSNorm(nn.Module):
-    """Layer norm without mean and bias, computed in float32."""
-
-    epsilon: float
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalise the last axis of `x` `[..., d]`."""
-        ones = nn.initializers.ones
-        weight = self.param("weight", ones, (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
-        return (x * weight).astype(self.dtype)
-
-
-class Embedding(nn.Module):
-    """A table whose rows are looked up, and with which a tied head multiplies."""
-
-    rows: int
-    features: int
-    std: float
-    dtype: Any
-    param_dtype: Any
-
-    def setup(self) -> None:
-        """Declare `embedding` `[V, d]`."""
-        init, shape = nn.initializers.normal(self.std), (self.rows, self.features)
-        self.embedding = self.param("embedding", init, shape, self.param_dtype)
-
-    def __call__(self, ids: Array) -> Array:
-        """Return `[..., d]`; an id beyond the table gives NaN."""
-        # The rows are cast, not the table: a batch touches few of them.
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
-
-    def attend(self, x: Array) -> Array:
-        """Return `[..., V]`, the products of `x` `[..., d]` with every row."""
-        table = self.embedding.astype(self.dtype)
-        return lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
-
-
 class Part(nn.Module):
     """What the parts of a T5 share: the configuration and the two dtypes."""
 
@@ -139,16 +90,6 @@ class Part(nn.Module):
     def dropout(self) -> nn.Dropout:
         """Return the dropout layer, the same everywhere."""
         return nn.Dropout(self.config.dropout_rate)
-
-
-class Numbered(nn.Module):
-    """Submodules named "0", "1", ..., as PyTorch's `ModuleList` numbers them."""
-
-    make: tuple[Callable[..., nn.Module], ...]
-
-    def setup(self) -> None:
-        """Make the submodules."""
-        self.items = [make(name=str(i)) for i, make in enumerate(self.make)]
 
 
 class Attention(Part):

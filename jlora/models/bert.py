@@ -24,8 +24,7 @@ from jax import Array
 from jlora._errors import ShapeError
 from jlora.models._bert_config import BertConfig
 from jlora.models._bert_layers import Embeddings, Layer, Part
-from jlora.models._t5_config import ACTIVATIONS
-from jlora.models._t5_layers import Numbered, mask_bias
+from jlora.models._layers import ACTIVATIONS, Numbered, mask_bias
 
 
 class Encoder(Part):

@@ -32,8 +32,7 @@ from jlora.models._decoder import (
     remember,
     visible,
 )
-from jlora.models._t5_config import ACTIVATIONS
-from jlora.models._t5_layers import Numbered
+from jlora.models._layers import ACTIVATIONS, Numbered
 
 
 class LayerNorm(nn.Module):

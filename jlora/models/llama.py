@@ -31,10 +31,9 @@ from jlora.models._decoder import (
     remember,
     visible,
 )
+from jlora.models._layers import ACTIVATIONS, Numbered, RMSNorm
 from jlora.models._llama_config import FULL, SLIDING
 from jlora.models._rope import turn, turning
-from jlora.models._t5_config import ACTIVATIONS
-from jlora.models._t5_layers import Numbered, RMSNorm
 
 
 class LlamaPart(Part):

@@ -22,15 +22,9 @@ import numpy as np
 from jax import Array
 
 from jlora._errors import ShapeError
+from jlora.models._layers import Numbered, mask_bias
 from jlora.models._t5_config import T5Config
-from jlora.models._t5_layers import (
-    Block,
-    KeysValues,
-    Numbered,
-    Part,
-    mask_bias,
-    spread_bias,
-)
+from jlora.models._t5_layers import Block, KeysValues, Part, spread_bias
 
 Cache = dict[str, Any]
 

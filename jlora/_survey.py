@@ -233,7 +233,8 @@ class _Walk:
             results = [
                 self.follow(body, args, times * repeat) for body, args, repeat in inner
             ]
-            return results[0] if len(results) == 1 else ()
+            # What a loop or a branch returns is no longer the leaf that went in.
+            return () if eqn.primitive.name in _CHOOSING else results[0]
         moved = _moved(eqn, operands)
         if moved is not None:
             return moved
@@ -270,10 +271,11 @@ def _inner_programs(
         first_x = s.num_consts + s.num_carry
         sliced = [tuple(p.drop({0}) for p in places) for places in operands[first_x:]]
         yield s.body, [*operands[:first_x], *sliced], s.length
-        yield s.body, [()] * len(operands), 0  # its results are not the slices
     elif "call_jaxpr" in eqn.params:  # custom_jvp_call, custom_vjp_call, closed_call
         yield eqn.params["call_jaxpr"], operands, 1
 
+
+_CHOOSING = ("scan", "while", "cond")
 
 _UNMOVED = frozenset(
     [

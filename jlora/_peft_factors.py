@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._adapter import Adapter
 from jlora._errors import ShapeError, StructureError
+from jlora._labels import RANK, Dims, align
 from jlora._lorafy import lorafy
-from jlora._lowrank import RANK, Adapter, Dims, LowRank, align
+from jlora._lowrank import LowRank
 from jlora._targets import Target
 
 

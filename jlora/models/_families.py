@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora._errors import CheckpointError
 from jlora.models import _bert_files, _decoder
@@ -17,13 +16,14 @@ from jlora.models import t5 as _t5
 from jlora.models._bert_config import BertConfig, with_head
 from jlora.models._gpt2_config import GPT2Config
 from jlora.models._llama_config import KINDS, LlamaConfig
+from jlora.models._sources import Source, Tensor
 from jlora.models.bert import with_its_head
 from jlora.models.gpt2 import GPT2
 from jlora.models.llama import Llama
 from jlora.models.t5 import T5, T5Config
 
 Path = tuple[str, ...]
-Read = Callable[[str], np.ndarray]
+Same = Callable[[str, str], bool]  # whether two tensors are equal
 
 
 class Config(Protocol):
@@ -37,18 +37,6 @@ class Config(Protocol):
         """Return what belongs into `config.json`."""
 
 
-class TensorName(NamedTuple):
-    """Where a leaf is found in a checkpoint.
-
-    Attributes:
-      name: the tensor's name in the file.
-      transposed: whether the file holds the leaf's transpose.
-    """
-
-    name: str
-    transposed: bool
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How one `model_type` is built, and how its checkpoints spell it.
@@ -57,14 +45,16 @@ class Family:
       config: the configuration class.
       model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
       init_args: what `model.init` takes after the key, at the smallest shapes.
-      tensor_name: the file's name for the leaf at a path.
+      source: where the leaf at a path is found in a file; it gets the path and the
+        configuration.
       generation: a model's two functions for `jlora.models.generate`; `None` where
         the model generates nothing.
       aliases: names that files may hold besides, and the tensor each must equal.
       unused: names that files may hold although the model never reads them; `*`
         stands for anything.
       settle: corrects a configuration by what the file holds; it gets the
-        configuration, the parsed `config.json`, the file's names and a reader.
+        configuration, the parsed `config.json`, the file's names, and what tells
+        whether two tensors are equal.
       spelling: what the names in a file are called here, where that differs from file
         to file; `None` for those never read.
       with_head: changes a parsed `config.json` to another head and number of labels;
@@ -75,12 +65,12 @@ class Family:
     config: type[Config]
     model: Callable[..., Any]
     init_args: tuple[Any, ...]
-    tensor_name: Callable[[Path], TensorName]
+    source: Callable[[Path, Any], Source]
     generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
-    settle: Callable[[Any, Mapping[str, Any], set[str], Read], Any] = (
-        lambda config, raw, names, read: config
+    settle: Callable[[Any, Mapping[str, Any], set[str], Same], Any] = (
+        lambda config, raw, names, same: config
     )
     spelling: Callable[[Any, set[str]], Mapping[str, str | None]] = (
         lambda config, names: {}
@@ -98,15 +88,15 @@ class Family:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
 
 
-def dotted_name(path: Path) -> TensorName:
-    """Return the name where the tree's path is the file's, up to the last word.
+def dotted(path: Path, config: Any = None) -> Tensor:
+    """Return the tensor where the tree's path is its name, up to the last word.
 
-    >>> dotted_name(("encoder", "block", "0", "q", "kernel"))
-    TensorName(name='encoder.block.0.q.weight', transposed=True)
+    >>> dotted(("encoder", "block", "0", "q", "kernel"))
+    Tensor(name='encoder.block.0.q.weight', transposed=True)
     """
     *parents, last = path
     last_in_file = {"kernel": "weight", "embedding": "weight"}.get(last, last)
-    return TensorName(".".join([*parents, last_in_file]), last == "kernel")
+    return Tensor(".".join([*parents, last_in_file]), last == "kernel")
 
 
 def _with_prefix(prefix: str) -> Callable[[Any, set[str]], Mapping[str, str | None]]:
@@ -127,10 +117,10 @@ def _with_prefix(prefix: str) -> Callable[[Any, set[str]], Mapping[str, str | No
     return spelling
 
 
-def _gpt2_name(path: Path) -> TensorName:
-    """Return the name of a GPT-2's tensor: its kernels are stored as [in, out]."""
-    name, transposed = dotted_name(path)
-    return TensorName(name, transposed and path[0] == "lm_head")
+def _gpt2_source(path: Path, config: GPT2Config) -> Tensor:
+    """Return a GPT-2's tensor: its kernels are stored as [in, out]."""
+    tensor = dotted(path)
+    return Tensor(tensor.name, tensor.transposed and path[0] == "lm_head")
 
 
 def _gpt2_aliases(config: GPT2Config) -> dict[str, str]:
@@ -152,7 +142,7 @@ def _t5_aliases(config: T5Config) -> dict[str, str]:
 
 
 def _t5_settle(
-    config: T5Config, raw: Mapping[str, Any], names: set[str], read: Read
+    config: T5Config, raw: Mapping[str, Any], names: set[str], same: Same
 ) -> T5Config:
     """Untie the head where the file holds another one than the embedding.
 
@@ -162,7 +152,7 @@ def _t5_settle(
     held = {"lm_head.weight", "shared.weight"} <= names
     if not config.tie_word_embeddings or not held:
         return config
-    if np.array_equal(read("lm_head.weight"), read("shared.weight")):
+    if same("lm_head.weight", "shared.weight"):
         return config
     if raw.get("scale_decoder_outputs") is None:
         raise CheckpointError(
@@ -180,7 +170,7 @@ _ENCODER = Family(
     config=BertConfig,
     model=with_its_head,
     init_args=(_IDS,),
-    tensor_name=dotted_name,
+    source=dotted,
     generation=None,
     aliases=_bert_files.aliases,
     settle=_bert_files.settle,
@@ -196,7 +186,7 @@ FAMILIES: dict[str, Family] = {
         config=GPT2Config,
         model=GPT2,
         init_args=(_IDS,),
-        tensor_name=_gpt2_name,
+        source=_gpt2_source,
         generation=_decoder.generation,
         aliases=_gpt2_aliases,
         # The causal mask, which older releases saved.
@@ -209,7 +199,7 @@ FAMILIES: dict[str, Family] = {
         config=T5Config,
         model=T5,
         init_args=(_IDS, None, _IDS),
-        tensor_name=dotted_name,
+        source=dotted,
         generation=_t5.generation,
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
@@ -224,7 +214,7 @@ FAMILIES: dict[str, Family] = {
             config=LlamaConfig,
             model=Llama,
             init_args=(_IDS,),
-            tensor_name=dotted_name,
+            source=dotted,
             generation=_decoder.generation,
             aliases=_llama_aliases,
             # Constants, which older releases saved.

@@ -108,6 +108,8 @@ class LlamaConfig:
       eos_token_id: ends a text; several where any of them does.
       pad_token_id: fills batches.
       extra: everything else that the file said.
+      generation: what `generation_config.json` said; its end and padding tokens go
+        before those here.
     """
 
     model_type: str = "llama"
@@ -133,6 +135,9 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    generation: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Fill what follows from other fields, and refuse what makes no model."""
@@ -216,7 +221,7 @@ class LlamaConfig:
         """Return what belongs into `config.json`, the extra keys included."""
         fields = dataclasses.fields(self)
         own = {f.name: plain(getattr(self, f.name)) for f in fields}
-        del own["rope"], own["extra"]
+        del own["rope"], own["extra"], own["generation"]
         for name in _OPTIONAL - self.kind.reads:
             del own[name]
         if "layer_types" in self.kind.reads:

@@ -96,7 +96,7 @@ def test_steps_with_a_cache_are_one_pass(form, steps):
     mask = np.ones_like(ids)
     mask[2, :3], mask[3, :4] = 0, 0  # of the prompt; what follows is all new
     want = forward(model, params, ids, mask)
-    how = {"length": 6, "beams": 1, "method": "init_cache"}
+    how = {"length": 6, "beams": 1, "method": "prefill"}
     last, cache = forward(model, params, ids[:, :5], mask[:, :5], **how)
     np.testing.assert_array_equal(last, ids[:, 4])
     step = jax.jit(partial(model.apply, method="decode_step"))
@@ -110,7 +110,7 @@ def test_steps_with_a_cache_are_one_pass(form, steps):
 
 def test_the_cache_holds_keys_for_every_beam_and_no_more_heads():
     model, params, io = golden("llama")
-    how = {"length": 3, "beams": 2, "method": "init_cache"}
+    how = {"length": 3, "beams": 2, "method": "prefill"}
     ids = io["input_ids"]
     last, cache = forward(model, params, ids, io["attention_mask"], **how)
     assert last.shape == (8,)

@@ -39,7 +39,7 @@ def read_keys(
     Raises:
       CheckpointError: another key whose value says that something is to be computed.
     """
-    own = ("extra", "rope")  # which are no keys of the file
+    own = ("extra", "rope", "local_rope")  # which are no keys of the file
     types = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in own}
     known = {
         key: tuple(value) if isinstance(value, list) else value

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora.models import _bert_files, _decoder
-from jlora.models import t5 as _t5
+from jlora.models import _bert_files
 from jlora.models._bert_config import BertConfig, with_head
+from jlora.models._gemma_config import GemmaConfig
 from jlora.models._gpt2_config import GPT2Config
-from jlora.models._llama_config import KINDS, LlamaConfig
+from jlora.models._llama_config import LlamaConfig
+from jlora.models._moe_config import MoeConfig
 from jlora.models.bert import with_its_head
 from jlora.models.gpt2 import GPT2
 from jlora.models.llama import Llama
@@ -58,8 +59,6 @@ class Family:
       model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
       init_args: what `model.init` takes after the key, at the smallest shapes.
       tensor_name: the file's name for the leaf at a path.
-      generation: a model's two functions for `jlora.models.generate`; `None` where
-        the model generates nothing.
       aliases: names that files may hold besides, and the tensor each must equal.
       unused: names that files may hold although the model never reads them; `*`
         stands for anything.
@@ -76,7 +75,6 @@ class Family:
     model: Callable[..., Any]
     init_args: tuple[Any, ...]
     tensor_name: Callable[[Path], TensorName]
-    generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
     settle: Callable[[Any, Mapping[str, Any], set[str], Read], Any] = (
@@ -181,12 +179,22 @@ _ENCODER = Family(
     model=with_its_head,
     init_args=(_IDS,),
     tensor_name=dotted_name,
-    generation=None,
     aliases=_bert_files.aliases,
     settle=_bert_files.settle,
     spelling=_bert_files.spelling,
     with_head=with_head,
     is_head=_bert_files.is_head,
+)
+
+_LLAMA = Family(
+    config=LlamaConfig,
+    model=Llama,
+    init_args=(_IDS,),
+    tensor_name=dotted_name,
+    aliases=_llama_aliases,
+    # Constants, which older releases saved.
+    unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
+    spelling=_with_prefix("model."),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -197,7 +205,6 @@ FAMILIES: dict[str, Family] = {
         model=GPT2,
         init_args=(_IDS,),
         tensor_name=_gpt2_name,
-        generation=_decoder.generation,
         aliases=_gpt2_aliases,
         # The causal mask, which older releases saved.
         unused=frozenset(
@@ -210,7 +217,6 @@ FAMILIES: dict[str, Family] = {
         model=T5,
         init_args=(_IDS, None, _IDS),
         tensor_name=dotted_name,
-        generation=_t5.generation,
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
         unused=frozenset(
@@ -218,20 +224,9 @@ FAMILIES: dict[str, Family] = {
         ),
         settle=_t5_settle,
     ),
-    **dict.fromkeys(
-        KINDS,
-        Family(
-            config=LlamaConfig,
-            model=Llama,
-            init_args=(_IDS,),
-            tensor_name=dotted_name,
-            generation=_decoder.generation,
-            aliases=_llama_aliases,
-            # Constants, which older releases saved.
-            unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
-            spelling=_with_prefix("model."),
-        ),
-    ),
+    **dict.fromkeys(LlamaConfig.kinds, _LLAMA),
+    **dict.fromkeys(GemmaConfig.kinds, dataclasses.replace(_LLAMA, config=GemmaConfig)),
+    **dict.fromkeys(MoeConfig.kinds, dataclasses.replace(_LLAMA, config=MoeConfig)),
 }
 
 

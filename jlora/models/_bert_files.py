@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from jlora.models._bert_config import BertConfig
 
 _ENCODER = ("embeddings", "encoder")
@@ -80,7 +78,7 @@ def settle(
     config: BertConfig,
     raw: Mapping[str, Any],
     names: set[str],
-    read: Callable[[str], np.ndarray],
+    same: Callable[[str, str], bool],
 ) -> BertConfig:
     """Do without a pooler where a base model's file holds none."""
     if config.head != "base" or any(name.startswith("pooler.") for name in names):

@@ -3,8 +3,7 @@
     python tests/golden/make_decoders.py
 
 Each folder holds a checkpoint as `save_pretrained` writes it, `io.safetensors` (inputs
-and logits) and `generated.json` (settings and tokens). They are made once, and again
-only where a case is added.
+and logits) and `generated.json` (settings and tokens).
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ GEMMA2 = {
     **GEMMA,
     **WINDOW,
     "attn_logit_softcapping": 2.0,
-    "final_logit_softcapping": 3.0,
+    "final_logit_softcapping": 0.5,
 }
 GEMMA3 = {
     **GEMMA,
@@ -139,7 +138,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             **GEMMA,
             **WINDOW,
             "sliding_window_pattern": 2,
-            "final_logit_softcapping": 5.0,
+            "final_logit_softcapping": 0.5,
         },
     ),
     "mixtral sliding, all experts": (
@@ -172,8 +171,11 @@ def random_decoder(form: str, seed: int) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
-            # Or a tied head would repeat its input.
-            spread = 0.15 if "embed_tokens" in name or "wte" in name else 0.35
+            spread = 0.35
+            if "embed_tokens" in name or "wte" in name:
+                # Or a tied head would repeat its input.
+                embedding = model.get_input_embeddings()
+                spread = 0.15 / getattr(embedding, "scalar_embed_scale", 1)
             value.add_(spread * torch.randn_like(value))
     _end_sometimes(model)
     return model
@@ -241,9 +243,11 @@ def generated(model: Any, batch: dict[str, np.ndarray], **how: Any) -> list[list
 
 
 def main() -> None:
-    """Write every file."""
+    """Write the files of every form that has none; remove its folder to make it anew."""
     HERE.mkdir(exist_ok=True)
     for seed, form in enumerate(FORMS):
+        if (HERE / form).exists():
+            continue
         model, batch = random_decoder(form, seed), inputs(seed)
         model.save_pretrained(HERE / form)
         save_file(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -241,6 +242,30 @@ def test_load_save_load_save_is_stable(form, tmp_path):
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_end_tokens_of_generations_own_file(tmp_path):
+    """Chat models say in generation_config.json alone which tokens end a turn."""
+    folder = Path(shutil.copytree(GOLDEN / "llama", tmp_path / "llama"))
+    ids = np.array([[5, 7, 11]])
+    model, params = models.load(folder)
+    (free,) = models.generate(model, params, ids, max_new_tokens=6, eos_token_id=())
+    end = int(free[2])
+    first = int(np.argmax(np.asarray(free) == end))
+    said = {"eos_token_id": [end, 36], "pad_token_id": 3, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    model, params = models.load(folder)
+    (got,) = models.generate(model, params, ids, max_new_tokens=6)
+    assert got.tolist() == [*free[: first + 1].tolist(), *[3] * (5 - first)]
+    (other,) = models.generate(model, params, ids, max_new_tokens=6, eos_token_id=())
+    assert other.tolist() == free.tolist()  # what the call says goes first
+    models.save(model, params, tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == said
+    own, theirs = (
+        json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", folder)
+    )
+    assert own["eos_token_id"] == theirs["eos_token_id"]
+    assert "generation" not in own
 
 
 def rewritten(form, folder, change):

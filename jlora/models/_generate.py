@@ -100,7 +100,8 @@ def generate(
       params: its parameters; with `transform=jlora.lora` the lorafied ones.
       input_ids: `[B, S]`.
       attention_mask: `[B, S]`, 0 at padding; `None` is no padding.
-      config: what to do; end and padding tokens default to the model's.
+      config: what to do; end and padding tokens default to the model's, of which
+        those in `generation_config.json` go first.
       key: for sampling.
       transform: applied to the model's pure functions, for instance `jlora.lora`.
         Pass the same object again, or the program is compiled again.
@@ -119,16 +120,8 @@ def generate(
     """
     encode, decode = functions_of(model)
     config = dataclasses.replace(config or GenerationConfig(), **settings)
-    own = model.config
-    _check_ids(input_ids, own.vocab_size)
-    if config.eos_token_id is None:
-        config = dataclasses.replace(config, eos_token_id=own.eos_token_id)
-    if config.pad_token_id is None:
-        # Models without a padding token fill up with their end token.
-        pad = own.pad_token_id
-        if pad is None and config.eos:
-            pad = config.eos[0]
-        config = dataclasses.replace(config, pad_token_id=pad)
+    _check_ids(input_ids, model.config.vocab_size)
+    config = _with_tokens(config, model.config)
     return generate_with(
         encode,
         decode,
@@ -139,6 +132,25 @@ def generate(
         key=key,
         transform=transform,
     )
+
+
+def _with_tokens(config: GenerationConfig, own: Any) -> GenerationConfig:
+    """Fill in end and padding tokens from a model's configuration."""
+
+    def said(name: str) -> Any:
+        value = own.generation.get(name)
+        value = getattr(own, name) if value is None else value
+        return tuple(value) if isinstance(value, list) else value
+
+    if config.eos_token_id is None:
+        config = dataclasses.replace(config, eos_token_id=said("eos_token_id"))
+    if config.pad_token_id is None:
+        # Models without a padding token fill up with their end token.
+        pad = said("pad_token_id")
+        if pad is None and config.eos:
+            pad = config.eos[0]
+        config = dataclasses.replace(config, pad_token_id=pad)
+    return config
 
 
 def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from functools import reduce
 from pathlib import Path
@@ -19,6 +20,7 @@ from jlora.models._sources import Source, names, places
 
 Params = dict[str, Any]
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -86,6 +88,9 @@ def load(
     config = family.config.from_dict(raw)
     tensors.rename(family.spelling(config, tensors.names))
     config = family.settle(config, raw, tensors.names, tensors.same)
+    if hasattr(config, "generation") and (folder / GENERATION).exists():
+        said = read_json(folder / GENERATION)
+        config = dataclasses.replace(config, generation=said)
     model = family.model(config=config)
     abstract = family.abstract_params(model)
     shardings = _leaves.shardings_of(sharding, abstract)
@@ -124,7 +129,7 @@ def _folder(source: str | Path) -> Path:
     # A repository is called "name" or "owner/name"; anything else was meant as a path.
     if isinstance(source, Path) or name.count("/") > 1 or name[:1] in "./~\\":
         raise CheckpointError(f"{folder} is no folder; is the path right?")
-    patterns = ["config.json", "generation_config.json", "*.safetensors"]
+    patterns = ["config.json", GENERATION, "*.safetensors"]
     patterns += ["*.safetensors.index.json", *TOKENIZER_FILES]
     try:
         from huggingface_hub import snapshot_download

@@ -18,13 +18,13 @@ from safetensors.numpy import save_file
 
 from jlora._errors import CheckpointError, StructureError
 from jlora.models._families import family_of
-from jlora.models._hf import TOKENIZER_FILES, Params, sources_of
+from jlora.models._hf import GENERATION, TOKENIZER_FILES, Params, sources_of
 from jlora.models._safetensors import INDEX, WEIGHTS, listed
 from jlora.models._sources import Place, places
 
 # What `transformers` wants to read in a file before it takes it for its own.
 _METADATA = {"format": "pt"}
-_COPIED = (*TOKENIZER_FILES, "generation_config.json")
+_COPIED = (*TOKENIZER_FILES, GENERATION)
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -46,11 +46,12 @@ def save(
     a full disk or an interruption leaves what was there.
 
     Args:
-      model: a model of `jlora.models`; its configuration becomes `config.json`.
+      model: a model of `jlora.models`; its configuration becomes `config.json`, and
+        `generation_config.json` where it has such settings.
       params: its parameters, dense.
       path: the folder to write.
-      tokenizer_from: a folder whose tokenizer files (and `generation_config.json`)
-        are copied.
+      tokenizer_from: a folder whose tokenizer files are copied (and
+        `generation_config.json`, if the model has no settings of its own).
       max_shard_bytes: begins a new file where one would grow beyond it; `None`
         writes one file.
       overwrite: replaces configuration and weights in `path`; other files there,
@@ -73,6 +74,9 @@ def save(
         _write(staged, model, tensors, max_shard_bytes)
         for file in copied:
             shutil.copyfile(file, staged / file.name)
+        generation = getattr(model.config, "generation", None)
+        if generation:
+            _write_json(staged / GENERATION, dict(generation))
         _put(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -133,6 +133,8 @@ class LlamaConfig:
       eos_token_id: ends a text; several where any of them does.
       pad_token_id: fills batches.
       extra: everything else that the file said.
+      generation: what `generation_config.json` said; its end and padding tokens go
+        before those here.
     """
 
     model_type: str = "llama"
@@ -158,6 +160,9 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    generation: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
 
     kinds: ClassVar[Mapping[str, Kind]] = KINDS
     # Keys that only some kinds read, and keys that change nothing.
@@ -319,7 +324,8 @@ class LlamaConfig:
         """Return what belongs into `config.json`, the extra keys included."""
         fields = dataclasses.fields(self)
         own = {f.name: plain(getattr(self, f.name)) for f in fields}
-        for name in {"rope", "local_rope", "extra", *(self.optional - self.kind.reads)}:
+        unread = {"rope", "local_rope", "extra", "generation"}
+        for name in unread | (self.optional - self.kind.reads):
             own.pop(name, None)
         own |= {second: own[first] for first, second in self.kind.also.items()}
         if self.kind.switched:

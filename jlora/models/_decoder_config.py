@@ -43,7 +43,8 @@ def read_keys(
     Raises:
       CheckpointError: another key whose value says that something is to be computed.
     """
-    own = ("extra", "rope", "generation")  # which are no keys of the file
+    # What are no keys of the file.
+    own = ("extra", "rope", "local_rope", "generation")
     types = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in own}
     known = {
         key: tuple(value) if isinstance(value, list) else value

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jlora._errors import CheckpointError
-from jlora.models import _bert_files, _decoder
-from jlora.models import t5 as _t5
+from jlora.models import _bert_files
 from jlora.models._bert_config import BertConfig, with_head
+from jlora.models._gemma_config import GemmaConfig
 from jlora.models._gpt2_config import GPT2Config
-from jlora.models._llama_config import KINDS, LlamaConfig
-from jlora.models._sources import Source, Tensor
+from jlora.models._llama_config import LlamaConfig
+from jlora.models._moe_config import MoeConfig
+from jlora.models._sources import Joined, Source, Stacked, Tensor
 from jlora.models.bert import with_its_head
 from jlora.models.gpt2 import GPT2
 from jlora.models.llama import Llama
 from jlora.models.t5 import T5, T5Config
 
 Path = tuple[str, ...]
+Names = Collection[str]
 Same = Callable[[str, str], bool]  # whether two tensors are equal
 
 
@@ -45,10 +47,8 @@ class Family:
       config: the configuration class.
       model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
       init_args: what `model.init` takes after the key, at the smallest shapes.
-      source: where the leaf at a path is found in a file; it gets the path and the
-        configuration.
-      generation: a model's two functions for `jlora.models.generate`; `None` where
-        the model generates nothing.
+      source: where the leaf at a path is found in a file; it gets the path, the
+        configuration and the file's names, which are none where one is written.
       aliases: names that files may hold besides, and the tensor each must equal.
       unused: names that files may hold although the model never reads them; `*`
         stands for anything.
@@ -65,8 +65,7 @@ class Family:
     config: type[Config]
     model: Callable[..., Any]
     init_args: tuple[Any, ...]
-    source: Callable[[Path, Any], Source]
-    generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None
+    source: Callable[[Path, Any, Names], Source]
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
     settle: Callable[[Any, Mapping[str, Any], set[str], Same], Any] = (
@@ -88,7 +87,7 @@ class Family:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
 
 
-def dotted(path: Path, config: Any = None) -> Tensor:
+def dotted(path: Path, config: Any = None, held: Names = ()) -> Tensor:
     """Return the tensor where the tree's path is its name, up to the last word.
 
     >>> dotted(("encoder", "block", "0", "q", "kernel"))
@@ -117,7 +116,7 @@ def _with_prefix(prefix: str) -> Callable[[Any, set[str]], Mapping[str, str | No
     return spelling
 
 
-def _gpt2_source(path: Path, config: GPT2Config) -> Tensor:
+def _gpt2_source(path: Path, config: GPT2Config, held: Names) -> Tensor:
     """Return a GPT-2's tensor: its kernels are stored as [in, out]."""
     tensor = dotted(path)
     return Tensor(tensor.name, tensor.transposed and path[0] == "lm_head")
@@ -125,6 +124,41 @@ def _gpt2_source(path: Path, config: GPT2Config) -> Tensor:
 
 def _gpt2_aliases(config: GPT2Config) -> dict[str, str]:
     return _tied_head(config, "transformer.wte.weight")
+
+
+# What files call an expert's gate, up and down projections, and their block.
+_MIXTRAL = ("block_sparse_moe", "w1", "w3", "w2")
+_QWEN_MOE = ("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def _moe_source(path: Path, config: MoeConfig, held: Names) -> Source:
+    """Return the tensors of single experts, or the one tensor of all that is held."""
+    mixtral = config.model_type == "mixtral"
+    block, gate, up, down = _MIXTRAL if mixtral else _QWEN_MOE
+    path = tuple(block if part == "mlp" else part for part in path)
+    if "experts" not in path:
+        return dotted(path)
+    whole = Tensor(".".join(path), transposed=True)
+    if whole.name in held:
+        return whole
+    *parents, last = path
+    names = [gate, up] if last == "gate_up_proj" else [down]
+    experts = []
+    for i in range(config.num_experts):
+        start = ".".join([*parents, str(i)])
+        parts = tuple(Tensor(f"{start}.{n}.weight", transposed=True) for n in names)
+        experts.append(Joined(parts, axis=-1) if parts[1:] else parts[0])
+    return Stacked(tuple(experts))
+
+
+def _moe_spelling(config: MoeConfig, names: set[str]) -> dict[str, str | None]:
+    """Return Mixtral's names, whose block is "mlp" in files of all experts' tensors."""
+    spelling = dict(_with_prefix("model.")(config, names))
+    if config.model_type == "mixtral":
+        for name in names:
+            full = spelling.get(name, name) or name
+            spelling[name] = full.replace(".mlp.", f".{_MIXTRAL[0]}.")
+    return spelling
 
 
 def _llama_aliases(config: LlamaConfig) -> dict[str, str]:
@@ -171,12 +205,25 @@ _ENCODER = Family(
     model=with_its_head,
     init_args=(_IDS,),
     source=dotted,
-    generation=None,
     aliases=_bert_files.aliases,
     settle=_bert_files.settle,
     spelling=_bert_files.spelling,
     with_head=with_head,
     is_head=_bert_files.is_head,
+)
+
+_LLAMA = Family(
+    config=LlamaConfig,
+    model=Llama,
+    init_args=(_IDS,),
+    source=dotted,
+    aliases=_llama_aliases,
+    # Constants, which older releases saved.
+    unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
+    spelling=_with_prefix("model."),
+)
+_MOE = dataclasses.replace(
+    _LLAMA, config=MoeConfig, source=_moe_source, spelling=_moe_spelling
 )
 
 FAMILIES: dict[str, Family] = {
@@ -187,7 +234,6 @@ FAMILIES: dict[str, Family] = {
         model=GPT2,
         init_args=(_IDS,),
         source=_gpt2_source,
-        generation=_decoder.generation,
         aliases=_gpt2_aliases,
         # The causal mask, which older releases saved.
         unused=frozenset(
@@ -200,7 +246,6 @@ FAMILIES: dict[str, Family] = {
         model=T5,
         init_args=(_IDS, None, _IDS),
         source=dotted,
-        generation=_t5.generation,
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
         unused=frozenset(
@@ -208,20 +253,9 @@ FAMILIES: dict[str, Family] = {
         ),
         settle=_t5_settle,
     ),
-    **dict.fromkeys(
-        KINDS,
-        Family(
-            config=LlamaConfig,
-            model=Llama,
-            init_args=(_IDS,),
-            source=dotted,
-            generation=_decoder.generation,
-            aliases=_llama_aliases,
-            # Constants, which older releases saved.
-            unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
-            spelling=_with_prefix("model."),
-        ),
-    ),
+    **dict.fromkeys(LlamaConfig.kinds, _LLAMA),
+    **dict.fromkeys(GemmaConfig.kinds, dataclasses.replace(_LLAMA, config=GemmaConfig)),
+    **dict.fromkeys(MoeConfig.kinds, _MOE),
 }
 
 

@@ -30,7 +30,6 @@ from jax.typing import ArrayLike
 from jlora._errors import DataError, DtypeError, ShapeError, StructureError
 from jlora.models._beam import beam_search
 from jlora.models._decoding import GenerationConfig, suppress_eos, warp
-from jlora.models._families import family_of
 
 Encode = Callable[..., tuple[Array, Any]]
 Decode = Callable[[Any, Array, Any], tuple[Array, Any]]
@@ -172,13 +171,29 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
 @lru_cache(maxsize=64)
 def functions_of(model: Any) -> tuple[Encode, Decode]:
     """Return a model's two functions, the same objects at every call."""
-    family = family_of(model.config.to_dict()["model_type"], repr(type(model)))
-    if family.generation is None:
+    if not hasattr(model, "prefill"):
         raise StructureError(
             f"{type(model).__name__} is an encoder and generates no tokens.\nCall it "
             "with model.apply."
         )
-    return family.generation(model)
+
+    def encode(
+        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
+    ) -> tuple[Array, Any]:
+        """Read the inputs; answer with the first tokens `[B*K]` and the cache."""
+        how = {"length": length, "beams": beams, "method": "prefill"}
+        read: Any = model.apply({"params": params}, input_ids, attention_mask, **how)
+        return read
+
+    def decode(params: Any, tokens: Array, cache: Any) -> tuple[Array, Any]:
+        """Feed one token `[B*K]` each; return the logits `[B*K, V]` and the cache."""
+        variables = {"params": params}
+        logits, cache = model.apply(
+            variables, tokens[:, None], cache, method="decode_step"
+        )
+        return logits[:, 0], cache
+
+    return encode, decode
 
 
 @lru_cache(maxsize=64)

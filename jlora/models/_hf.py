@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def load(
     config = family.config.from_dict(raw)
     tensors.rename(family.spelling(config, tensors.names))
     config = family.settle(config, raw, tensors.names, tensors.same)
-    if family.generation is not None and (folder / GENERATION).exists():
+    if hasattr(config, "generation") and (folder / GENERATION).exists():
         said = read_json(folder / GENERATION)
         config = dataclasses.replace(config, generation=said)
     model = family.model(config=config)
@@ -109,12 +109,15 @@ def load(
 
 
 def sources_of(
-    family: Family, config: Any, params: Mapping[str, Any]
+    family: Family, config: Any, params: Mapping[str, Any], held: Collection[str] = ()
 ) -> dict[str, Source]:
-    """Return where every leaf is found in a file, by its path joined with "/"."""
+    """Return where every leaf is found in a file, by its path joined with "/".
+
+    `held` are the names in a file; where one is to be written there are none.
+    """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     keys = [tuple(str(entry.key) for entry in path) for path in paths]
-    return {"/".join(key): family.source(key, config) for key in keys}
+    return {"/".join(key): family.source(key, config, held) for key in keys}
 
 
 def _folder(source: str | Path) -> Path:
@@ -147,7 +150,7 @@ def _new_leaves(
 
     What `tensors` hold of another head is hidden.
     """
-    sources = sources_of(family, model.config, abstract)
+    sources = sources_of(family, model.config, abstract, tensors.names)
     wanted = {name for source in sources.values() for name in names(source)}
     wanted |= family.aliases(model.config).keys()
     _hf_head.hide_others(tensors, family, wanted)
@@ -170,7 +173,7 @@ def _fill(
 
     Nothing is left over.
     """
-    sources = sources_of(family, config, abstract)
+    sources = sources_of(family, config, abstract, tensors.names)
     read = {path: source for path, source in sources.items() if path not in new}
     _check_names(tensors, family, config, sources, read)
     leaves, treedef = jax.tree.flatten(abstract)

@@ -32,7 +32,7 @@ from jlora.models._decoder import (
     remember,
     visible,
 )
-from jlora.models._layers import ACTIVATIONS, Numbered
+from jlora.models._layers import ACTIVATIONS, Embedding, Numbered
 
 
 class LayerNorm(nn.Module):
@@ -183,10 +183,9 @@ class GPT2(Decoder):
     """
 
     def setup(self) -> None:
-        """Declare the stack, and the head where it is not the embedding."""
+        """Declare the stack, beside the head."""
+        super().setup()
         self.transformer = self.part(Stack)()
-        if not self.config.tie_word_embeddings:
-            self.lm_head = self.linear(self.config.vocab_size, bias=False)
 
     def hidden(
         self, input_ids: Array, place: Place, past: Past, deterministic: bool
@@ -194,11 +193,9 @@ class GPT2(Decoder):
         """Return `[B, T, d]` after the last norm, and each block's keys and values."""
         return self.transformer(input_ids, place, past, deterministic)
 
-    def head(self, x: Array) -> Array:
-        """[B, T, d] -> the logits [B, T, V]."""
-        if self.config.tie_word_embeddings:
-            return self.transformer.wte.attend(x)
-        return self.lm_head(x)
+    def embedding(self) -> Embedding:
+        """Return the table of tokens."""
+        return self.transformer.wte
 
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of blocks, H and D."""

@@ -13,7 +13,7 @@ Shazeer 2020, arXiv:2002.05202.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -197,6 +197,31 @@ class T5(Part):
         )
         return self.head(x)
 
+    def prefill(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        length: int,
+        beams: int = 1,
+    ) -> tuple[Array, Cache]:
+        """Run the encoder, and make room for L steps.
+
+        Args:
+          input_ids: `[B, S]`, the encoder's tokens.
+          attention_mask: `[B, S]`, 0 at padding; `None` attends to everything.
+          length: L, the most tokens that will be fed.
+          beams: K, how many sequences are decoded for each row of `input_ids`.
+
+        Returns:
+          The start tokens `[B*K]`, to be fed next; and the cache of `init_cache`.
+        """
+        encoded = self.encode(input_ids, attention_mask)
+        cache = self.init_cache(encoded, attention_mask, length=length, beams=beams)
+        rows = input_ids.shape[0] * beams
+        start = jnp.full(rows, self.config.decoder_start_token_id, jnp.int32)
+        return start, cache
+
     def init_cache(
         self,
         encoded: Array,
@@ -266,37 +291,3 @@ class T5(Part):
         if self.config.tie_word_embeddings:
             return self.shared.attend(x)
         return self.lm_head(x)
-
-
-def generation(model: T5) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return what `jlora.models.generate_with` takes for a T5."""
-
-    def encode(
-        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
-    ) -> tuple[Array, Cache]:
-        """Run the encoder; answer with the start tokens `[B*K]` and the cache."""
-        variables = {"params": params}
-        encoded: Any = model.apply(
-            variables, input_ids, attention_mask, method="encode"
-        )
-        cache: Any = model.apply(
-            variables,
-            encoded,
-            attention_mask,
-            length=length,
-            beams=beams,
-            method="init_cache",
-        )
-        rows = input_ids.shape[0] * beams
-        start = jnp.full(rows, model.config.decoder_start_token_id, jnp.int32)
-        return start, cache
-
-    def decode(params: Any, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Feed one token `[B*K]` each; return the logits `[B*K, V]` and the cache."""
-        stepped: Any = model.apply(
-            {"params": params}, tokens[:, None], cache, method="decode_step"
-        )
-        logits, cache = stepped
-        return logits[:, 0], cache
-
-    return encode, decode

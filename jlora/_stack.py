@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._errors import ShapeError, StructureError
-from jlora._lowrank import Adapter, LowRank, is_node
+from jlora._lowrank import RANK, Adapter, Dims, LowRank, is_node
 
 Tree = Any
 Path = tuple[str, ...]
@@ -200,24 +200,28 @@ def _stack(nodes: list[Any], where: str, depth: int) -> Any:
 def _stack_adapters(layers: list[Adapter], where: str) -> Adapter:
     _alike(where, [_settings(t) for t in layers])
     _alike(where, [f"rank {t.rank}" for t in layers if hasattr(t.a, "shape")])
-    arrays = [_arrays(t) for t in layers]
-    _alike(where, [f"{len(each)} arrays" for each in arrays])
-    stacked = iter([_stack_arrays(list(xs), where) for xs in zip(*arrays, strict=True)])
-    ndim = len(layers[0].starts)
-    shifted = layers[0].rename({d: d + 1 for d in range(ndim)}, ndim + 1)
-    return shifted.map(lambda x, dims: (next(stacked), (0, *dims)))
+    # All but the arrays is alike, so each array gains the axis that its dims gain.
+    arrays = [t.tree_flatten()[0] for t in layers]
+    stacked = [_stack_arrays(list(xs), where) for xs in zip(*arrays, strict=True)]
+    static = _with_dims(layers[0], lambda dims: (0, *(_moved(d, 1) for d in dims)))
+    static = dataclasses.replace(static, starts=(0, *static.starts))
+    return Adapter.tree_unflatten(static.tree_flatten()[1], stacked)
 
 
-def _arrays(t: Adapter) -> list[Any]:
-    """Return an adapter's arrays in the order in which `Adapter.map` meets them."""
-    found: list[Any] = []
+def _with_dims(t: Adapter, change: Callable[[Dims], Dims]) -> Adapter:
+    """Change the dims of all arrays, those of arrays that are not there, too."""
+    dims = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
+    # A scale may be one number. Every other array has an axis, or is never there.
+    changed = {
+        name: change(held)
+        for name, held in dims.items()
+        if name == "s_dims" or (name.endswith("_dims") and held)
+    }
+    return dataclasses.replace(t, **changed)
 
-    def note(x: Any, dims: Any) -> Any:
-        found.append(x)
-        return x, dims
 
-    t.map(note)
-    return found
+def _moved(dim: int, by: int) -> int:
+    return dim if dim == RANK else dim + by
 
 
 def _settings(t: Adapter) -> dict[str, Any]:
@@ -331,13 +335,13 @@ def _take(node: Any, i: int, depth: int) -> Any:
             )
 
         def layer(x: Any, dims: Any) -> Any:
-            if 0 not in dims:
-                return x, dims  # shared by all layers
-            axis = dims.index(0)
-            return _index(x, axis, i), (*dims[:axis], *dims[axis + 1 :])
+            # An array without that dimension is shared by all layers.
+            return (_index(x, dims.index(0), i) if 0 in dims else x), dims
 
-        down = {d: d - 1 for d in range(1, len(t.starts))}
-        return t.map(layer).rename(down, len(down))
+        t = _with_dims(
+            t.map(layer), lambda dims: tuple(_moved(d, -1) for d in dims if d != 0)
+        )
+        return dataclasses.replace(t, starts=t.starts[1:])
 
     parts = node.path.split("/")
     path = "/".join([*parts[:-depth], str(i), *parts[-depth:]])

@@ -74,6 +74,12 @@ def aliases(config: BertConfig) -> dict[str, str]:
     return {head["decoder.weight"]: table, head["decoder.bias"]: head["bias"]}
 
 
+def stacks(config: BertConfig) -> dict[tuple[str, ...], int]:
+    """Return the path of the blocks, and how many there are."""
+    prefix = () if config.head == "base" else (config.model_type,)
+    return {(*prefix, "encoder", "layer"): config.num_hidden_layers}
+
+
 def settle(
     config: BertConfig,
     raw: Mapping[str, Any],

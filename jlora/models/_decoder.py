@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import ShapeError
+from jlora.models._blocks import Configured
 from jlora.models._layers import MASKED, Embedding
 
 KeysValues = tuple[Array, Array]  # two of [B, G, S, D]
@@ -66,7 +67,7 @@ def attend(
     q: Array,
     kv: KeysValues,
     seen: Array,
-    scale: float,
+    scale: Array | float,
     drop: Callable[[Array], Array],
     cap: float | None = None,
 ) -> Array:
@@ -108,17 +109,8 @@ def remember(kv: KeysValues, past: KeysValues | None, index: Array | int) -> Key
     return write(past[0], kv[0]), write(past[1], kv[1])
 
 
-class Part(nn.Module):
-    """What the parts of a decoder share: the configuration and the two dtypes."""
-
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def part(self, kind: Callable[..., Any], **fields: Any) -> Any:
-        """Return a maker of `kind` with the same configuration and dtypes."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return partial(kind, config=self.config, **dtypes, **fields)
+class Part(Configured):
+    """What the parts of a decoder share: layers as its configuration wants them."""
 
     def linear(self, features: int, *, bias: bool, scale: float = 1.0) -> nn.Dense:
         """Return a linear layer; `scale` is of the initial kernel."""
@@ -146,6 +138,8 @@ class Decoder(Part):
       config: sizes and choices.
       dtype: what it computes in. Norms, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
@@ -229,8 +223,8 @@ class Decoder(Part):
 
         Returns:
           The last tokens `[B*K]`, to be fed next; and the cache. `beams` of it are
-          each layer's keys and values, two of `[B*K, G, L, D]`; `shared` is the place
-          of the next token.
+          each layer's keys and values, two of `[B*K, G, L, D]` (with scanned layers
+          two of `[B*K, layers, G, L, D]`); `shared` is the place of the next token.
 
         Raises:
           ShapeError: prompt and new tokens are more than the model has positions.
@@ -242,8 +236,7 @@ class Decoder(Part):
         ids, mask = _to_the_right(input_ids, mask.astype(bool))
         keys = jnp.concatenate([mask, jnp.ones((B, length - 1), bool)], axis=1)
         layers, G, D = self.cache_shape()
-        empty = jnp.zeros((B, G, room, D), self.dtype)
-        past = [(empty, empty)] * layers
+        past = self.empty(layers, (B, G, room, D))
         if S > 1:
             place = Place(positions_of(mask)[:, :-1], 0, keys)
             past = self.hidden(ids[:, :-1], place, past, True)[1]

@@ -45,10 +45,12 @@ class Family:
 
     Attributes:
       config: the configuration class.
-      model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
+      model: makes a Flax module; takes the fields of `_blocks.Configured`.
       init_args: what `model.init` takes after the key, at the smallest shapes.
       source: where the leaf at a path is found in a file; it gets the path, the
         configuration and the file's names, which are none where one is written.
+      stacks: the paths of a model's blocks and their numbers, for a model that scans
+        them.
       aliases: names that files may hold besides, and the tensor each must equal.
       unused: names that files may hold although the model never reads them; `*`
         stands for anything.
@@ -66,6 +68,7 @@ class Family:
     model: Callable[..., Any]
     init_args: tuple[Any, ...]
     source: Callable[[Path, Any, Names], Source]
+    stacks: Callable[[Any], Mapping[Path, int]]
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
     settle: Callable[[Any, Mapping[str, Any], set[str], Same], Any] = (
@@ -81,6 +84,19 @@ class Family:
         """Return the parameter tree as shapes and dtypes; nothing is computed."""
         variables = jax.eval_shape(model.init, jax.random.key(0), *self.init_args)
         return variables["params"]
+
+    def source_of(self, path: Path, config: Any, held: Names) -> Source:
+        """Return where a leaf is found, be it of one block or of all, stacked."""
+        for stack, length in self.stacks(config).items():
+            inner = path[len(stack) :]
+            if path[: len(stack)] == stack and not inner[0].isdigit():
+                return Stacked(
+                    tuple(
+                        self.source((*stack, str(i), *inner), config, held)
+                        for i in range(length)
+                    )
+                )
+        return self.source(path, config, held)
 
     def ignores(self, name: str) -> bool:
         """Return whether a file may hold `name` although no leaf is read from it."""
@@ -205,6 +221,7 @@ _ENCODER = Family(
     model=with_its_head,
     init_args=(_IDS,),
     source=dotted,
+    stacks=_bert_files.stacks,
     aliases=_bert_files.aliases,
     settle=_bert_files.settle,
     spelling=_bert_files.spelling,
@@ -217,6 +234,7 @@ _LLAMA = Family(
     model=Llama,
     init_args=(_IDS,),
     source=dotted,
+    stacks=lambda config: {("model", "layers"): config.num_hidden_layers},
     aliases=_llama_aliases,
     # Constants, which older releases saved.
     unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
@@ -234,6 +252,7 @@ FAMILIES: dict[str, Family] = {
         model=GPT2,
         init_args=(_IDS,),
         source=_gpt2_source,
+        stacks=lambda config: {("transformer", "h"): config.n_layer},
         aliases=_gpt2_aliases,
         # The causal mask, which older releases saved.
         unused=frozenset(
@@ -246,6 +265,10 @@ FAMILIES: dict[str, Family] = {
         model=T5,
         init_args=(_IDS, None, _IDS),
         source=dotted,
+        stacks=lambda config: {
+            ("encoder", "block"): config.num_layers,
+            ("decoder", "block"): config.num_decoder_layers,
+        },
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
         unused=frozenset(

@@ -42,6 +42,8 @@ def load(
     *,
     compute_dtype: Any = None,
     sharding: _leaves.Shardings = None,
+    scan_layers: bool = False,
+    remat: bool = False,
     head: str | None = None,
     num_labels: int | None = None,
     key: jax.Array | None = None,
@@ -62,6 +64,14 @@ def load(
         (`"model/layers/0/mlp/up_proj/kernel"`) and shape answers with its sharding,
         or `None`; a tree of shardings in the structure of the parameters, or the
         beginning of one, says it leaf by leaf, as `jax.jit`'s `in_shardings`.
+      scan_layers: whether the model scans its blocks: it is traced and compiled for
+        one, however many there are. A block's number then leaves the paths, and leaves
+        gain a leading axis of blocks, `model/layers/mlp/up_proj/kernel` `[L, i, o]`;
+        T5's position bias, which the first block alone holds, stays at
+        `block/0/layer/0/SelfAttention/...`. `jlora.stack_layers` and `unstack_layers`
+        turn one form into the other.
+      remat: whether the backward pass computes a block's activations again instead of
+        keeping them.
       head: of BERT and RoBERTa, `"base"` (hidden states), `"classification"` or
         `"masked_lm"`, whatever head the checkpoint was saved with; `None` takes that
         one. What the head needs and the checkpoint lacks is newly initialised, and a
@@ -77,7 +87,8 @@ def load(
       CheckpointError: files missing or damaged, tensors that are missing, unknown or
         of another shape, or a configuration that no model here honours.
       ShapeError: a sharding that does not divide its leaf.
-      StructureError: shardings that are not those of the parameters.
+      StructureError: shardings that are not those of the parameters, or blocks that
+        are not alike and shall be scanned.
     """
     folder = _folder(source)
     raw = read_json(folder / "config.json")
@@ -91,7 +102,8 @@ def load(
     if hasattr(config, "generation") and (folder / GENERATION).exists():
         said = read_json(folder / GENERATION)
         config = dataclasses.replace(config, generation=said)
-    model = family.model(config=config)
+    form = {"scan_layers": scan_layers, "remat": remat}
+    model = family.model(config=config, **form)
     abstract = family.abstract_params(model)
     shardings = _leaves.shardings_of(sharding, abstract)
     new: dict[str, jax.Array] = {}
@@ -104,7 +116,8 @@ def load(
         bf16 = all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
         compute_dtype = jnp.bfloat16 if bf16 else jnp.float32
     param_dtype = jax.tree.leaves(params)[0].dtype
-    model = family.model(config=config, dtype=compute_dtype, param_dtype=param_dtype)
+    dtypes = {"dtype": compute_dtype, "param_dtype": param_dtype}
+    model = family.model(config=config, **dtypes, **form)
     return model, params
 
 
@@ -117,7 +130,7 @@ def sources_of(
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     keys = [tuple(str(entry.key) for entry in path) for path in paths]
-    return {"/".join(key): family.source(key, config, held) for key in keys}
+    return {"/".join(key): family.source_of(key, config, held) for key in keys}
 
 
 def _folder(source: str | Path) -> Path:

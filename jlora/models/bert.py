@@ -24,7 +24,7 @@ from jax import Array
 from jlora._errors import ShapeError
 from jlora.models._bert_config import BertConfig
 from jlora.models._bert_layers import Embeddings, Layer, Part
-from jlora.models._layers import ACTIVATIONS, Numbered, mask_bias
+from jlora.models._layers import ACTIVATIONS, mask_bias
 
 
 class Encoder(Part):
@@ -32,14 +32,16 @@ class Encoder(Part):
 
     def setup(self) -> None:
         """Declare them."""
-        layers = self.config.num_hidden_layers
-        self.layer = Numbered((self.part(Layer),) * layers)
+        self.layer = self.blocks([self.part(Layer)] * self.config.num_hidden_layers)
 
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
         """[B, S, d] -> [B, S, d]."""
-        for layer in self.layer.items:
-            x = layer(x, bias, deterministic)
-        return x
+
+        def step(layer: Any, x: Array, past: None, own: None) -> tuple[Array, None]:
+            return layer(x, bias, deterministic), None
+
+        length = self.config.num_hidden_layers
+        return self.through(self.layer, step, x, length=length)[0]
 
 
 class Pooler(Part):
@@ -61,6 +63,8 @@ class Bert(Part):
       config: sizes and choices.
       dtype: what it computes in. Norms, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
@@ -120,6 +124,8 @@ class Headed(Part):
       config: sizes and choices.
       dtype: what it computes in.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
@@ -248,10 +254,10 @@ class BertLMTransform(Part):
         return self.LayerNorm(ACTIVATIONS[self.config.hidden_act](self.dense(x)))
 
 
-def with_its_head(config: BertConfig, **dtypes: Any) -> Part:
+def with_its_head(config: BertConfig, **settings: Any) -> Part:
     """Return the model whose head `config.head` names."""
     kinds = {"classification": BertClassifier, "masked_lm": BertMaskedLM}
-    return kinds.get(config.head, Bert)(config=config, **dtypes)
+    return kinds.get(config.head, Bert)(config=config, **settings)
 
 
 def mean_pool(

@@ -24,6 +24,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from jlora._errors import StructureError
+from jlora.models._blocks import of_kind
 from jlora.models._decoder import (
     Decoder,
     KeysValues,
@@ -36,7 +38,7 @@ from jlora.models._decoder import (
     visible,
 )
 from jlora.models._feed_forward import FeedForward, LlamaPart, Mixture
-from jlora.models._layers import Embedding, Numbered
+from jlora.models._layers import Embedding
 from jlora.models._llama_config import SLIDING
 from jlora.models._rope import turn, turning
 
@@ -130,10 +132,13 @@ class Stack(LlamaPart):
         """Declare the parts."""
         c = self.config
         self.embed_tokens = self.table(c.vocab_size, c.hidden_size)
-        layers = range(c.num_hidden_layers)
-        self.layers = Numbered(
-            tuple(self.part(Layer, sparse=c.is_sparse(i)) for i in layers)
-        )
+        sparse = [c.is_sparse(i) for i in range(c.num_hidden_layers)]
+        if self.scan_layers and len(set(sparse)) > 1:
+            raise StructureError(
+                f"scan_layers=True: of {len(sparse)} layers {sum(sparse)} choose among "
+                "experts, and a scan needs them alike.\nLeave scan_layers off."
+            )
+        self.layers = self.blocks([self.part(Layer, sparse=each) for each in sparse])
         self.norm = self.rms_norm()
 
     def __call__(
@@ -144,12 +149,14 @@ class Stack(LlamaPart):
         if c.kind.centred:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
         views = {kind: self.view(kind, place) for kind in sorted({*c.layer_types})}
-        kept = []
-        for i, layer in enumerate(self.layers.items):
-            own = None if past is None else past[i]
-            view = views[c.layer_types[i]]
-            x, kv = layer(x, view, own, place.first, deterministic)
-            kept.append(kv)
+        kinds, view_of = of_kind(views, c.layer_types, self.scan_layers)
+
+        def step(layer: Any, x: Array, past: Any, kind: Any) -> tuple[Array, Any]:
+            return layer(x, view_of(kind), past, place.first, deterministic)
+
+        x, kept = self.through(
+            self.layers, step, x, length=c.num_hidden_layers, past=past, own=kinds
+        )
         return self.norm(x), kept
 
     def view(self, kind: str, place: Place) -> View:
@@ -167,6 +174,8 @@ class Llama(Decoder):
       config: sizes and choices: a `LlamaConfig`, `GemmaConfig` or `MoeConfig`.
       dtype: what it computes in. Norms, angles, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models_decoders import assert_logits, forward, golden
-from tools import equations
+from test_models_decoders import GOLDEN, assert_logits, forward, golden
+from tools import equations, randomise
 
+import jlora
 from jlora import models
 from jlora._errors import StructureError
 from jlora.models import MoeConfig
@@ -162,11 +163,27 @@ def test_router_loss_counts_tokens_and_probabilities():
     assert abs(want - models.router_loss(kept, config)) > 1e-3  # padding aside
 
 
-def test_router_loss_of_layers_that_are_scanned_is_the_same():
-    config, kept = router_logits("mixtral")
-    stacked = {"router_logits": (jnp.stack(jax.tree.leaves(kept)),)}
-    got, want = (models.router_loss(k, config) for k in (stacked, kept))
-    np.testing.assert_allclose(got, want, rtol=1e-6)
+def test_experts_of_layers_that_are_scanned():
+    """The same logits and router loss; an adapter for each expert of each layer."""
+    _, _, io = golden("mixtral")
+    ids = io["input_ids"]
+    model, params = models.load(GOLDEN / "mixtral", scan_layers=True)
+    assert params["model"]["layers"]["mlp"]["experts"]["down_proj"].shape[:2] == (2, 3)
+    logits, kept = forward(model, params, ids, mutable=("intermediates",))
+    config, want = router_logits("mixtral")
+    np.testing.assert_allclose(
+        models.router_loss(kept["intermediates"], config),
+        models.router_loss(want, config),
+        rtol=1e-6,
+    )
+    assert_logits(logits, forward(*golden("mixtral")[:2], ids))
+    apply = lambda p, ids: model.apply({"params": p}, ids)
+    survey = jlora.survey(apply, params, ids)
+    tree = jlora.lorafy(params, 2, ["experts"], survey=survey)
+    tree = randomise(tree, jax.random.key(0))
+    got = jax.jit(jlora.lora(apply))(tree, ids)
+    assert_logits(got, forward(model, jlora.merge(tree), ids))
+    assert np.abs(got - logits).max() > 0.1
 
 
 def test_router_loss_is_least_where_experts_share_alike():

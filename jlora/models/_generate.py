@@ -170,7 +170,10 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
 
 @lru_cache(maxsize=64)
 def functions_of(model: Any) -> tuple[Encode, Decode]:
-    """Return a model's two functions, the same objects at every call."""
+    """Return a model's two functions, the same objects at every call.
+
+    They are its methods `prefill` and `decode_step`.
+    """
     if not hasattr(model, "prefill"):
         raise StructureError(
             f"{type(model).__name__} is an encoder and generates no tokens.\nCall it "

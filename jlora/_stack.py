@@ -97,33 +97,29 @@ def _walk(
     """Change the outermost dicts that `at` means and `change` answers for."""
     if isinstance(at, str):
         raise StructureError(f"at={at!r}: pass a list, [{at!r}].")
+    # Every path ends with nothing.
+    wanted = {"": ""} if at is None else {e: "/" + e.replace(".", "/") for e in at}
     found: set[str] = set()
-
-    def ends(path: Path) -> list[str] | None:
-        joined = "/" + "/".join(path)
-        wanted = None if at is None else [e.replace(".", "/").strip("/") for e in at]
-        if wanted is None:
-            return [""]
-        return [e for e in wanted if joined.endswith("/" + e)]
 
     def visit(node: Any, path: Path) -> Any:
         if not isinstance(node, Mapping):
             return node
-        hits = ends(path)
+        joined = "/" + "/".join(path)
+        hits = [entry for entry, end in wanted.items() if joined.endswith(end)]
         changed = change(node, path) if hits else None
         if changed is not None:
-            found.update(hits or ())
+            found.update(hits)
             return changed
         return {key: visit(value, (*path, str(key))) for key, value in node.items()}
 
     is_dict = lambda x: is_node(x) or isinstance(x, Mapping)  # noqa: E731
     result = jax.tree.map(lambda x: visit(x, ()), tree, is_leaf=is_dict)
-    missed = {e.replace(".", "/").strip("/") for e in at or ()} - found
-    if missed or not found:
+    missed = sorted(wanted.keys() - found)
+    if missed:
+        named = f"at={at!r}: " + (f"for {missed}, " if at else "")
         raise StructureError(
-            f"at={at!r}: no dict whose path ends so has {what}"
-            f"{': ' + repr(sorted(missed)) if missed else ''}.\n"
-            f"The paths of the tree's dicts begin so: {_some_paths(tree)}."
+            f"{named}no dict whose path ends so has {what}.\nThe tree's leaves are at "
+            f"{_some_paths(tree)}."
         )
     return result
 
@@ -131,7 +127,7 @@ def _walk(
 def _some_paths(tree: Tree) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
     keys = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves[:3]]
-    return ", ".join(keys) or "there are none"
+    return ", ".join([*keys, "..."])
 
 
 # -- stacking --------------------------------------------------------------------------
@@ -191,10 +187,9 @@ def _stack(nodes: list[Any], where: str, depth: int) -> Any:
     }
     base = _stack_arrays([node.base for node in nodes], where)
     # A node's path begins where `lorafy` saw the tree begin, which may be elsewhere.
-    *parts, number = first.path.split("/")[:-depth]
-    assert number == "0", first.path
-    inner = first.path.split("/")[-depth:]
-    return LowRank(base, adapters, "/".join([*parts, *inner]))
+    parts = first.path.split("/")
+    del parts[-depth - 1 : -depth]  # the layer's number
+    return LowRank(base, adapters, "/".join(parts))
 
 
 def _stack_adapters(layers: list[Adapter], where: str) -> Adapter:

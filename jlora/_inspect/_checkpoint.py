@@ -1,0 +1,153 @@
+"""A checkpoint of jlora: an adapter, a training state or merged parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import _storage
+from jlora._errors import CheckpointError
+from jlora._inspect._report import Report, Row
+
+Config = dict[str, Any]
+
+
+def report(place: Path) -> Report:
+    """What a checkpoint's description says; of an adapter, its scales are read too.
+
+    Raises:
+      CheckpointError: it is damaged, or no checkpoint.
+    """
+    config = _storage.read_config(_storage.absolute(place), None)
+    kinds = {"adapter": _adapter, "state": _state, "merged": _merged}
+    if config["kind"] not in kinds:
+        raise CheckpointError(
+            f"{str(place)!r} is a checkpoint of kind {config['kind']!r}, which this "
+            "jlora does not know.\nUpgrade jlora."
+        )
+    return kinds[config["kind"]](place, config)
+
+
+def _adapter(place: Path, config: Config) -> Report:
+    # A few kilobytes, and each array is checked against its digest.
+    arrays = _storage.read_arrays(_storage.absolute(place), config)
+    rows = _adapter_rows(config, "", lambda entry: _scale_in(arrays, entry))
+    full = [(name, config["arrays"][f"{name}/full"]) for name in config["full"]]
+    rows += [_full_row(name, array) for name, array in full]
+    facts = {
+        "written_by": f"jlora {config['jlora']}",
+        **_base(config),
+        "parameters": _count(config["arrays"]),
+        "bytes": sum(map(_bytes, config["arrays"].values())),
+    }
+    data = {"metadata": config["metadata"]}
+    return Report("adapter", str(place), facts, "kernel", rows, data)
+
+
+def _state(place: Path, config: Config) -> Report:
+    arrays = config["arrays"]
+    rows = _adapter_rows(config, "trainable/", lambda entry: entry["scale"])
+    rows += [
+        _full_row(name.removeprefix("trainable/").removesuffix("/full"), array)
+        for name, array in arrays.items()
+        if name.startswith("trainable/") and name.endswith("/full")
+    ]
+    sizes = {
+        part: sum(_bytes(x) for n, x in arrays.items() if n.startswith(f"{part}/"))
+        for part in ("trainable", "opt_state", "frozen")
+    }
+    facts = {
+        "written_by": f"jlora {config['jlora']}",
+        "step": config["step"],
+        "data_position": config["data_position"],
+        **_base(config),
+        "holds_the_base": config["with_base"],
+        "bytes_trainable": sizes["trainable"],
+        "bytes_optimiser": sizes["opt_state"],
+        "bytes_base": sizes["frozen"],
+    }
+    return Report("state", str(place), facts, "kernel", rows, {"run": config["run"]})
+
+
+def _merged(place: Path, config: Config) -> Report:
+    arrays = config["arrays"]
+    rows = [
+        {"tensor": name, "shape": x["shape"], "dtype": x["dtype"], "bytes": _bytes(x)}
+        for name, x in arrays.items()
+    ]
+    facts = {
+        "written_by": f"jlora {config['jlora']}",
+        "parameters": _count(arrays),
+        "bytes": sum(map(_bytes, arrays.values())),
+    }
+    data = {"metadata": config["metadata"]}
+    return Report("merged", str(place), facts, "tensor", rows, data)
+
+
+def _base(config: Config) -> dict[str, Any]:
+    leaves = config["base"]["leaves"]
+    return {
+        "base_fingerprint": config["base"]["digest"],
+        "base_leaves": len(leaves),
+        "base_parameters": _count(leaves),
+    }
+
+
+def _adapter_rows(config: Config, prefix: str, scale_of: Any) -> list[Row]:
+    rows: list[Row] = []
+    for entry in config["adapters"]:
+        own = "/".join(filter(None, (entry["path"], entry["name"])))
+        found = {
+            factor: config["arrays"][f"{prefix}{own}/{factor}"]
+            for factor in entry["factors"]
+            if f"{prefix}{own}/{factor}" in config["arrays"]
+        }
+        shapes = {factor: x["shape"] for factor, x in found.items() if x["shape"]}
+        features = ["rsLoRA"] if entry["rslora"] else []
+        features += [f"dropout {entry['dropout']:g}"] if entry["dropout"] else []
+        rows.append(
+            {
+                "kernel": own,
+                "rank": entry["rank"],
+                "scale": scale_of(entry),
+                "factors": shapes,
+                "dtype": found["a"]["dtype"] if "a" in found else None,
+                "features": features,
+                "bytes": sum(map(_bytes, found.values())),
+            }
+        )
+    return rows
+
+
+def _full_row(name: str, array: Mapping[str, Any]) -> Row:
+    return {
+        "kernel": name,
+        "rank": None,
+        "scale": None,
+        "factors": {"full": array["shape"]},
+        "dtype": array["dtype"],
+        "features": ["fully trained"],
+        "bytes": _bytes(array),
+    }
+
+
+def _scale_in(arrays: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
+    """The scale of an adapter; of a stack's, one for each layer where they differ."""
+    name = "/".join(filter(None, (entry["path"], entry["name"], "scale")))
+    scales = np.unique(np.asarray(arrays[name]))
+    return float(scales[0]) if scales.size == 1 else [float(x) for x in scales]
+
+
+def _count(arrays: Mapping[str, Any]) -> int:
+    return sum(math.prod(x["shape"]) for x in arrays.values())
+
+
+def _bytes(array: Mapping[str, Any]) -> int:
+    if array["dtype"].startswith("key<"):
+        return 0  # a PRNG key's size is its implementation's
+    return math.prod(array["shape"]) * jnp.dtype(array["dtype"]).itemsize

@@ -7,7 +7,8 @@ from typing import Any
 
 from jlora import checkpoint, models, peft
 from jlora._adapter_files import Check
-from jlora._errors import CheckpointError
+from jlora._errors import CheckpointError, LoraError
+from jlora._inspect._model import MISREAD
 from jlora._peft_files import CONFIG, adapter_folder
 
 # The keys of a checkpoint's metadata that keep what PEFT's format says besides.
@@ -52,7 +53,7 @@ def to_checkpoint(
         )
     config = peft.read_config(source, adapter=adapter)
     base = base or config.get("base_model_name_or_path")
-    _, params = models.load(_base(base, source), head=head, num_labels=num_labels)
+    _, params = _loaded(base, source, head, num_labels)
     tree = peft.load(source, params, adapter=adapter)
     metadata = {_PEFT: config, _BASE: _lasting(base)}
     checkpoint.save_adapter(target, tree, metadata=metadata, overwrite=overwrite)
@@ -102,7 +103,7 @@ def to_peft(
     metadata = checkpoint.load_metadata(source)
     config = metadata.get(_PEFT)
     base = base or metadata.get(_BASE)
-    model, params = models.load(_base(base, source), head=head, num_labels=num_labels)
+    model, params = _loaded(base, source, head, num_labels)
     tree = checkpoint.load_adapter(source, params, check=check)
     given: dict[str, Any] = {"config": config}
     if config is None:
@@ -137,13 +138,24 @@ def _check_places(source: Path, target: Path, overwrite: bool) -> None:
         )
 
 
-def _base(base: Any, source: Path) -> str:
+def _loaded(
+    base: Any, source: Path, head: str | None, num_labels: int | None
+) -> tuple[Any, Any]:
+    """The base's model and parameters."""
     if not isinstance(base, str) or not base:
         raise CheckpointError(
             f"{str(source)!r} does not say what it was trained on.\nPass the model: "
             "--base DIR, or --base with its name on the Hugging Face hub."
         )
-    return base
+    try:
+        return models.load(base, head=head, num_labels=num_labels)
+    except LoraError:
+        raise
+    except MISREAD as error:
+        raise CheckpointError(
+            f"the model {base!r} cannot be made from its config.json, which holds a "
+            f"value of the wrong type: {error}.\nCopy or download it again."
+        ) from error
 
 
 def _lasting(base: Any) -> str:

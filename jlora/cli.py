@@ -108,7 +108,7 @@ def _convert_options(p: argparse.ArgumentParser) -> None:
         choices=["base", "classification", "masked_lm"],
         help="of BERT and RoBERTa, if not the one the model was saved with",
     )
-    add("--num-labels", type=int, metavar="N", help="of the classification head")
+    add("--num-labels", type=_count, metavar="N", help="of the classification head")
     add("--adapter", metavar="NAME", help="the PEFT adapter in the folder of that name")
     add("--overwrite", action="store_true", help="replace the adapter in TARGET")
     add = p.add_argument_group("to PEFT's format").add_argument
@@ -144,6 +144,13 @@ def _convert(args: Args) -> None:
     base = write(args.source, args.target, **options, **only)
     what = "PEFT adapter" if to_peft else "adapter checkpoint"
     print(f"{args.target}: {what}, on {base}")
+
+
+def _count(text: str) -> int:
+    """A number of things, at least one."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _stay_on_host() -> None:

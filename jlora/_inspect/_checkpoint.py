@@ -51,7 +51,7 @@ def _adapter(place: Path, config: Config) -> Report:
 
 def _state(place: Path, config: Config) -> Report:
     arrays = config["arrays"]
-    rows = _adapter_rows(config, "trainable/", lambda entry: entry["scale"])
+    rows = _adapter_rows(config, "trainable/", _scale_noted)
     rows += [
         _full_row(name.removeprefix("trainable/").removesuffix("/full"), array)
         for name, array in arrays.items()
@@ -141,6 +141,11 @@ def _scale_in(arrays: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
     name = "/".join(filter(None, (entry["path"], entry["name"], "scale")))
     scales = np.unique(np.asarray(arrays[name]))
     return float(scales[0]) if scales.size == 1 else [float(x) for x in scales]
+
+
+def _scale_noted(entry: Mapping[str, Any]) -> float | None:
+    """The scale in a state's description, which of a stack's has only the digest."""
+    return entry["scale"] if isinstance(entry["scale"], float) else None
 
 
 def _count(arrays: Mapping[str, Any]) -> int:

@@ -14,6 +14,8 @@ from jlora._inspect._report import Report
 from jlora.models._families import family_of
 from jlora.models._safetensors import TensorFolder, read_json
 
+# What comes of a config.json with values of wrong types: the families trust it.
+MISREAD = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 # The configurations' own words, in the order in which they are shown.
 _SIZES = (
     "vocab_size", "hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers",
@@ -59,4 +61,6 @@ def _refused(config: Mapping[str, Any]) -> str | None:
         family_of(config.get("model_type"), "config.json").config.from_dict(config)
     except CheckpointError as error:
         return str(error).splitlines()[0]
+    except MISREAD as error:
+        return f"config.json holds a value of the wrong type: {error}"
     return None

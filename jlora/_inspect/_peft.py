@@ -58,7 +58,8 @@ def report(place: Path) -> Report:
         where = str(place / CONFIG)
         scaling = {key: config[key] for key in _SCALING if key in config}
         check_config({"peft_type": kind, "target_modules": [], **scaling}, where)
-    tensors = _tensors(place)
+    pickled = not (place / WEIGHTS).exists() and (place / PICKLE).exists()
+    tensors = {} if pickled else headers(place / WEIGHTS)
     rows = [_row(m, parts, config) for m, parts in _by_module(tensors).items()]
     refused = _refused(config, place)
     facts = {
@@ -67,7 +68,7 @@ def report(place: Path) -> Report:
         "task": config.get("task_type"),
         "loadable": refused is None,
         "not_loadable": refused,
-        "not_read": None if tensors else f"{PICKLE} is a pickle, which can run code",
+        "not_read": f"{PICKLE} is a pickle, which can run code" if pickled else None,
         "modules_adapted": sum(row["rank"] is not None for row in rows),
         "parameters": sum(math.prod(x.shape) for x in tensors.values()),
         "bytes": sum(x.bytes for x in tensors.values()),
@@ -98,12 +99,6 @@ def _refused(config: Config, place: Path) -> str | None:
     if not (place / WEIGHTS).exists():
         return f"there is no {WEIGHTS}"
     return None
-
-
-def _tensors(place: Path) -> dict[str, Header]:
-    if not (place / WEIGHTS).exists() and (place / PICKLE).exists():
-        return {}
-    return headers(place / WEIGHTS)
 
 
 def _by_module(tensors: Mapping[str, Header]) -> dict[str, dict[str, Header]]:

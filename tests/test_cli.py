@@ -645,7 +645,11 @@ def test_as_a_process():
     assert wrong.stderr.startswith("jlora: 'nowhere' does not exist")
 
 
-def test_a_reader_that_leaves_early():
-    line = f"{sys.executable} -m jlora inspect {T5 / 'base'} --json | head -n 1"
+def test_a_reader_that_leaves_early(tmp_path):
+    """With more to say than a pipe holds."""
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {f"t{i}": np.ones(1, np.float32) for i in range(2000)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    line = f"{sys.executable} -m jlora inspect {tmp_path} --json | head -n 1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[\n", "")

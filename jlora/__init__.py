@@ -6,6 +6,7 @@
 >>> grads = jax.grad(loss)(trainable, x)
 """
 
+from jlora._adapter import Adapter as Adapter
 from jlora._errors import CheckpointError as CheckpointError
 from jlora._errors import DataError as DataError
 from jlora._errors import DtypeError as DtypeError
@@ -18,9 +19,9 @@ from jlora._errors import TargetError as TargetError
 from jlora._errors import UnmergedError as UnmergedError
 from jlora._errors import UnsupportedOpError as UnsupportedOpError
 from jlora._lorafy import lorafy as lorafy
-from jlora._lowrank import Adapter as Adapter
 from jlora._lowrank import Full as Full
 from jlora._lowrank import LowRank as LowRank
+from jlora._lowrank import Rows as Rows
 from jlora._lowrank import is_node as is_node
 from jlora._merge import merge as merge
 from jlora._merge import unmerge as unmerge

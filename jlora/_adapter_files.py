@@ -11,9 +11,10 @@ from typing import Any, Literal
 import jax
 from jax.sharding import NamedSharding
 
+from jlora._adapter import Adapter
 from jlora._errors import CheckpointError
 from jlora._fingerprint import Fingerprint, leaf_print
-from jlora._lowrank import Adapter, Full, is_node
+from jlora._lowrank import Full, LowRank, Rows, is_node
 from jlora._paths import path_str
 from jlora._rules.layout import factor_spec
 
@@ -22,18 +23,20 @@ Check = Literal["values", "shapes"]
 
 
 def nodes(params: Tree) -> Iterator[tuple[str, Any]]:
-    """The low-rank and fully trained nodes of a tree, with their paths."""
+    """Jlora's nodes in a tree, with their paths."""
     for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node):
         if is_node(x):
             yield path_str(path), x
 
 
 def adapter_arrays(params: Tree) -> dict[str, Any]:
-    """What an adapter checkpoint holds: factors and fully trained leaves, by name."""
+    """What an adapter checkpoint holds: all that is trained, by name."""
     arrays: dict[str, Any] = {}
     for name, x in nodes(params):
         if isinstance(x, Full):
             arrays[f"{name}/full"] = x.value
+        elif isinstance(x, Rows):
+            arrays[f"{name}/rows"] = x.rows
         else:
             for own, adapter in x.adapters.items():
                 arrays.update(named_factors(name, own, adapter))
@@ -60,7 +63,7 @@ def adapter_entries(params: Tree) -> list[dict[str, Any]]:
     """The configuration of each adapter: all that is not an array."""
     entries: list[dict[str, Any]] = []
     for path, x in nodes(params):
-        if isinstance(x, Full):
+        if not isinstance(x, LowRank):
             continue
         for name, adapter in x.adapters.items():
             factors = _factors(adapter)
@@ -144,11 +147,16 @@ def check_adapters(place: Path, saved: Any, own: Any) -> None:
 
 
 def scale_entries(params: Tree) -> list[dict[str, Any]]:
-    """`adapter_entries` with the scales, which a training state takes from its base."""
+    """`adapter_entries` with what a training state takes from its base.
+
+    These are the scales, and which rows of a table are trained.
+    """
     entries = iter(adapter_entries(params))
-    out = []
-    for _, x in nodes(params):
-        for adapter in {} if isinstance(x, Full) else x.adapters.values():
+    out: list[dict[str, Any]] = []
+    for path, x in nodes(params):
+        if isinstance(x, Rows):
+            out.append({"path": path, "name": "rows", "indices": list(x.indices)})
+        for adapter in x.adapters.values() if isinstance(x, LowRank) else ():
             scale = leaf_print(adapter.scale)
             out.append({**next(entries), "scale": _brief_scale(adapter, scale.digest)})
     return out

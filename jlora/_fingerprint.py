@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora._lowrank import Full, LowRank, is_node
+from jlora._lowrank import Full, LowRank, Rows, is_node
 from jlora._paths import path_str
 
 Tree = Any
@@ -129,6 +129,8 @@ def _base_leaves(tree: Tree) -> Iterator[tuple[str, Any, bool]]:
         name = path_str(path)
         if isinstance(x, Full):
             yield name, x.value, True
+        elif isinstance(x, Rows):
+            yield name, x.base, False
         elif isinstance(x, LowRank):
             # A quantised base is itself a small tree.
             for inner, leaf in jax.tree_util.tree_leaves_with_path(x.base):

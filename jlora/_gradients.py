@@ -15,7 +15,7 @@ from jax import lax
 from jlora._compat import varying_axes
 from jlora._errors import ShapeError
 from jlora._interpret import OnMissing
-from jlora._lowrank import Full, LowRank, is_node
+from jlora._lowrank import Full, LowRank, Rows, is_node
 from jlora._partition import combine, with_dropout
 from jlora._paths import path_str
 from jlora._totals import Totals, nonzero, totals_fn
@@ -159,7 +159,7 @@ def cast_base(frozen: Tree, dtype: Any) -> Tree:
     """Kernels and plain leaves; the adapters' scales stay float32."""
 
     def one(x: Any) -> Any:
-        if isinstance(x, LowRank):
+        if isinstance(x, LowRank | Rows):
             return dataclasses.replace(x, base=cast(x.base, dtype))
         return x if isinstance(x, Full) else cast(x, dtype)
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._lowrank import Array
+from jlora._labels import Array
 
 # An initialiser makes `(a, b)` from a key, the two shapes, the fan-in and a dtype.
 Shape = Sequence[int]

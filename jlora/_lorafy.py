@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,9 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jlora import _init, _paths
+from jlora._adapter import Adapter, new_adapter
+from jlora._dora import column_norm
 from jlora._errors import ShapeError, TargetError
-from jlora._lowrank import Adapter, Dims, Full, LowRank, is_node, new_adapter
+from jlora._labels import Dims
+from jlora._lowrank import Full, LowRank, is_node
 from jlora._paths import Hit, path_str
+from jlora._resolve import bias_of
 from jlora._rules.layout import factor_spec
 from jlora._targets import (
     Bias,
@@ -26,6 +30,7 @@ from jlora._targets import (
     choose,
     trained,
 )
+from jlora._tokens import make_rows, token_rows
 
 if TYPE_CHECKING:
     from jlora._survey import Survey
@@ -45,6 +50,9 @@ def lorafy(
     bias: Bias = "none",
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
+    lora_bias: bool = False,
+    trainable_tokens: Mapping[str, Sequence[int]] | None = None,
     init: str | _init.Initializer = "default",
     dtype: Any = jnp.float32,
     survey: Survey | None = None,
@@ -68,6 +76,13 @@ def lorafy(
       dropout: probability of dropping an input of an adapter, once keys are given by
         `with_dropout`.
       rslora: scale by alpha/sqrt(r), Kalajdzievski 2023, arXiv:2312.03732.
+      dora: train each output's length apart from its direction, Liu et al. 2024,
+        arXiv:2402.09353. The kernel's columns are read once a step for their norms;
+        dropout acts on the low-rank term only.
+      lora_bias: give each adapter a bias of its own, which starts at zero. It counts
+        alpha/r times and needs layers that have a bias.
+      trainable_tokens: entries of tables `[V, d]` and the rows of each to train as they
+        are, `{"shared/embedding": [32100, 32101]}`; the table's other rows stay.
       init: how factors start, see `Target`. Embeddings start as PEFT's do.
       dtype: the factors' dtype.
       survey: from `jlora.survey`; makes `"all-linear"` and every kernel's axes exact.
@@ -82,6 +97,7 @@ def lorafy(
         has an adapter already.
       ShapeError: a rank that is not within 1..min(in, out), or unknown axes.
       DtypeError: a kernel that is not of floating point.
+      StructureError: `lora_bias` for a layer without bias.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
 
@@ -94,10 +110,15 @@ def lorafy(
         path_str(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
     }
-    _check_settings(dropout, bias)
+    _check_settings(dropout, bias, dora, lora_bias)
     check_survey(survey, leaves)
     chosen = choose(targets, leaves, exclude, survey)
     full = trained(train, bias, leaves, chosen)
+    tables = token_rows(trainable_tokens or {}, leaves, {*chosen, *full})
+    variant = _Variant(rslora=rslora, dora=dora, bias=lora_bias)
+    if lora_bias:
+        for name in chosen:
+            bias_of(name, leaves[name], leaves)
     key = jax.random.key(0) if key is None else key
 
     def place(path: Any, leaf: Any) -> Any:
@@ -105,17 +126,25 @@ def lorafy(
         if name in chosen:
             adapters = {
                 _adapter_name(c.hit): _make_adapter(
-                    name, leaf, c, base_target, key, rslora, dtype, survey
+                    name, leaf, c, base_target, key, variant, dtype, survey
                 )
                 for c in chosen[name]
             }
             return LowRank(leaf, adapters, name)
+        if name in tables:
+            return make_rows(name, leaf, tables[name], dtype)
         return Full(leaf) if name in full else leaf
 
     return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_node)
 
 
-def _check_settings(dropout: float, bias: str) -> None:
+def _check_settings(dropout: float, bias: str, dora: bool, lora_bias: bool) -> None:
+    if dora and lora_bias:
+        raise TargetError(
+            "dora=True and lora_bias=True: PEFT refuses the two together, for DoRA's "
+            "norm is of a kernel without bias.\nLeave one out; bias='lora_only' trains "
+            "the layers' own biases."
+        )
     if not 0 <= dropout < 1:
         raise ShapeError(f"dropout={dropout}; it is a probability, in [0, 1).")
     if bias not in ("none", "lora_only", "all"):
@@ -123,6 +152,15 @@ def _check_settings(dropout: float, bias: str) -> None:
 
 
 # -- one adapter -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Variant:
+    """What all adapters of one call have in common."""
+
+    rslora: bool
+    dora: bool
+    bias: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +174,7 @@ class _Axes:
 
 
 def _make_adapter(
-    path: str, leaf: Any, choice: Choice, base: Target, key: Any, rslora: bool,
+    path: str, leaf: Any, choice: Choice, base: Target, key: Any, variant: _Variant,
     dtype: Any, survey: Any,
 ) -> Adapter:  # fmt: skip
     check_float(path, leaf)
@@ -148,7 +186,8 @@ def _make_adapter(
     )
     rank = _check_rank(path, settings.rank, ins, outs)
     alpha = rank if settings.alpha is None else settings.alpha
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    scale = alpha / (math.sqrt(rank) if variant.rslora else rank)
+    wide = jax.ShapeDtypeStruct((*batch, *outs), dtype)
     init = _initializer(settings.init, axes)
     name = f"{path}/{choice.hit.role}" if choice.hit.part else path
     own_key = _init.leaf_key(key, name)
@@ -157,22 +196,30 @@ def _make_adapter(
         jax.ShapeDtypeStruct((*batch, rank, *outs), dtype),
         jax.ShapeDtypeStruct(batch, jnp.float32),
         batch=axes.batch, ins=axes.ins, outs=axes.outs, starts=starts,
-        dropout=settings.dropout, rslora=rslora, role=choice.hit.role,
+        magnitude=wide if variant.dora else None, bias=wide if variant.bias else None,
+        dropout=settings.dropout, rslora=variant.rslora, role=choice.hit.role,
     )  # fmt: skip
     abstract = _with_shardings(adapter, leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return abstract
 
-    def make(key: Any) -> Adapter:
+    def make(key: Any, kernel: Any) -> Adapter:
         a, b = init(key, adapter.a.shape, adapter.b.shape, math.prod(ins), dtype)
-        return dataclasses.replace(
+        made = dataclasses.replace(
             adapter, a=a, b=b, scale=jnp.full(batch, scale, jnp.float32)
         )
+        if variant.bias:
+            made = dataclasses.replace(made, bias=jnp.zeros(wide.shape, dtype))
+        if not variant.dora:
+            return made
+        length = column_norm(kernel, made).astype(dtype)  # so that W' begins as W
+        return dataclasses.replace(made, magnitude=length)
 
+    kernel = leaf if variant.dora else None
     if abstract.a.sharding is None:
-        return make(own_key)
+        return make(own_key, kernel)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(make, out_shardings=shardings)(own_key)
+    return jax.jit(make, out_shardings=shardings)(own_key, kernel)
 
 
 def _merged_target(own: Target, base: Target) -> Target:

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from jlora._errors import NonFiniteError, StructureError
-from jlora._lowrank import Full, LowRank, is_node, same_structure
+from jlora._lowrank import Full, LowRank, Rows, is_node, same_structure
 from jlora._paths import path_str
+from jlora._resolve import bias_terms
 
 Tree = Any
 
@@ -62,8 +63,9 @@ class Undo:
 def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
     """Fold every adapter into its kernel.
 
-    Each kernel becomes `base + scale * a @ b`, accumulated in float32 and rounded once
-    to the base's dtype. Fully trained leaves become plain leaves.
+    Each kernel becomes `base + scale * a @ b`, with DoRA brought to its magnitude,
+    accumulated in float32 and rounded once to the base's dtype. Biases of adapters go
+    into those of their layers. Fully trained leaves and rows become plain leaves.
 
     Args:
       tree: a lorafied tree.
@@ -77,9 +79,11 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
     Raises:
       NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
-    nodes = {path_str(p): x for p, x in leaves if isinstance(x, LowRank)}
-    merged = {path: _merge_kernel(_without_keys(x)) for path, x in nodes.items()}
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+    leaves = {path_str(path): x for path, x in pairs}
+    nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
+    biases = bias_terms(leaves)
+    merged = {path: _merge_node(_without_keys(x)) for path, x in nodes.items()}
     if not _is_tracing(merged):
         stats = jax.device_get({path: stats for path, (_, stats) in merged.items()})
         for path, values in stats.items():
@@ -91,9 +95,11 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
         )
 
     def dense(path: Any, x: Any) -> Any:
-        if isinstance(x, Full):
-            return x.value
-        return merged[path_str(path)][0] if isinstance(x, LowRank) else x
+        name = path_str(path)
+        if name in merged:
+            return merged[name][0]
+        x = x.value if isinstance(x, Full) else x
+        return (x + biases[name]).astype(x.dtype) if name in biases else x
 
     out = [jax.tree_util.tree_map_with_path(dense, tree, is_leaf=is_node)]
     if report:
@@ -140,13 +146,18 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
 
 
 @jax.jit
-def _merge_kernel(w: LowRank) -> tuple[Any, dict[str, Any]]:
-    """The merged kernel and the figures of its report."""
+def _merge_node(w: LowRank | Rows) -> tuple[Any, dict[str, Any]]:
+    """The merged kernel or table, and the figures of its report."""
     base = w.base.astype(jnp.float32)
-    delta = w.delta()
+    if isinstance(w, Rows):
+        whole = dataclasses.replace(w, base=base).merged()  # the rows' own bits
+        delta = whole - base
+    else:
+        delta = w.delta()
+        whole = base + delta
     # XLA may keep a cast to bfloat16 and back in float32; an explicit rounding stays.
     info = jnp.finfo(w.dtype)
-    rounded = lax.reduce_precision(base + delta, info.nexp, info.nmant)
+    rounded = lax.reduce_precision(whole, info.nexp, info.nmant)
     merged = rounded.astype(w.dtype)
     error = (rounded - base) - delta
     moved = delta != 0
@@ -161,8 +172,10 @@ def _merge_kernel(w: LowRank) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _without_keys(w: LowRank) -> LowRank:
+def _without_keys(w: LowRank | Rows) -> LowRank | Rows:
     """Merging the tree of a dropout step is merging the tree."""
+    if isinstance(w, Rows):
+        return w
     return w.map(w.base, lambda t: dataclasses.replace(t, key=None))
 
 
@@ -171,7 +184,7 @@ def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
     return MergedLeaf(path, float(s["delta"]), lost, float(s["max"]), float(s["same"]))
 
 
-def _check_finite(path: str, w: LowRank, s: dict[str, Any]) -> None:
+def _check_finite(path: str, w: LowRank | Rows, s: dict[str, Any]) -> None:
     if s["finite"]:
         return
     where = "its base" if not s["finite_base"] else "its adapter or their sum"

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from jlora._adapter import DIMS_OF, Adapter
 from jlora._errors import StructureError
 from jlora._init import leaf_key
-from jlora._lowrank import Adapter, Full, LowRank, is_node, same_structure
+from jlora._lowrank import Full, LowRank, Rows, is_node, same_structure
 from jlora._paths import path_str
 
 Tree = Any
@@ -18,8 +19,9 @@ Tree = Any
 def labels(tree: Tree) -> Tree:
     """A label for every leaf, for `optax.multi_transform`.
 
-    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), `"full"` a
-    fully trained leaf, `"bias"` one that is named bias, `"frozen"` the rest.
+    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), `"magnitude"`
+    DoRA's, `"full"` a fully trained leaf, `"bias"` one that is named bias or an
+    adapter's own, `"rows"` the trained rows of a table, `"frozen"` the rest.
 
     >>> tree = lorafy({"w": jnp.ones((3, 2))}, rank=1, targets=["w"])
     >>> [str(x) for x in jax.tree.leaves(labels(tree))]
@@ -32,14 +34,18 @@ def labels(tree: Tree) -> Tree:
             return Full("bias" if is_bias else "full")
         if isinstance(node, LowRank):
             return node.map("frozen", _label_adapter)
+        if isinstance(node, Rows):
+            return dataclasses.replace(node, base="frozen", rows="rows")
         return "frozen"
 
     return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_node)
 
 
 def _label_adapter(t: Adapter) -> Adapter:
-    key = None if t.key is None else "frozen"
-    return dataclasses.replace(t, a="a", b="b", scale="frozen", key=key)
+    frozen = ("scale", "key", "gain")
+    present = [n for n in DIMS_OF if getattr(t, n) is not None]
+    named: dict[str, Any] = {n: "frozen" if n in frozen else n for n in present}
+    return dataclasses.replace(t, **named)
 
 
 def trainable_mask(tree: Tree) -> Tree:

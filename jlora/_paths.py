@@ -18,8 +18,9 @@ from jlora._errors import TargetError
 
 KeyPath = tuple  # of jax.tree_util keys
 
-# Names that frameworks give to kernels: Flax, Haiku, Equinox, and embeddings of each.
+# Names that frameworks give to kernels, biases and embeddings: Flax, Haiku, Equinox.
 EMBEDDING_NAMES = ("embedding", "embeddings")
+BIAS_NAMES = ("bias", "b")
 KERNEL_NAMES = ("kernel", "weight", "w", *EMBEDDING_NAMES)
 
 # A role's spellings, as suffixes of a module's path. `NAME#k/n` is the k-th of n equal

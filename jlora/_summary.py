@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._lowrank import Adapter, Full, LowRank, is_node
+from jlora._adapter import Adapter
+from jlora._lowrank import Full, LowRank, Rows, is_node
 from jlora._merge import table
 from jlora._paths import generalise, path_str
 
@@ -24,9 +25,9 @@ class Row:
     Attributes:
       path: the kernel's path; of an adapter on a slice, with the slice's name.
       shape: the kernel's shape.
-      rank: the adapter's rank, or None for a fully trained leaf.
+      rank: the adapter's rank, or None where the leaf, or rows of it, are trained.
       scale: alpha/r; NaN in an abstract tree, the first of a stack's.
-      role: the role by which the target was found, if any.
+      role: the role by which the target was found, if any; `"rows"` of a table.
       trainable: how many numbers are trained.
       bytes: their size.
     """
@@ -96,6 +97,12 @@ def summary(tree: Tree) -> Summary:
         if isinstance(leaf, LowRank):
             rows += _adapter_rows(leaf)
             leaf = leaf.base
+        elif isinstance(leaf, Rows):
+            rows.append(
+                Row(path_str(path), leaf.shape, None, math.nan, "rows",
+                    *_size([leaf.rows]))
+            )  # fmt: skip
+            leaf = leaf.base
         elif isinstance(leaf, Full):
             leaf = leaf.value
             size = _size([leaf])
@@ -116,7 +123,8 @@ def summary(tree: Tree) -> Summary:
 def _adapter_rows(w: LowRank) -> Iterable[Row]:
     for name, t in w.adapters.items():
         path = f"{w.path}/{name}" if name else w.path
-        yield Row(path, w.shape, t.rank, _scale(t), t.role, *_size([t.a, t.b]))
+        trained = _size([t.a, t.b, t.magnitude, t.bias])
+        yield Row(path, w.shape, t.rank, _scale(t), t.role, *trained)
 
 
 def _scale(t: Adapter) -> float:

@@ -17,7 +17,8 @@ import numpy as np
 
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
-from jlora._lowrank import Dims, is_node
+from jlora._labels import Dims
+from jlora._lowrank import is_node
 from jlora._merge import table
 from jlora._paths import path_str
 from jlora._rules.experts import is_plain

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jlora import _paths
 from jlora._errors import DtypeError, JloraWarning, ShapeError, TargetError
 from jlora._init import Initializer
-from jlora._lowrank import Dims, LowRank
+from jlora._labels import Dims
+from jlora._lowrank import LowRank
 from jlora._paths import Coverage, Hit
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def choose(
     targets: Targets, leaves: Leaves, exclude: Sequence[str], survey: Any
 ) -> dict[str, list[Choice]]:
     """The adapters to make, by leaf."""
-    excluded = _matches(exclude, leaves, "exclude")
+    excluded = matches(exclude, leaves, "exclude")
     chosen: dict[str, list[Choice]] = {}
     reports: list[Coverage] = []
     for entry, target, hits in _entry_hits(targets, leaves, survey):
@@ -166,7 +167,7 @@ def _nothing_hit(argument: str, entry: str, leaves: Leaves) -> str:
     )
 
 
-def _matches(entries: Sequence[str], leaves: Leaves, argument: str) -> set[str]:
+def matches(entries: Sequence[str], leaves: Leaves, argument: str) -> set[str]:
     """The leaves that a list of entries hits; each entry must hit something."""
     if isinstance(entries, str):
         raise TargetError(f"{argument}={entries!r}: pass a list, [{entries!r}].")
@@ -184,7 +185,7 @@ def trained(
     chosen: Mapping[str, Any],
 ) -> set[str]:  # fmt: skip
     """The leaves to train as they are."""
-    full = _matches(train, leaves, "train")
+    full = matches(train, leaves, "train")
     both = sorted(full & set(chosen))
     if both:
         raise TargetError(
@@ -195,7 +196,7 @@ def trained(
         adapted = {_paths.module_of(path) for path in chosen}
         biases = {
             p for p in leaves
-            if p.rpartition("/")[2] in ("bias", "b")
+            if p.rpartition("/")[2] in _paths.BIAS_NAMES
             and (bias == "all" or _paths.module_of(p) in adapted)
         }  # fmt: skip
         if not biases:

@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 
 from jlora._interpret import OnMissing, Replay
-from jlora._lowrank import Full, LowRank, is_node
+from jlora._lowrank import Full, LowRank, Rows, is_node
+from jlora._resolve import resolve
 
 
 def lora(
@@ -60,7 +61,7 @@ def lora(
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
         if not any(is_node(x) for x in leaves):
             return fn(*args, **kwargs)
-        leaves = [x.value if isinstance(x, Full) else x for x in leaves]
+        leaves = jax.tree.leaves(resolve((args, kwargs)), is_leaf=is_node)
         traced = [i for i, x in enumerate(leaves) if _is_traced(x)]
         out_tree = None
 
@@ -92,6 +93,8 @@ def _freeze(argument: Any) -> Any:
 def _freeze_leaf(x: Any) -> Any:
     if isinstance(x, Full):
         return x
+    if isinstance(x, Rows):
+        return dataclasses.replace(x, base=_stop(x.base))
     if isinstance(x, LowRank):
         return x.map(
             _stop(x.base), lambda t: dataclasses.replace(t, scale=_stop(t.scale))

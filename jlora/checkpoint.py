@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jlora import _storage
+from jlora._adapter import Adapter
 from jlora._adapter_files import (
     Check,
     adapter_arrays,
@@ -33,7 +34,7 @@ from jlora._adapter_files import (
 )
 from jlora._fingerprint import Fingerprint as Fingerprint
 from jlora._fingerprint import fingerprint as fingerprint
-from jlora._lowrank import Adapter, Full, LowRank
+from jlora._lowrank import Full, LowRank, Rows
 from jlora._merge import MergeReport, merge
 from jlora._partition import trainable_mask
 from jlora._paths import path_str
@@ -41,6 +42,7 @@ from jlora._run_files import Checkpoints as Checkpoints
 from jlora._run_files import restore_state as restore_state
 from jlora._run_files import save_state as save_state
 from jlora._storage import PathLike
+from jlora._tokens import abstract_rows
 
 Tree = Any
 
@@ -75,6 +77,7 @@ def save_adapter(
     config = {
         "adapters": adapter_entries(params),
         "full": [name for name, x in nodes(params) if isinstance(x, Full)],
+        "rows": {p: list(x.indices) for p, x in nodes(params) if isinstance(x, Rows)},
         "base": fingerprint(params).to_json(),
         "metadata": dict(metadata or {}),
     }
@@ -116,6 +119,9 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
         own = shapes[f"{name}/full"]
         sharding = getattr(bases[name], "sharding", None)
         template[f"{name}/full"] = sharded(own, sharding)
+    for name in config.get("rows", {}):
+        own = shapes[f"{name}/rows"]
+        template[f"{name}/rows"] = abstract_rows(bases[name], own.shape[0], own.dtype)
     arrays = _storage.read_arrays(place, config, template)
     return _lorafied(place, config, arrays, base_params)
 
@@ -135,6 +141,8 @@ def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -
         name = path_str(path)
         if name in adapters:
             return LowRank(leaf, adapters[name], name)
+        if name in config.get("rows", {}):
+            return Rows(leaf, arrays[f"{name}/rows"], tuple(config["rows"][name]), name)
         full = arrays.get(f"{name}/full")
         return leaf if full is None else Full(full)
 

@@ -13,10 +13,10 @@ PACKAGE = pathlib.Path(jlora.__file__).parent
 # A module may import from its own line and from those above it.
 LAYERS = [
     ["_errors", "_compat"],
-    ["_paths", "_lowrank"],
+    ["_paths", "_labels", "_adapter", "_dora", "_lowrank"],
     ["_init", "_rules"],
-    ["_interpret", "_partition"],
-    ["_merge", "_targets", "_lorafy", "_transform", "_summary", "_survey"],
+    ["_interpret", "_partition", "_resolve"],
+    ["_merge", "_targets", "_tokens", "_lorafy", "_transform", "_summary", "_survey"],
     ["optim", "sharding", "quant"],
     ["train", "checkpoint", "peft", "sweep"],
     ["_inspect", "_convert", "cli", "__main__"],

@@ -24,13 +24,13 @@ def randomise(tree, key):
     return jax.tree.map(one, tree, mask)
 
 
-def lowrank(key, shape, rank=2, dtype=jnp.float32, alpha=3.0, **target):
+def lowrank(key, shape, rank=2, dtype=jnp.float32, alpha=3.0, dora=False, **target):
     """One random adapted kernel of that shape, B not zero."""
     keys = jax.random.split(key)
     w = jax.random.normal(keys[0], shape, dtype)
     target.setdefault("in_axes", (0,))
     spec = {"w": jlora.Target(rank=rank, alpha=alpha, **target)}
-    return randomise(jlora.lorafy({"w": w}, targets=spec), keys[1])["w"]
+    return randomise(jlora.lorafy({"w": w}, targets=spec, dora=dora), keys[1])["w"]
 
 
 def assert_close(got, want, **tol):

@@ -18,9 +18,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat
+from jlora._adapter import Adapter
 from jlora._compat import Eqn, Jaxpr
 from jlora._errors import UnsupportedOpError
-from jlora._lowrank import Adapter, Array, Dims, LowRank, is_node, same_structure
+from jlora._labels import Array, Dims
+from jlora._lowrank import LowRank, is_node, same_structure
 from jlora._rules._table import Run, rule
 from jlora._rules.layout import factor_spec
 

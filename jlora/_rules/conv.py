@@ -10,10 +10,12 @@ from typing import Any
 
 from jax import lax
 
+from jlora._adapter import Adapter
 from jlora._compat import Eqn, rebind
-from jlora._lowrank import RANK, Adapter, Array, LowRank, align
+from jlora._labels import RANK, Array, align
+from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
-from jlora._rules.matmul import check_axes, drop_inputs
+from jlora._rules.matmul import check_axes, drop_inputs, gained
 
 
 @rule("conv_general_dilated")
@@ -29,6 +31,13 @@ def conv_general_dilated(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         return NotImplemented
     (out,) = rebind(eqn, [x, w.base])
     out_dim, *in_dims = p["dimension_numbers"].rhs_spec  # (out, in, *spatial)
+    gain = w.gain()
+    if gain is not None and gain[1] != (out_dim,):
+        return NotImplemented
+    if gain is not None:
+        channel = p["dimension_numbers"].out_spec[1]
+        order = [out_dim if d == channel else None for d in range(out.ndim)]
+        out = gained(out, gain, order)
     for adapter in w.adapters.values():
         check_axes(w, adapter, in_dims)
         out = out + _term(

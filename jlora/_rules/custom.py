@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from jlora import _compat
 from jlora._compat import Eqn, rebind
-from jlora._lowrank import Array, LowRank
+from jlora._labels import Array
+from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
+from jlora._adapter import Adapter
 from jlora._compat import Eqn, rebind
-from jlora._lowrank import RANK, Adapter, Array, LowRank, align, spread
+from jlora._labels import RANK, Array, align, spread
+from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
-from jlora._rules.matmul import check_axes, drop_inputs
+from jlora._rules.matmul import check_axes, drop_inputs, gained
 
 
 @rule("ragged_dot_general")
@@ -26,6 +29,13 @@ def ragged_dot(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     if not all(t.covers(w.shape) and t.both == (0,) for t in adapters):
         return NotImplemented
     (out,) = rebind(eqn, [x, w.base, sizes])
+    gain = w.gain()
+    if gain is not None:
+        factor = align(*gain, [0, 2]).astype(jnp.float32)  # [experts, o]
+        expert = jnp.repeat(
+            jnp.arange(w.shape[0]), sizes, total_repeat_length=x.shape[0]
+        )
+        out = gained(out, (factor[expert], (0, 2)), (0, 2))
     for t in adapters:
         check_axes(w, t, (1,))
         term = _term(w, t, drop_inputs(run, w, t, x), sizes, eqn.params)

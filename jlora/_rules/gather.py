@@ -14,9 +14,12 @@ from typing import Any
 
 from jax import lax
 
+from jlora._adapter import Adapter
 from jlora._compat import Eqn, rebind
-from jlora._lowrank import RANK, Adapter, Array, Dims, LowRank, contract, spread
+from jlora._labels import RANK, Array, Dims, contract, spread
+from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
+from jlora._rules.matmul import gained
 
 Label = Any  # an int names a kernel dimension, ("i", k) the k-th axis of the indices
 
@@ -41,6 +44,11 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     if not all(touched <= set(t.a_only) or touched <= set(t.b_only) for t in adapters):
         return NotImplemented
     (out,) = rebind(eqn, [w.base, indices])
+    gain = w.gain()
+    if gain is not None:
+        looked_up = touched <= set(gain[1])
+        found = _look_up(*gain, indices, p) if looked_up else gain
+        out = gained(out, found, order)
     for t in adapters:
         out = out + _rows(w, t, indices, p, touched, order).astype(out.dtype)
     return [out]

@@ -16,8 +16,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat
+from jlora._adapter import DIMS_OF, Adapter
 from jlora._compat import Eqn, rebind
-from jlora._lowrank import RANK, Adapter, Array, Dims, LowRank, align, spread
+from jlora._labels import RANK, Array, Dims, align, spread
+from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
 
 
@@ -270,6 +272,10 @@ def dynamic_slice(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 @rule("concatenate")
 def concatenate(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Side by side: each term keeps to its window, or like terms join into one."""
+    dim = eqn.params["dimension"]
+    adapters = [t for w in args if isinstance(w, LowRank) for t in w.adapters.values()]
+    if any(t.gain is not None and dim in t.a_only for t in adapters):
+        return NotImplemented  # a column would have a gain for each of its parts
     return [join(args, eqn.params["dimension"], rebind(eqn, _bases(args))[0])]
 
 
@@ -333,7 +339,10 @@ def _alike(args: Sequence[Any], dim: int) -> list[Adapter] | None:
         if not t.covers(w.shape) or t.a_only.count(dim) or t.b_only.count(dim):
             return None
         adapters.append(_span(t, dim, w.shape[dim]))
-    same = {(t.rank, t.dropout, t.key is None, frozenset(t.both)) for t in adapters}
+    same = {
+        (t.rank, t.dropout, t.key is None, t.gain is None, frozenset(t.both))
+        for t in adapters
+    }
     return adapters if len(same) == 1 else None
 
 
@@ -341,22 +350,13 @@ def _join_alike(adapters: list[Adapter], dim: int) -> Adapter:
     """Concatenate the factors of like terms along a dimension that both span."""
     first = adapters[0]
 
-    def joined(name: str, dims: Dims) -> Array:
-        arrays = [
-            spread(getattr(t, name), getattr(t, _DIMS[name]), dims) for t in adapters
-        ]
+    def joined(name: str, named: str) -> Array:
+        dims = getattr(first, named)
+        arrays = [spread(getattr(t, name), getattr(t, named), dims) for t in adapters]
         return lax.concatenate(arrays, dims.index(dim))
 
-    return dataclasses.replace(
-        first,
-        a=joined("a", first.a_dims),
-        b=joined("b", first.b_dims),
-        scale=joined("scale", first.s_dims),
-        key=None if first.key is None else joined("key", first.s_dims),
-    )
-
-
-_DIMS = {"a": "a_dims", "b": "b_dims", "scale": "s_dims", "key": "s_dims"}
+    present = {n: d for n, d in DIMS_OF.items() if getattr(first, n) is not None}
+    return dataclasses.replace(first, **{n: joined(n, d) for n, d in present.items()})
 
 
 # -- shardings -------------------------------------------------------------------------

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
+from jlora._adapter import Adapter
 from jlora._compat import Eqn, rebind
 from jlora._errors import ShapeError
-from jlora._lowrank import Adapter, Array, LowRank, contract, spread, widen
+from jlora._labels import Array, Dims, contract, spread, widen
+from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
 
 Label = Any  # an int names a kernel dimension, ("x", i) an axis that only x has
@@ -32,7 +34,6 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     w, x = args if w_left else reversed(args)
     if isinstance(x, LowRank):
         return NotImplemented
-    (out,) = rebind(eqn, [w.base, x] if w_left else [x, w.base])
     contracted, batch = eqn.params["dimension_numbers"]
     (wc, xc), (wb, xb) = (
         (contracted, batch) if w_left else map(reversed, (contracted, batch))
@@ -46,10 +47,37 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
     for adapter in w.adapters.values():
         check_axes(w, adapter, wc, wb)
+    gain = w.gain()
+    out = _base_product(eqn, w, x, w_left, gain, labels, order)
+    if out is NotImplemented:
+        return NotImplemented
+    for adapter in w.adapters.values():
         dropped = drop_inputs(run, w, adapter, x)
         term = _term(w, adapter, dropped, labels, wc, order, out.shape, w_left, params)
         out = out + _compat.sharded_like(term.astype(out.dtype), out)
     return [out]
+
+
+def _base_product(
+    eqn: Eqn, w: LowRank, x: Array, w_left: bool, gain: tuple[Array, Dims] | None,
+    labels: list[Label], order: list[Label],
+) -> Any:  # fmt: skip
+    """x·(g·W): each output's gain goes to the result; to x where W is transposed."""
+    scaled_x = gain is not None and set(gain[1]) <= set(labels)
+    if gain is not None and scaled_x:
+        x = gained(x, gain, labels)
+    elif gain is not None and not set(gain[1]) <= set(order):
+        return NotImplemented
+    (out,) = rebind(eqn, [w.base, x] if w_left else [x, w.base])
+    return out if gain is None or scaled_x else gained(out, gain, order)
+
+
+def gained(
+    x: Array, gain: tuple[Array, Sequence[Label]], order: Sequence[Label]
+) -> Array:
+    """X times the gain, in float32, its axes labelled by `order`; x's dtype again."""
+    factor = spread(*gain, order)
+    return (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def _term(

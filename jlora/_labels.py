@@ -1,0 +1,75 @@
+"""Arrays with labelled axes: contract, align, spread and widen them by label.
+
+A factor's axes are labelled by the kernel dimensions that they lie along, with `RANK`
+for the rank axis. Transposing, slicing or reshaping a kernel then means renaming
+dimensions or touching one small factor, and a contraction needs no fixed layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jlora import _compat
+
+Array = Any  # jax.Array, or a ShapeDtypeStruct in an abstract tree
+Dims = tuple[int, ...]
+
+RANK = -1
+
+
+def contract(
+    x: Array, x_labels: Sequence[Hashable], y: Array, y_labels: Sequence[Hashable],
+    keep: Collection[Hashable], **dot_params: Any,
+) -> tuple[Array, tuple[Hashable, ...]]:  # fmt: skip
+    """Contract two arrays over every label they share, save those to keep.
+
+    Returns:
+      The product and its labels: shared ones that are kept, then x's, then y's.
+    """
+    shared = [n for n in x_labels if n in y_labels]
+    batch = [n for n in shared if n in keep]
+    inner = [n for n in shared if n not in keep]
+
+    def axes(labels: Sequence[Hashable], names: Sequence[Hashable]) -> list[int]:
+        return [list(labels).index(n) for n in names]
+
+    numbers = (
+        (axes(x_labels, inner), axes(y_labels, inner)),
+        (axes(x_labels, batch), axes(y_labels, batch)),
+    )
+    free = [n for n in (*x_labels, *y_labels) if n not in shared]
+    labels = (*batch, *free)
+    specs = [_compat.explicit_specs(x, x_labels), _compat.explicit_specs(y, y_labels)]
+    if any(spec.get(n) for spec in specs for n in inner):
+        # Explicit sharding wants to be told what a sharded contraction gives: what
+        # remains keeps its sharding, the contracted axes are summed over the mesh.
+        both = {**specs[1], **{n: s for n, s in specs[0].items() if s}}
+        dot_params["out_sharding"] = PartitionSpec(*(both.get(n) for n in labels))
+    return lax.dot_general(x, y, numbers, **dot_params), labels
+
+
+def align(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:
+    """Transpose x so that its axes come in that order."""
+    perm = [list(labels).index(n) for n in order]
+    return x if perm == list(range(len(perm))) else lax.transpose(x, perm)
+
+
+def spread(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:
+    """X with its axes in that order, and one of size 1 for each label it lacks."""
+    x = align(x, labels, [n for n in order if n in labels])
+    lacking = [i for i, n in enumerate(order) if n not in labels]
+    return lax.expand_dims(x, lacking) if lacking else x
+
+
+def widen(x: Array, starts: Sequence[int | None], shape: Sequence[int]) -> Array:
+    """Zero-pad a window to the whole; an axis whose start is None stays as it is."""
+    pads = [
+        (0, 0, 0) if start is None else (start, size - start - n, 0)
+        for n, start, size in zip(x.shape, starts, shape, strict=True)
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), pads) if any(map(any, pads)) else x

@@ -9,7 +9,7 @@ from jlora import checkpoint, models, peft
 from jlora._adapter_files import Check
 from jlora._errors import CheckpointError, LoraError
 from jlora._inspect._model import MISREAD
-from jlora._peft_files import CONFIG, adapter_folder
+from jlora._peft_files import adapter_folder, adapters_in
 
 # The keys of a checkpoint's metadata that keep what PEFT's format says besides.
 _PEFT, _BASE = "peft", "base"
@@ -45,16 +45,16 @@ def to_checkpoint(
         base; no base; a target that exists.
     """
     _check_places(source, target, overwrite)
-    if adapter is None and not (source / CONFIG).exists():
-        inner = ", ".join(sorted(p.parent.name for p in source.glob(f"*/{CONFIG}")))
+    held = adapters_in(source)
+    if adapter is None and "default" not in held:
         raise CheckpointError(
-            f"{str(source)!r} holds adapters in folders of their own: {inner}.\nPass "
-            "--adapter with one of these names."
+            f"{str(source)!r} holds adapters in folders of their own: "
+            f"{', '.join(held)}.\nPass --adapter with one of these names."
         )
     config = peft.read_config(source, adapter=adapter)
     base = base or config.get("base_model_name_or_path")
-    _, params = _loaded(base, source, head, num_labels)
-    tree = peft.load(source, params, adapter=adapter)
+    model, params = _loaded(base, source, head, num_labels)
+    tree = peft.load(source, params, model=_naming(model), adapter=adapter)
     metadata = {_PEFT: config, _BASE: _lasting(base)}
     checkpoint.save_adapter(target, tree, metadata=metadata, overwrite=overwrite)
     return str(base)
@@ -112,6 +112,7 @@ def to_peft(
     peft.save(
         target,
         tree,
+        model=_naming(model),
         adapter=adapter,
         base_model_name_or_path=base_name,
         task_type=task_type,
@@ -156,6 +157,11 @@ def _loaded(
             f"the model {base!r} cannot be made from its config.json, which holds a "
             f"value of the wrong type: {error}.\nCopy or download it again."
         ) from error
+
+
+def _naming(model: Any) -> Any:
+    """The model if it tells its modules' names in PyTorch, else the paths are those."""
+    return model if hasattr(model, "torch_names") else None
 
 
 def _lasting(base: Any) -> str:

@@ -314,6 +314,18 @@ def test_our_checkpoint_goes_round_unchanged(done, t5_adapter, tmp_path):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+@pytest.mark.parametrize("direction", ["to peft", "to a checkpoint"])
+def test_a_model_that_knows_its_names_is_asked(
+    direction, run, t5_adapter, tmp_path, monkeypatch
+):
+    names = lambda self: {"nowhere": "anything"}
+    monkeypatch.setattr(models.T5, "torch_names", names, raising=False)
+    source = t5_adapter[0] if direction == "to peft" else T5 / "adapter"
+    status, _, err = run("convert", source, tmp_path / "out", "--base", T5 / "base")
+    assert status == 1
+    assert "'nowhere' is no leaf or module" in err
+
+
 def test_the_base_that_pefts_configuration_names(done, tmp_path):
     shutil.copytree(T5 / "adapter", tmp_path / "a")
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
@@ -462,6 +474,12 @@ DAMAGES = {
         lambda f: (f / CONFIG).write_text(
             json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q"],
                         "rank_pattern": {"(": 2}})),
+        "is not a regular expression"),
+    "peft pattern, flagged": (
+        "peft",
+        lambda f: (f / CONFIG).write_text(
+            json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q"],
+                        "alpha_pattern": {"(?i)q": 2}})),
         "is not a regular expression"),
     "no peft weights": ("peft", lambda f: (f / WEIGHTS).unlink(), "does not exist|no ad"),
     "arrays": ("checkpoint", damaged_arrays, "cannot be read"),

@@ -16,6 +16,9 @@ from jlora._inspect._report import Report, Row
 
 Config = dict[str, Any]
 
+_FEATURES = {"magnitude": "DoRA", "bias": "bias of B"}
+_WHOLE = {"full": "fully trained", "rows": "trained tokens"}
+
 
 def report(place: Path) -> Report:
     """What a checkpoint's description says; of an adapter, its scales are read too.
@@ -37,8 +40,7 @@ def _adapter(place: Path, config: Config) -> Report:
     # A few kilobytes, and each array is checked against its digest.
     arrays = _storage.read_arrays(_storage.absolute(place), config)
     rows = _adapter_rows(config, "", lambda entry: _scale_in(arrays, entry))
-    full = [(name, config["arrays"][f"{name}/full"]) for name in config["full"]]
-    rows += [_full_row(name, array) for name, array in full]
+    rows += _whole_rows(config["arrays"], "")
     facts = {
         "written_by": f"jlora {config['jlora']}",
         **_base(config),
@@ -52,11 +54,7 @@ def _adapter(place: Path, config: Config) -> Report:
 def _state(place: Path, config: Config) -> Report:
     arrays = config["arrays"]
     rows = _adapter_rows(config, "trainable/", _scale_noted)
-    rows += [
-        _full_row(name.removeprefix("trainable/").removesuffix("/full"), array)
-        for name, array in arrays.items()
-        if name.startswith("trainable/") and name.endswith("/full")
-    ]
+    rows += _whole_rows(arrays, "trainable/")
     sizes = {
         part: sum(_bytes(x) for n, x in arrays.items() if n.startswith(f"{part}/"))
         for part in ("trainable", "opt_state", "frozen")
@@ -101,6 +99,8 @@ def _base(config: Config) -> dict[str, Any]:
 def _adapter_rows(config: Config, prefix: str, scale_of: Any) -> list[Row]:
     rows: list[Row] = []
     for entry in config["adapters"]:
+        if "factors" not in entry:  # a table's trained rows, which have none
+            continue
         own = "/".join(filter(None, (entry["path"], entry["name"])))
         found = {
             factor: config["arrays"][f"{prefix}{own}/{factor}"]
@@ -108,7 +108,8 @@ def _adapter_rows(config: Config, prefix: str, scale_of: Any) -> list[Row]:
             if f"{prefix}{own}/{factor}" in config["arrays"]
         }
         shapes = {factor: x["shape"] for factor, x in found.items() if x["shape"]}
-        features = ["rsLoRA"] if entry["rslora"] else []
+        features = [name for factor, name in _FEATURES.items() if factor in found]
+        features += ["rsLoRA"] if entry["rslora"] else []
         features += [f"dropout {entry['dropout']:g}"] if entry["dropout"] else []
         rows.append(
             {
@@ -124,16 +125,24 @@ def _adapter_rows(config: Config, prefix: str, scale_of: Any) -> list[Row]:
     return rows
 
 
-def _full_row(name: str, array: Mapping[str, Any]) -> Row:
-    return {
-        "kernel": name,
-        "rank": None,
-        "scale": None,
-        "factors": {"full": array["shape"]},
-        "dtype": array["dtype"],
-        "features": ["fully trained"],
-        "bytes": _bytes(array),
-    }
+def _whole_rows(arrays: Mapping[str, Any], prefix: str) -> list[Row]:
+    """What is trained as it is: whole leaves, and rows of tables."""
+    rows: list[Row] = []
+    for name, array in arrays.items():
+        path, _, last = name.removeprefix(prefix).rpartition("/")
+        if name.startswith(prefix) and last in _WHOLE:
+            rows.append(
+                {
+                    "kernel": path,
+                    "rank": None,
+                    "scale": None,
+                    "factors": {last: array["shape"]},
+                    "dtype": array["dtype"],
+                    "features": [_WHOLE[last]],
+                    "bytes": _bytes(array),
+                }
+            )
+    return rows
 
 
 def _scale_in(arrays: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:

@@ -11,16 +11,10 @@ from typing import Any
 from jlora._errors import CheckpointError
 from jlora._inspect._headers import Header, headers
 from jlora._inspect._report import Report
-from jlora._peft_config import (
-    DEFAULTS,
-    Config,
-    alpha_of,
-    check_config,
-    rank_of,
-    scale_of,
-)
+from jlora._peft_config import alpha_of, rank_of, scale_of
+from jlora._peft_contents import PREFIX
+from jlora._peft_fields import DEFAULTS, Config, check_config
 from jlora._peft_files import CONFIG, WEIGHTS, read_json
-from jlora._peft_load import PREFIX
 
 PICKLE = "adapter_model.bin"
 # What rank, alpha and scale are made of.

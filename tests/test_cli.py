@@ -314,6 +314,45 @@ def test_our_checkpoint_goes_round_unchanged(done, t5_adapter, tmp_path):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("case", "kind", "norm", "table"),
+    [
+        (T5, "dora", "layer_norm", "shared"),
+        (ROBERTA, "lora_bias", "LayerNorm", "word_embeddings"),
+    ],
+)
+def test_every_feature_goes_round_and_is_shown(
+    case, kind, norm, table, done, seen, tmp_path
+):
+    _, params = models.load(case / "base")
+    tree = jlora.lorafy(
+        params, 2, ["query"], alpha=3, rslora=True, dropout=0.25, **{kind: True},
+        train=[norm], trainable_tokens={table: [3, 5]},
+    )  # fmt: skip
+    tree = randomise(tree, jax.random.key(2))
+    checkpoint.save_adapter(tmp_path / "a", tree)
+    base = ["--base", case / "base"]
+    done("convert", tmp_path / "a", tmp_path / "peft", *base)
+    done("convert", tmp_path / "peft", tmp_path / "b", *base)
+    done("convert", tmp_path / "b", tmp_path / "again", *base)
+    reports = [seen(tmp_path / name)[0] for name in ("a", "b")]
+    assert reports[0]["kernels"] == reports[1]["kernels"]
+    rows = {tuple(row["features"]) for row in reports[0]["kernels"]}
+    feature = {"dora": "DoRA", "lora_bias": "bias of B"}[kind]
+    adapted = (feature, "rsLoRA", "dropout 0.25")
+    assert rows == {adapted, ("fully trained",), ("trained tokens",)}
+    (report,) = seen(tmp_path / "peft")
+    assert report["loadable"] is True
+    rows = {tuple(row["features"]) for row in report["modules"]}
+    assert rows == {(feature,), ("saved whole",), ("trained tokens",)}
+    weights = [tmp_path / name / WEIGHTS for name in ("peft", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert config_of(tmp_path / "peft") == config_of(tmp_path / "again")
+    trees = [checkpoint.load_adapter(tmp_path / name, params) for name in ("a", "b")]
+    for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
 @pytest.mark.parametrize("direction", ["to peft", "to a checkpoint"])
 def test_a_model_that_knows_its_names_is_asked(
     direction, run, t5_adapter, tmp_path, monkeypatch

@@ -1,6 +1,6 @@
 """Make `golden/decoders`: tiny random decoders, and what transformers makes of them.
 
-    python tests/golden/make_decoders.py
+    python -m tests.golden.make_decoders
 
 Each folder holds a checkpoint as `save_pretrained` writes it, `io.safetensors` (inputs
 and logits) and `generated.json` (settings and tokens).
@@ -9,7 +9,6 @@ and logits) and `generated.json` (settings and tokens).
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
+
+from ._common import write_versions
 
 HERE = Path(__file__).parent / "decoders"
 VOCAB, EOS = 37, 1
@@ -259,12 +260,7 @@ def main() -> None:
         ]
         text = ",\n".join(json.dumps(case) for case in cases)
         (HERE / form / "generated.json").write_text(f"[\n{text}\n]\n")
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    write_versions(HERE)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def _with_dims(t: Adapter, change: Callable[[Dims], Dims]) -> Adapter:
     """Change the dims of all arrays, those of arrays that are not there, too."""
     dims = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
     # A scale may be one number. Every other array has an axis, or is never there.
-    changed = {
+    changed: dict[str, Any] = {
         name: change(held)
         for name, held in dims.items()
         if name == "s_dims" or (name.endswith("_dims") and held)

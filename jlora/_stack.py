@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._errors import ShapeError, StructureError
-from jlora._lowrank import Adapter, LowRank, is_node
+from jlora._lowrank import RANK, Adapter, Dims, LowRank, is_node
 
 Tree = Any
 Path = tuple[str, ...]
@@ -97,33 +97,29 @@ def _walk(
     """Change the outermost dicts that `at` means and `change` answers for."""
     if isinstance(at, str):
         raise StructureError(f"at={at!r}: pass a list, [{at!r}].")
+    # Every path ends with nothing.
+    wanted = {"": ""} if at is None else {e: "/" + e.replace(".", "/") for e in at}
     found: set[str] = set()
-
-    def ends(path: Path) -> list[str] | None:
-        joined = "/" + "/".join(path)
-        wanted = None if at is None else [e.replace(".", "/").strip("/") for e in at]
-        if wanted is None:
-            return [""]
-        return [e for e in wanted if joined.endswith("/" + e)]
 
     def visit(node: Any, path: Path) -> Any:
         if not isinstance(node, Mapping):
             return node
-        hits = ends(path)
+        joined = "/" + "/".join(path)
+        hits = [entry for entry, end in wanted.items() if joined.endswith(end)]
         changed = change(node, path) if hits else None
         if changed is not None:
-            found.update(hits or ())
+            found.update(hits)
             return changed
         return {key: visit(value, (*path, str(key))) for key, value in node.items()}
 
     is_dict = lambda x: is_node(x) or isinstance(x, Mapping)  # noqa: E731
     result = jax.tree.map(lambda x: visit(x, ()), tree, is_leaf=is_dict)
-    missed = {e.replace(".", "/").strip("/") for e in at or ()} - found
-    if missed or not found:
+    missed = sorted(wanted.keys() - found)
+    if missed:
+        named = f"at={at!r}: " + (f"for {missed}, " if at else "")
         raise StructureError(
-            f"at={at!r}: no dict whose path ends so has {what}"
-            f"{': ' + repr(sorted(missed)) if missed else ''}.\n"
-            f"The paths of the tree's dicts begin so: {_some_paths(tree)}."
+            f"{named}no dict whose path ends so has {what}.\nThe tree's leaves are at "
+            f"{_some_paths(tree)}."
         )
     return result
 
@@ -131,7 +127,7 @@ def _walk(
 def _some_paths(tree: Tree) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
     keys = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves[:3]]
-    return ", ".join(keys) or "there are none"
+    return ", ".join([*keys, "..."])
 
 
 # -- stacking --------------------------------------------------------------------------
@@ -191,33 +187,36 @@ def _stack(nodes: list[Any], where: str, depth: int) -> Any:
     }
     base = _stack_arrays([node.base for node in nodes], where)
     # A node's path begins where `lorafy` saw the tree begin, which may be elsewhere.
-    *parts, number = first.path.split("/")[:-depth]
-    assert number == "0", first.path
-    inner = first.path.split("/")[-depth:]
-    return LowRank(base, adapters, "/".join([*parts, *inner]))
+    parts = first.path.split("/")
+    del parts[-depth - 1 : -depth]  # the layer's number
+    return LowRank(base, adapters, "/".join(parts))
 
 
 def _stack_adapters(layers: list[Adapter], where: str) -> Adapter:
     _alike(where, [_settings(t) for t in layers])
     _alike(where, [f"rank {t.rank}" for t in layers if hasattr(t.a, "shape")])
-    arrays = [_arrays(t) for t in layers]
-    _alike(where, [f"{len(each)} arrays" for each in arrays])
-    stacked = iter([_stack_arrays(list(xs), where) for xs in zip(*arrays, strict=True)])
-    ndim = len(layers[0].starts)
-    shifted = layers[0].rename({d: d + 1 for d in range(ndim)}, ndim + 1)
-    return shifted.map(lambda x, dims: (next(stacked), (0, *dims)))
+    # All but the arrays is alike, so each array gains the axis that its dims gain.
+    arrays = [t.tree_flatten()[0] for t in layers]
+    stacked = [_stack_arrays(list(xs), where) for xs in zip(*arrays, strict=True)]
+    static = _with_dims(layers[0], lambda dims: (0, *(_moved(d, 1) for d in dims)))
+    static = dataclasses.replace(static, starts=(0, *static.starts))
+    return Adapter.tree_unflatten(static.tree_flatten()[1], stacked)
 
 
-def _arrays(t: Adapter) -> list[Any]:
-    """Return an adapter's arrays in the order in which `Adapter.map` meets them."""
-    found: list[Any] = []
+def _with_dims(t: Adapter, change: Callable[[Dims], Dims]) -> Adapter:
+    """Change the dims of all arrays, those of arrays that are not there, too."""
+    dims = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
+    # A scale may be one number. Every other array has an axis, or is never there.
+    changed: dict[str, Any] = {
+        name: change(held)
+        for name, held in dims.items()
+        if name == "s_dims" or (name.endswith("_dims") and held)
+    }
+    return dataclasses.replace(t, **changed)
 
-    def note(x: Any, dims: Any) -> Any:
-        found.append(x)
-        return x, dims
 
-    t.map(note)
-    return found
+def _moved(dim: int, by: int) -> int:
+    return dim if dim == RANK else dim + by
 
 
 def _settings(t: Adapter) -> dict[str, Any]:
@@ -331,13 +330,13 @@ def _take(node: Any, i: int, depth: int) -> Any:
             )
 
         def layer(x: Any, dims: Any) -> Any:
-            if 0 not in dims:
-                return x, dims  # shared by all layers
-            axis = dims.index(0)
-            return _index(x, axis, i), (*dims[:axis], *dims[axis + 1 :])
+            # An array without that dimension is shared by all layers.
+            return (_index(x, dims.index(0), i) if 0 in dims else x), dims
 
-        down = {d: d - 1 for d in range(1, len(t.starts))}
-        return t.map(layer).rename(down, len(down))
+        t = _with_dims(
+            t.map(layer), lambda dims: tuple(_moved(d, -1) for d in dims if d != 0)
+        )
+        return dataclasses.replace(t, starts=t.starts[1:])
 
     parts = node.path.split("/")
     path = "/".join([*parts[:-depth], str(i), *parts[-depth:]])

@@ -16,7 +16,7 @@ LAYERS = [
     ["_paths", "_lowrank"],
     ["_init", "_rules"],
     ["_interpret", "_partition"],
-    ["_merge", "_stack", "_targets", "_lorafy", "_transform", "_summary", "_survey"],
+    ["_merge", "_scanned", "_stack", "_targets", "_lorafy", "_transform", "_summary", "_survey"],
     ["optim", "sharding", "quant"],
     ["train", "checkpoint", "peft", "sweep"],
     ["cli"],

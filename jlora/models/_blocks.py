@@ -86,8 +86,7 @@ class Configured(nn.Module):
           nothing.
         """
         if self.remat:
-            # A scan's body is compiled apart: nothing can undo what `remat` does.
-            step = nn.remat(step, prevent_cse=not self.scan_layers)
+            step = _remat(step, self.scan_layers)
         if self.scan_layers:
             return _scanned(blocks, step, x, length, past, own)
         kept = []
@@ -106,6 +105,18 @@ class Configured(nn.Module):
             return carry, f(block)
 
         return _scan(body, length)(blocks, None, None)[1]
+
+
+def _remat(step: Step, scan: bool) -> Step:
+    """Return `step` with its activations computed again in the backward pass."""
+
+    def again(block: Any, x: Array, past: Any, own: Any) -> tuple[Array, Any]:
+        # What is a block's own may be no array, so it is closed over.
+        inner = lambda block, x, past: step(block, x, past, own)  # noqa: E731
+        # A scan's body is compiled apart: nothing can undo what `remat` does.
+        return nn.remat(inner, prevent_cse=not scan)(block, x, past)
+
+    return again
 
 
 def _listed(blocks: Any) -> Sequence[nn.Module]:

@@ -342,6 +342,21 @@ def saved_params(
     return out
 
 
+def check_conv1d(given: Config, saved: list[Param]) -> None:
+    """Refuse to guess whether a layer that is saved whole is GPT-2's Conv1D.
+
+    Raises:
+      StructureError: so.
+    """
+    asked = [p for p in saved if p.may_be_conv1d]
+    if asked and "fan_in_fan_out" not in given:
+        raise StructureError(
+            f"{asked[0].key} is saved as it is, and its name does not tell whether "
+            "PyTorch stores it as [in, out], GPT-2's way, or as [out, in].\nPass "
+            "fan_in_fan_out=True or False."
+        )
+
+
 def _saved_by_tie(config: Config, param: Param, table: Table) -> bool:
     """Whether PEFT saves a module because it is tied to one that is saved."""
     users = [p.module for p in table.of_leaf[param.path]]

@@ -187,7 +187,7 @@ def save(
       task_type: PEFT's, `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, ... For classifiers and
         question answering the head is saved too, as PEFT does, trained or not.
       fan_in_fan_out: True for GPT-2, whose layers store their weights as [in, out].
-        The factors are the same.
+        The factors are the same; of layers that are trained whole it must be told.
       config: keys to write as they are, e.g. from `read_config` of what was loaded.
       overwrite: replace an adapter that is there already.
 
@@ -215,6 +215,7 @@ def save(
     merged = {**_peft_save.derived(found, nodes, table, given), **given}
     _peft_save.check_says(merged, found, nodes, table)
     saved = _peft_save.saved_params(merged, found, nodes, table)
+    _peft_save.check_conv1d(given, saved)
     write(place, merged, _peft_save.tensors(found, saved, nodes, merged, table))
 
 

@@ -70,6 +70,10 @@ class Bert(Part):
         if self.config.pooler:
             self.pooler = self.part(Pooler)()
 
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls by another name than the tree: nothing."""
+        return {}
+
     def __call__(
         self,
         input_ids: Array,
@@ -131,6 +135,10 @@ class BertClassifier(Part):
             self.drop = self.classifier_dropout()
             self.classifier = self.linear(self.config.num_labels)
 
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls by another name than the tree: nothing."""
+        return {}
+
     def __call__(
         self,
         input_ids: Array,
@@ -180,6 +188,20 @@ class BertMaskedLM(Part):
             self.lm_head = self.part(RobertaLMHead)()
         else:
             self.cls = self.part(BertHeads)()
+
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls the users of the shared leaves, by their paths.
+
+        The decoder multiplies with the word embeddings (".T"), and its bias is the
+        head's.
+        """
+        base = self.config.model_type
+        head = "lm_head" if self.config.roberta else "cls.predictions"
+        words = f"{base}.embeddings.word_embeddings"
+        return {
+            f"{base}/embeddings/word_embeddings": (words, f"{head}.decoder.T"),
+            f"{head.replace('.', '/')}/bias": (head, f"{head}.decoder"),
+        }
 
     def __call__(
         self,

@@ -160,8 +160,8 @@ def _kind(where: str, name: str, stored: Stored, param: Param) -> Kind:
     raise CheckpointError(
         f"{where}: {name} is {_KINDS[there]} there and "
         f"{_KINDS[here] if here else 'something else'} here ({param.path!r} "
-        f"{list(param.shape)}).\nPass the base it was trained on, or names={{...}} that "
-        'says what it is called; a name that ends in ".T" is a tied head\'s.'
+        f"{list(param.shape)}).\nPass the base it was trained on, or names={{...}} that"
+        ' says what it is called; a name that ends in ".T" is a tied head\'s.'
     )
 
 
@@ -207,7 +207,7 @@ def _variant_lines(config: Config, slots: Mapping[str, Slot]) -> list[str]:
 def _of_leaf(
     where: str, users: list[Param], slots: Mapping[str, Slot], config: Config
 ) -> tuple[str, Layout, Pair]:
-    """The one adapter of a leaf, from all modules that use it, and one of their names."""
+    """A leaf's one adapter, from all modules that use it, and one of their names."""
     alone = slots.get(users[0].key)
     if alone is not None:
         return alone.name, alone.layout, alone.layout.read(alone.stored.tensors)
@@ -225,8 +225,8 @@ def _of_leaf(
         if not same or scale_of(config, slot.name) != scale:
             raise CheckpointError(
                 f"{where}: the adapters of {first.name} and {slot.name} differ; here "
-                f"both are the one leaf {first.param.path!r}, with one adapter.\nPass a "
-                "tree that holds them apart."
+                f"both are the one leaf {first.param.path!r}, with one adapter.\nPass "
+                "a tree that holds them apart."
             )
     tied = first.param.tied
     return first.name, layout_of(first.param, "table") if tied else first.layout, pair
@@ -240,7 +240,7 @@ def _as_used(where: str, slot: Slot) -> Pair:
     if pair.magnitude is not None or pair.bias is not None:
         raise CheckpointError(
             f"{where}: {slot.name} is tied to the leaf {slot.param.path!r} here, and "
-            "its magnitude or bias is of the head's outputs, not of the table's, so one "
+            "its magnitude or bias is of the head's outputs, not of the table's: one "
             "adapter cannot be both.\nPass a tree that holds them apart."
         )
     return pair.swapped()

@@ -103,9 +103,7 @@ def _layout(param: Param, node: LowRank) -> Layout:
     return layout_of(param, kind)
 
 
-def _check_holdable(
-    path: str, pair: Pair, layout: Layout, users: list[Param]
-) -> None:
+def _check_holdable(path: str, pair: Pair, layout: Layout, users: list[Param]) -> None:
     tied = [p.module for p in users if p.tied]
     said = [n for n in ("magnitude", "bias") if getattr(pair, n) is not None]
     if said and tied:
@@ -246,8 +244,8 @@ def _token_indices(
         ends = short_names([module], table.modules(), lambda end, m: m.endswith(end))
         if ends is None:
             raise StructureError(
-                f"trainable_token_indices: no name for {module} that does not end other "
-                "modules' names too.\nTrain the table whole: train=[...]."
+                f"trainable_token_indices: no name for {module} that does not end "
+                "other modules' names too.\nTrain the table whole: train=[...]."
             )
         out[ends[0]] = indices
     return out or None

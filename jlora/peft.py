@@ -7,10 +7,10 @@ The tree is matched to PyTorch's modules by name: `encoder/block/0/layer/0/
 SelfAttention/q/kernel` is the weight of `encoder.block.0.layer.0.SelfAttention.q`; a
 model that knows better says so, `model=`, or you do, `names=`.
 
-LoRA, rsLoRA and DoRA on linear layers, embeddings, tied heads, convolutions and experts;
-ranks and alphas by pattern; biases of adapters; trained rows of tables; whole modules
-and biases; several adapters in a folder. What a file says and jlora cannot honour is an
-error.
+LoRA, rsLoRA and DoRA on linear layers, embeddings, tied heads, convolutions and
+experts; ranks and alphas by pattern; biases of adapters; trained rows of tables; whole
+modules and biases; several adapters in a folder. What a file says and jlora cannot
+honour is an error.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ each_model = pytest.mark.parametrize(("case", "name"), ALL, indirect=["case"])
 @each_model
 def test_our_tied_adapter_in_peft(case, name, tmp_path, record_property):
     """One leaf, one adapter: merged it is the adapted model; PEFT merges it twice."""
-    tree = jlora.lorafy(case.params, 2, [EMBEDDINGS[name], LAYERS.get(name, "query")], alpha=3)
+    tree = jlora.lorafy(
+        case.params, 2, [EMBEDDINGS[name], LAYERS.get(name, "query")], alpha=3
+    )
     tree = randomise(tree, jax.random.key(1))
     want = np.asarray(jlora.lora(case.apply)(tree))
     case.save(tmp_path, tree)
@@ -159,7 +161,7 @@ def test_pefts_tokens_here(case, name, tmp_path, record_property):
             case.theirs(), target_modules=[layer], trainable_token_indices=rows
         )
         peft_save(model, tmp_path / "c")
-        with pytest.raises(jlora.CheckpointError, match="trained rows of .* differ"):
+        with pytest.raises(jlora.CheckpointError, match=r"trained rows of .* differ"):
             case.load(tmp_path / "c")
 
 
@@ -218,7 +220,9 @@ def test_heads_that_peft_saves_for_a_task(family, trained, tmp_path, record_prop
     back = jlora.peft.load(tmp_path / "a", params, model=model)
     jlora.peft.save(tmp_path / "b", back, **settings)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert (tmp_path / "a" / file).read_bytes() == (
+            tmp_path / "b" / file
+        ).read_bytes()
     del params["classifier"]
     headless = jlora.lorafy(params, 2, ["query"])
     with pytest.raises(jlora.StructureError, match="classifier or score"):
@@ -274,7 +278,11 @@ def torch_experts(model):
 
 @pytest.mark.parametrize(
     "parameters",
-    [["experts.down_proj", "mlp.experts.gate_up_proj"], ["down_proj"], ["gate_up_proj"]],
+    [
+        ["experts.down_proj", "mlp.experts.gate_up_proj"],
+        ["down_proj"],
+        ["gate_up_proj"],
+    ],
 )
 def test_mixtrals_experts_both_ways(parameters, tmp_path, record_property):
     """transformers 5 stores [E, out, in]; A's `in` is what the product sums over."""

@@ -8,9 +8,9 @@
             expert                     rank, in it by expert
 
 Source: PEFT 0.21.2, `tuners/lora/layer.py` and `dora.py`. Of experts, `in` is what
-their product sums over, whether the PyTorch model stores [E, out, in], as transformers 5
-does, or [E, in, out], as models do that say `is_transposed`: only ΔW is transposed,
-never A or B.
+their product sums over, whether the PyTorch model stores [E, out, in], as most do in
+transformers 5, or [E, in, out], where a model says `is_transposed`: only ΔW is
+transposed, never A or B.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Layout:
                 "bias": (out,)}  # fmt: skip
 
     def read(self, stored: Mapping[str, np.ndarray]) -> Pair:
-        """The matrices of the file's tensors, which have the shapes of `file_shapes`."""
+        """The matrices of tensors that have the shapes of `file_shapes`."""
         a, b = stored["a"], stored["b"]
         flat = {n: stored[n].reshape(-1) for n in ("magnitude", "bias") if n in stored}
         if self.kind == "experts":

@@ -165,8 +165,8 @@ def rows(
         named = unmet[0] or "the input embedding"
         raise CheckpointError(
             f"{where}: trainable_token_indices names {named}, and the trained rows in "
-            f"the file are of {sorted(contents.tokens)}.\nThe file is incomplete, or the "
-            "base is another model."
+            f"the file are of {sorted(contents.tokens)}.\nThe file is incomplete, or "
+            "the base is another model."
         )
     found: dict[str, Rows] = {}
     for module, values in contents.tokens.items():
@@ -210,9 +210,9 @@ def _checked(
     wrong = [i for i in indices if not 0 <= i < count]
     if wrong or len(set(indices)) < len(indices):
         raise CheckpointError(
-            f"{where}: trainable_token_indices of {param.module} are {indices[:8]}, and "
-            f"the table {param.path!r} {list(param.shape)} has rows 0 to {count - 1}, each "
-            "once."
+            f"{where}: trainable_token_indices of {param.module} are {indices[:8]}; of "
+            f"the table {param.path!r} {list(param.shape)} they are rows 0 to "
+            f"{count - 1}, each once."
         )
     return tuple(indices)
 
@@ -235,8 +235,8 @@ def _check_shared(
     ):
         raise CheckpointError(
             f"{where}: the trained rows of {' and '.join(p.module for p in users)} "
-            f"differ; here all are the one leaf {param.path!r}.\nPass a tree that holds them "
-            "apart."
+            f"differ; here all are the one leaf {param.path!r}.\nPass a tree that "
+            "holds them apart."
         )
     # With a tied head PEFT stores rows once, of the module that holds the table.
     once = any(p.tied for p in users) and param == table.home(param.path)

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from jlora import _peft_load, _peft_save, _peft_whole
+from jlora import _peft_derived, _peft_load, _peft_save, _peft_whole
 from jlora._errors import CheckpointError, TargetError
 from jlora._lowrank import is_node
 from jlora._partition import trainable_mask
@@ -212,8 +212,8 @@ def save(
         **{key: value for key, value in keywords.items() if value is not None},
     }
     found = _peft_save.adapters(nodes, table, given)
-    merged = {**_peft_save.derived(found, nodes, table, given), **given}
-    _peft_save.check_says(merged, found, nodes, table)
+    merged = {**_peft_derived.derived(found, nodes, table, given), **given}
+    _peft_derived.check_says(merged, found, nodes, table)
     saved = _peft_save.saved_params(merged, found, nodes, table)
     _peft_save.check_conv1d(given, saved)
     write(place, merged, _peft_save.tensors(found, saved, nodes, merged, table))

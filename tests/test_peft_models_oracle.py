@@ -108,6 +108,14 @@ def test_our_tied_adapter_in_peft(case, name, tmp_path, record_property):
     note(record_property, "out", case.torch_logits(theirs), want)
     same_tensors(case.load(tmp_path), tree)
     note(record_property, "merged", case.apply(jlora.merge(tree)), want)
+    whole = jlora.lorafy(
+        case.params, 2, [LAYERS.get(name, "query")], train=[EMBEDDINGS[name]]
+    )
+    whole = randomise(whole, jax.random.key(2))
+    case.save(tmp_path / "whole", whole, fan_in_fan_out=False)
+    got = case.torch_logits(peft_load(case.theirs(), tmp_path / "whole"))
+    note(record_property, "whole", got, np.asarray(jlora.lora(case.apply)(whole)))
+    same_tensors(jlora.merge(case.load(tmp_path / "whole")), jlora.merge(whole))
     if name == "llama":
         twice = case.torch_logits(theirs.merge_and_unload())
         assert np.max(np.abs(twice - want)) > 1e-2

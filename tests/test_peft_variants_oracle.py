@@ -92,6 +92,31 @@ def test_pefts_adapter_here_and_back(case, tmp_path, record_property):
     note(record_property, "derived", again, want)
 
 
+class Stored(torch.nn.Module):
+    """Experts as [E, in, out], which a module says by `is_transposed`."""
+
+    def __init__(self, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        shape = (3, 4, 5) if is_transposed else (3, 5, 4)
+        self.down_proj = torch.nn.Parameter(torch.ones(shape))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_read_the_same_however_they_are_stored(is_transposed, tmp_path):
+    settings = dict(target_modules=[], target_parameters=["experts.down_proj"], r=2)
+    theirs = peft_model(
+        torch.nn.ModuleDict({"experts": Stored(is_transposed)}), **settings
+    )
+    peft_save(theirs, tmp_path)
+    base = {"experts": {"down_proj": np.ones((3, 4, 5), np.float32)}}
+    node = jlora.peft.load(tmp_path, base)["experts"]["down_proj"]
+    delta = theirs.base_model.model["experts"].get_delta_weight("default")
+    delta = delta.detach().numpy()
+    want = delta if is_transposed else delta.swapaxes(1, 2)
+    np.testing.assert_allclose(node.delta(), want, rtol=1e-5, atol=1e-6)
+
+
 T = jlora.Target
 CONVS = {
     "image": T(rank=3, in_axes=(0, 1, 2)),

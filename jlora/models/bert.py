@@ -192,15 +192,15 @@ class BertMaskedLM(Part):
     def torch_names(self) -> dict[str, tuple[str, ...]]:
         """Return what PyTorch calls the users of the shared leaves, by their paths.
 
-        The decoder multiplies with the word embeddings (".T"), and its bias is the
-        head's.
+        The decoder multiplies with the word embeddings (".T"), and adds a bias that
+        the head holds and does not use itself, hence the parentheses.
         """
         base = self.config.model_type
         head = "lm_head" if self.config.roberta else "cls.predictions"
         words = f"{base}.embeddings.word_embeddings"
         return {
             f"{base}/embeddings/word_embeddings": (words, f"{head}.decoder.T"),
-            f"{head.replace('.', '/')}/bias": (head, f"{head}.decoder"),
+            f"{head.replace('.', '/')}/bias": (f"({head})", f"{head}.decoder"),
         }
 
     def __call__(

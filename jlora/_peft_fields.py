@@ -178,17 +178,18 @@ def _check_items(
 
 
 def _check_patterns(config: Config, where: str) -> None:
-    patterns = [
-        *(config.get("rank_pattern") or ()),
-        *(config.get("alpha_pattern") or ()),
-        *(config.get("modules_to_save") or ()),
-    ]
+    # These become part of an expression, where flags such as (?i) have no place.
+    used = {
+        pattern: f"(x)({pattern})"
+        for key in ("rank_pattern", "alpha_pattern", "modules_to_save")
+        for pattern in config.get(key) or ()
+    }
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config.get(key), str):
-            patterns.append(config[key])
-    for pattern in patterns:
+            used.setdefault(config[key], config[key])
+    for pattern, expression in used.items():
         try:
-            re.compile(pattern)
+            re.compile(expression)
         except (re.error, TypeError) as error:
             raise CheckpointError(
                 f"{where}: {pattern!r} is not a regular expression: {error}."

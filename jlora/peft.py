@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from jlora import _peft_derived, _peft_load, _peft_save, _peft_whole
-from jlora._errors import CheckpointError, TargetError
+from jlora._errors import CheckpointError, StructureError, TargetError
 from jlora._lowrank import is_node
 from jlora._partition import trainable_mask
 from jlora._paths import path_str
@@ -39,6 +39,7 @@ from jlora._peft_files import (
     write,
 )
 from jlora._peft_names import Model, Names, Table
+from jlora._scanned import stacked_leaves
 
 Tree = Any
 
@@ -76,6 +77,7 @@ def load(
       CheckpointError: files that are missing or damaged; a feature that jlora cannot
         honour; tensors that match nothing, do not fit this base, or disagree with the
         configuration; adapters that are missing.
+      StructureError: layers that are stacked for a scan.
       TargetError: `names` that do not fit the tree.
 
     Source: PEFT's `utils/save_and_load.py` and `tuners/tuners_utils.py`.
@@ -91,7 +93,7 @@ def load(
         )
     config = read_config(place)
     contents = sorted_out(read_tensors(place), str(place / WEIGHTS))
-    table = Table(_shapes(leaves), _names(model, names))
+    table = _table(leaves, model, names)
     nodes: dict[str, Any] = {
         **_peft_load.adapters(contents, config, table, leaves),
         **_peft_whole.fulls(contents, config, table, leaves),
@@ -193,15 +195,16 @@ def save(
 
     Raises:
       CheckpointError: an adapter is at `folder` already, or it cannot be written.
-      StructureError: nothing is trained; an adapter that PEFT's format cannot hold; a
-        `config` that does not say what the tree is. Nothing is written.
+      StructureError: nothing is trained; an adapter that PEFT's format cannot hold;
+        layers that are stacked for a scan; a `config` that does not say what the tree
+        is. Nothing is written.
       TargetError: `names` that do not fit the tree.
     """
     trainable_mask(params)  # nothing to save is an error
     place = adapter_folder(folder, adapter)
     check_place(place, overwrite)
     nodes = _leaves(params)
-    table = Table(_shapes(nodes), _names(model, names))
+    table = _table(nodes, model, names)
     keywords = {
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
@@ -217,6 +220,18 @@ def save(
     saved = _peft_save.saved_params(merged, found, nodes, table)
     _peft_save.check_conv1d(given, saved)
     write(place, merged, _peft_save.tensors(found, saved, nodes, merged, table))
+
+
+def _table(leaves: Mapping[str, Any], model: Model | None, names: Names) -> Table:
+    if stacked := sorted(stacked_leaves(leaves)):
+        shape = _shapes(leaves)[stacked[0]]
+        raise StructureError(
+            f"the leaf {stacked[0]!r} {shape} holds several layers, for a scan, and "
+            "PyTorch has a module for each.\nUnstack them first, "
+            "jlora.unstack_layers(tree, at=[...]); what was loaded is stacked again by "
+            "jlora.stack_layers."
+        )
+    return Table(_shapes(leaves), _names(model, names))
 
 
 def _names(model: Model | None, names: Names) -> Names:

@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_live import note, peft, peft_load, peft_model, peft_save, same_tensors, torch
@@ -36,10 +35,16 @@ CONFIGS = {
     ),
     "bert": transformers.BertConfig(**SMALL, num_attention_heads=2),
     "roberta": transformers.RobertaConfig(**SMALL, num_attention_heads=2, pad_token_id=0),
+    "mixtral": transformers.MixtralConfig(
+        **{**SMALL, "num_hidden_layers": 1, "intermediate_size": 12},
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
+        num_experts_per_tok=2,
+    ),
 }  # fmt: skip
 CLASSES = {
     "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "roberta": "RobertaForMaskedLM",
+    "mixtral": "MixtralForCausalLM",
 }  # fmt: skip
 
 
@@ -240,80 +245,45 @@ def test_heads_that_peft_saves_for_a_task(family, trained, tmp_path, record_prop
 # -- experts ---------------------------------------------------------------------------
 
 
-def mixtral():
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        **{**SMALL, "num_hidden_layers": 1, "intermediate_size": 12},
-        num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    return model
-
-
-def experts_of(model):
-    """Its experts as a tree, [E, in, out]."""
-    experts = model.model.layers[0].mlp.experts
-    leaves = {
-        n: jnp.asarray(getattr(experts, n).detach().numpy()).swapaxes(1, 2)
-        for n in ("gate_up_proj", "down_proj")
-    }
-    return {"model": {"layers": {"0": {"mlp": {"experts": leaves}}}}}
-
-
-def experts_apply(p, x, expert, weight):
-    """`x [N, d]`, of each token k experts `[N, k]` with their weights."""
-    p = p["model"]["layers"]["0"]["mlp"]["experts"]
-    up = jnp.einsum("nd,edo->neo", x, p["gate_up_proj"])
-    gate, up = jnp.split(up, 2, -1)
-    out = jnp.einsum("neo,eod->ned", jax.nn.silu(gate) * up, p["down_proj"])
-    chosen = jnp.take_along_axis(out, expert[..., None], axis=1)
-    return jnp.sum(chosen * weight[..., None], 1)
-
-
-X = np.random.default_rng(0).normal(size=(7, 8)).astype(np.float32)
-CHOSEN = np.array([[0, 1], [2, 0], [1, 2], [1, 0], [0, 2], [2, 1], [0, 1]])
-WEIGHT = np.linspace(0.1, 0.9, 14, dtype=np.float32).reshape(7, 2)
-
-
-def torch_experts(model):
-    experts = model.get_base_model().model.layers[0].mlp.experts
-    with torch.no_grad():
-        return experts(*(torch.tensor(x) for x in (X, CHOSEN, WEIGHT))).numpy()
-
-
+@pytest.mark.parametrize("case", ["mixtral"], indirect=True)
 @pytest.mark.parametrize(
     "parameters",
     [
         ["experts.down_proj", "mlp.experts.gate_up_proj"],
         ["down_proj"],
-        ["gate_up_proj"],
+        ["experts.gate_up_proj"],
     ],
 )
-def test_mixtrals_experts_both_ways(parameters, tmp_path, record_property):
+def test_mixtrals_experts_both_ways(case, parameters, tmp_path, record_property):
     """transformers 5 stores [E, out, in]; A's `in` is what the product sums over."""
-    settings = dict(target_modules=[], target_parameters=parameters, r=2, lora_alpha=3)
-    theirs = peft_model(mixtral(), **settings)
-    want = torch_experts(theirs)
+    settings = dict(target_modules=["q_proj"], target_parameters=parameters, r=2)
+    theirs = peft_model(case.theirs(), lora_alpha=3, **settings)
+    want = case.torch_logits(theirs)
+    assert np.max(np.abs(case.apply(case.params) - want)) > 0.1
     peft_save(theirs, tmp_path / "a")
-    base = experts_of(mixtral())
-    tree = jlora.peft.load(tmp_path / "a", base)
-    got = jlora.lora(experts_apply)(tree, X, CHOSEN, WEIGHT)
-    note(record_property, "in", got, want)
-    plain = experts_apply(base, X, CHOSEN, WEIGHT)
-    assert np.max(np.abs(plain - want)) > 0.1
-
-    jlora.peft.save(tmp_path / "b", tree, task_type="CAUSAL_LM")
-    again = peft_load(mixtral(), tmp_path / "b")
-    note(record_property, "out", torch_experts(again), want)
+    tree = case.load(tmp_path / "a")
+    note(record_property, "in", jlora.lora(case.apply)(tree), want)
+    case.save(tmp_path / "b", tree, task_type="CAUSAL_LM")
+    again = peft_load(case.theirs(), tmp_path / "b")
+    note(record_property, "out", case.torch_logits(again), want)
     files = [tmp_path / x / "adapter_model.safetensors" for x in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
-    ids = torch.tensor(IDS)
-    with torch.no_grad():
-        whole = [m(input_ids=ids).logits.numpy() for m in (theirs, again)]
-    note(record_property, "whole", whole[1], whole[0])
+
+
+@pytest.mark.parametrize("case", ["mixtral"], indirect=True)
+def test_our_experts_in_peft(case, tmp_path, record_property):
+    stack = jlora.Target(rank=2, alpha=3, in_axes=(1,), batch_axes=(0,))
+    targets = {
+        "gate_up_proj": stack,
+        "experts/down_proj": stack,
+        "v_proj": jlora.Target(),
+    }
+    tree = jlora.lorafy(case.params, 3, targets)
+    tree = randomise(tree, jax.random.key(1))
+    case.save(tmp_path, tree)
+    got = case.torch_logits(peft_load(case.theirs(), tmp_path))
+    note(record_property, "out", got, np.asarray(jlora.lora(case.apply)(tree)))
+    same_tensors(case.load(tmp_path), tree)
 
 
 # -- several adapters ------------------------------------------------------------------

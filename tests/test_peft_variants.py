@@ -384,6 +384,20 @@ def test_the_layout_of_a_layer_saved_whole_is_asked_for(tmp_path):
     saved(tmp_path, tree, fan_in_fan_out=True)
 
 
+def test_scanned_layers_are_unstacked_first(tmp_path):
+    model, params = models.load(GOLDEN / "llama_dora_patterns" / "base")
+    folder = GOLDEN / "llama_dora_patterns" / "adapter"
+    scanned = jlora.stack_layers(params)
+    with pytest.raises(jlora.StructureError, match="unstack_layers"):
+        jlora.peft.load(folder, scanned, model=model)
+    adapters = adapted(scanned, targets=["query"], rank=2, train=["norm"])
+    with pytest.raises(jlora.StructureError, match="unstack_layers"):
+        saved(tmp_path, adapters, model=model)
+    flat = jlora.unstack_layers(adapters, ["model/layers"])
+    back = jlora.peft.load(saved(tmp_path, flat, model=model), params, model=model)
+    equal(jlora.stack_layers(back), adapters)
+
+
 def test_models_and_names_are_one_thing(tmp_path):
     model, params = models.load(GOLDEN / "llama_tied" / "base")
     folder = GOLDEN / "llama_tied" / "adapter"

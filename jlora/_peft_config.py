@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -248,3 +248,20 @@ def disagreements(
         if name not in ranks and wanted(name)
     ]
     return lines
+
+
+def variant_disagreements(
+    config: Config, held: Mapping[str, Collection[str]]
+) -> list[str]:
+    """Where the configuration's switches and what adapters hold disagree.
+
+    Args:
+      config: the configuration.
+      held: of each adapter which of `magnitude` and `bias` it has.
+    """
+    return [
+        f"{key} is {str(said).lower()}, but {name} has {'no' if said else 'a'} {tensor}"
+        for key, tensor in (("use_dora", "magnitude"), ("lora_bias", "bias"))
+        for name, tensors in held.items()
+        if (tensor in tensors) != (said := bool(config.get(key)))
+    ]

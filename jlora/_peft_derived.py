@@ -20,6 +20,7 @@ from jlora._peft_config import (
     short_names,
     target_modules_for,
     tokens_of,
+    variant_disagreements,
 )
 from jlora._peft_fields import DEFAULTS, Config, check_config
 from jlora._peft_files import listed
@@ -161,6 +162,27 @@ def _modules_to_save(whole: list[str], table: Table) -> list[str]:
     return sorted(ends)
 
 
+def _held(x: Exported) -> list[str]:
+    return [n for n in ("magnitude", "bias") if getattr(x.pair, n) is not None]
+
+
+def _check_loadable(config: Config, found: Mapping[str, Exported]) -> None:
+    """Refuse what PEFT refuses to load."""
+    if not found:
+        raise StructureError(
+            "this tree has no adapter, and PEFT loads none without.\nSave its leaves "
+            "with jlora.checkpoint, or merge it and save the model."
+        )
+    parameters = [n for n, x in found.items() if x.is_parameter]
+    for key in ("lora_dropout", "fan_in_fan_out"):
+        if parameters and config.get(key):
+            raise StructureError(
+                f"{key} is {config[key]}, and {parameters[0]} is a parameter that is "
+                f"adapted without its module: PEFT refuses the two together.\nPass "
+                f"config={{{key!r}: {type(config[key])()}}}."
+            )
+
+
 def check_says(
     config: Config, found: Mapping[str, Exported], nodes: Mapping[str, Any],
     table: Table,
@@ -172,11 +194,12 @@ def check_says(
       CheckpointError: the configuration is none that jlora could read again.
     """
     check_config(config, "config")
+    _check_loadable(config, found)
     shown = {n: x for n, x in found.items() if x.param.called}
     ranks = {n: x.pair.rank for n, x in shown.items()}
     modules = {m: [p.module for p in table.sharing(m)] for m in table.kernels()}
     lines = disagreements(config, ranks, modules, table.params)
-    lines += _variant_lines(config, found)
+    lines += variant_disagreements(config, {n: _held(x) for n, x in found.items()})
     lines += [
         f"{p.module} trains the rows {list(n.indices)}, but is to train "
         f"{tokens_of(config, p.module)}"
@@ -194,13 +217,3 @@ def check_says(
             f"the configuration does not say what this tree is:\n  {listed(lines)}\n"
             "Leave those keys to jlora."
         )
-
-
-def _variant_lines(config: Config, found: Mapping[str, Exported]) -> list[str]:
-    """Where DoRA and biases of adapters are not what the configuration says of all."""
-    return [
-        f"{name} has {'no' if said else 'a'} {tensor}, but {key} is {str(said).lower()}"
-        for key, tensor in (("use_dora", "magnitude"), ("lora_bias", "bias"))
-        for name, x in found.items()
-        if (getattr(x.pair, tensor) is not None) != (said := bool(config.get(key)))
-    ]

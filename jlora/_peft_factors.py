@@ -88,7 +88,8 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
 
     Raises:
       StructureError: the tree is abstract; there is one adapter for each of a stack's
-        layers; only some of a kernel's adapters have a magnitude or a bias.
+        layers; only some of a kernel's adapters have a magnitude or a bias, or it is
+        along the rows of a table.
       ShapeError: an adapter whose axes are not those of a matrix.
     """
     terms = list(node.adapters.values())
@@ -119,8 +120,15 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
         _magnitude(node, terms, layout),
         sum(biases[1:], biases[0]).reshape(*many, -1) if biases else None,
     )
-    swapped = layout.kind == "table" and terms[0].a_only == (1,)
-    return (pair.swapped() if swapped else pair), common
+    if layout.kind != "table" or terms[0].a_only == (0,):
+        return pair, common
+    if pair.magnitude is not None or pair.bias is not None:
+        raise StructureError(
+            f"the adapter of the table {node.path!r} {node.shape} has outputs along "
+            "its rows, and a magnitude or bias there; PEFT has one along its columns."
+            "\nAdapt it with Target(in_axes=(0,))."
+        )
+    return pair.swapped(), common
 
 
 def _scaled(x: np.ndarray, scale: np.ndarray, common: float) -> np.ndarray:

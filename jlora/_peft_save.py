@@ -11,10 +11,7 @@ import numpy as np
 
 from jlora._errors import StructureError
 from jlora._lowrank import Full, LowRank, Rows
-from jlora._peft_config import (
-    saved_whole,
-    targets_parameter,
-)
+from jlora._peft_config import saved_whole, targets_parameter
 from jlora._peft_contents import PREFIX, TOKENS
 from jlora._peft_factors import exported
 from jlora._peft_fields import Config

@@ -94,11 +94,16 @@ def load(
     config = read_config(place)
     contents = sorted_out(read_tensors(place), str(place / WEIGHTS))
     table = _table(leaves, model, names)
-    nodes: dict[str, Any] = {
-        **_peft_load.adapters(contents, config, table, leaves),
-        **_peft_whole.fulls(contents, config, table, leaves),
-        **_peft_whole.rows(contents, config, table, leaves),
-    }
+    nodes: dict[str, Any] = {}
+    for part in (_peft_load.adapters, _peft_whole.fulls, _peft_whole.rows):
+        found = part(contents, config, table, leaves)
+        if both := sorted(found.keys() & nodes.keys()):
+            raise CheckpointError(
+                f"{contents.where} holds two of an adapter, a whole weight and trained "
+                f"rows for {both[0]!r}, whose users share one leaf here.\nPass a tree "
+                "that holds them apart."
+            )
+        nodes.update(found)
     if not nodes:
         raise CheckpointError(f"{contents.where} holds no tensors.")
     return jax.tree_util.tree_map_with_path(

@@ -268,6 +268,8 @@ TOKENS = f"{PREFIX}emb.token_adapter.trainable_tokens_delta"
         ("net_conv", lambda t: t.update({
             f"{IMAGE}.lora_A.weight": np.ones((3, 4, 3, 2), "f4"),
             f"{IMAGE}.lora_B.weight": np.ones((7, 1, 1, 1), "f4")}), "grouped"),
+        ("net_dora", lambda t: t.update({f"{Q}.lora_A.weight": np.ones((), "f4")}),
+         "disagree on r"),
         ("net_dora", lambda t: t.pop(f"{Q}.lora_magnitude_vector"),
          "use_dora is true, but q has no magnitude"),
         ("net_dora", lambda t: t.update({f"{Q}.lora_magnitude_vector": np.ones(5, "f4")}),
@@ -346,6 +348,25 @@ def test_a_tied_head_has_no_magnitude_of_its_own(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_table_with_an_adapter_and_trained_rows(tmp_path):
+    folder = copied("net_tokens", tmp_path, target_modules=["q", "emb"], r=2)
+    factors = {"A": np.ones((2, 13), "f4"), "B": np.ones((6, 2), "f4")}
+    more = {f"{PREFIX}emb.lora_embedding_{x}": v for x, v in factors.items()}
+    more |= {f"{Q}.lora_A.weight": np.ones((2, 6), "f4")}
+    more |= {f"{Q}.lora_B.weight": np.ones((6, 2), "f4")}
+    change_tensors(folder, lambda t: t.update(more))
+    with pytest.raises(jlora.CheckpointError, match="share one leaf"):
+        jlora.peft.load(folder, net_base())
+
+
+def test_a_head_that_is_tied_is_not_saved_apart(tmp_path):
+    model, params = models.load(GOLDEN / "llama_tied" / "base")
+    folder = copied("llama_tied_saved", tmp_path)
+    change_tensors(folder, lambda t: t.pop(f"{PREFIX}lm_head.weight"))
+    with pytest.raises(jlora.CheckpointError, match=r"lacks(.|\n)*lm_head\.weight"):
+        jlora.peft.load(folder, params, model=model)
+
+
 def test_trees_that_peft_cannot_hold(tmp_path):
     base = {
         "moe": {"down_proj": jnp.ones((2, 3, 4))},
@@ -364,12 +385,21 @@ def test_trees_that_peft_cannot_hold(tmp_path):
         "b": rows,
     }
     with pytest.raises(
-        jlora.StructureError, match="has no magnitude, but use_dora is true"
+        jlora.StructureError, match=r"use_dora is true, but b\.head has no magnitude"
     ):
         saved(tmp_path, mixed)
     tokens = jlora.lorafy(base, 2, {"down_proj": stack}, trainable_tokens={"head": [1]})
     with pytest.raises(jlora.StructureError, match="rows are not those"):
         saved(tmp_path, tokens)
+    drops = jlora.lorafy(base, targets={"down_proj": stack}, dropout=0.1)
+    with pytest.raises(jlora.StructureError, match=r"lora_dropout is 0\.1"):
+        saved(tmp_path, drops)
+    with pytest.raises(jlora.StructureError, match="no adapter"):
+        saved(tmp_path, {"head": {"kernel": jlora.Full(jnp.ones((4, 7)))}})
+    table = {"emb": {"embedding": jnp.ones((7, 4))}}
+    rowwise = jlora.lorafy(table, targets={"emb": T(rank=2, in_axes=(1,))}, dora=True)
+    with pytest.raises(jlora.StructureError, match="outputs along its rows"):
+        saved(tmp_path, rowwise)
     whole = jlora.lorafy(base, 2, ["head"], train=["down_proj"])
     with pytest.raises(jlora.ShapeError, match="Take it out of train"):
         saved(tmp_path, whole)

@@ -1,14 +1,14 @@
 """What PEFT's configuration means for a module or a parameter, and one for given ones.
 
 Names here are PyTorch's: of modules, `encoder.block.0.layer.0.SelfAttention.q`, and of
-parameters that PEFT adapts without their module, `model.layers.0.mlp.experts.down_proj`.
+parameters adapted without their module, `model.layers.0.mlp.experts.down_proj`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def scale_of(config: Config, module: str) -> np.float32:
 
 
 def tokens_of(config: Config, module: str) -> list[int] | None:
-    """The trained rows of a table, which a dict names by the end of its module's name."""
+    """The trained rows of a table; a dict says them by the end of its name."""
     said = config.get("trainable_token_indices")
     if not isinstance(said, dict):
         return said or None
@@ -206,7 +206,9 @@ def target_modules_for(modules: Iterable[str], others: Iterable[str]) -> Any:
     """`target_modules` that hits exactly these modules: a list, else an expression."""
     modules = list(modules)
     short = short_names(modules, others)
-    return sorted(short or ()) if short or not modules else "|".join(re.escape(m) for m in modules)
+    if short is not None:
+        return sorted(short)
+    return "|".join(re.escape(m) for m in modules)
 
 
 def disagreements(
@@ -246,3 +248,20 @@ def disagreements(
         if name not in ranks and wanted(name)
     ]
     return lines
+
+
+def variant_disagreements(
+    config: Config, held: Mapping[str, Collection[str]]
+) -> list[str]:
+    """Where the configuration's switches and what adapters hold disagree.
+
+    Args:
+      config: the configuration.
+      held: of each adapter which of `magnitude` and `bias` it has.
+    """
+    return [
+        f"{key} is {str(said).lower()}, but {name} has {'no' if said else 'a'} {tensor}"
+        for key, tensor in (("use_dora", "magnitude"), ("lora_bias", "bias"))
+        for name, tensors in held.items()
+        if (tensor in tensors) != (said := bool(config.get(key)))
+    ]

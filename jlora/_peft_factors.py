@@ -88,7 +88,8 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
 
     Raises:
       StructureError: the tree is abstract; there is one adapter for each of a stack's
-        layers; only some of a kernel's adapters have a magnitude or a bias.
+        layers; only some of a kernel's adapters have a magnitude or a bias, or it is
+        along the rows of a table.
       ShapeError: an adapter whose axes are not those of a matrix.
     """
     terms = list(node.adapters.values())
@@ -105,9 +106,8 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
                 scale, common)
         for t, scale in zip(terms, scales, strict=True)
     ]  # fmt: skip
-    outs = tuple(sorted(terms[0].b_only))
     biases = [
-        _scaled(_whole(node, t, t.bias, t.o_dims, (*t.both, *outs)), scale, common)
+        _scaled(_outputs(node, t, t.bias), scale, common)
         for t, scale in zip(terms, scales, strict=True)
         if t.bias is not None
     ]
@@ -117,36 +117,44 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
     pair = Pair(
         np.ascontiguousarray(np.concatenate(a, axis=-2)),
         np.ascontiguousarray(np.concatenate(b, axis=-1)),
-        _magnitude(node, terms, outs),
-        sum(biases[1:], biases[0]).reshape(-1) if biases else None,
+        _magnitude(node, terms, layout),
+        sum(biases[1:], biases[0]).reshape(*many, -1) if biases else None,
     )
-    swapped = layout.kind == "table" and terms[0].a_only == (1,)
-    return (pair.swapped() if swapped else pair), common
+    if layout.kind != "table" or terms[0].a_only == (0,):
+        return pair, common
+    if pair.magnitude is not None or pair.bias is not None:
+        raise StructureError(
+            f"the adapter of the table {node.path!r} {node.shape} has outputs along "
+            "its rows, and a magnitude or bias there; PEFT has one along its columns."
+            "\nAdapt it with Target(in_axes=(0,))."
+        )
+    return pair.swapped(), common
 
 
 def _scaled(x: np.ndarray, scale: np.ndarray, common: float) -> np.ndarray:
-    """Times `scale / common`, in x's dtype; the scale has the axes that x begins with."""
+    """Times `scale / common`, in x's dtype; x begins with the scale's axes."""
     if np.all(scale == np.float32(common)):
         return x
-    ratio = (scale / np.float32(common)).reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+    ones = (1,) * (x.ndim - scale.ndim)
+    ratio = scale.reshape(scale.shape + ones) / np.float32(common)
     return (x * ratio).astype(x.dtype)
 
 
-def _magnitude(node: LowRank, terms: list[Adapter], outs: Dims) -> np.ndarray | None:
+def _magnitude(
+    node: LowRank, terms: list[Adapter], layout: Layout
+) -> np.ndarray | None:
     if terms[0].magnitude is None:
         return None
-    wholes = [_whole(node, t, t.magnitude, t.o_dims, outs) for t in terms]
-    if all(t.covers(node.shape) for t in terms) and len(terms) == 1:
-        return wholes[0].reshape(-1)
-    inside = [
-        _whole(node, t, np.ones_like(t.magnitude, bool), t.o_dims, outs) for t in terms
-    ]
-    base = np.asarray(node.base, np.float32)
-    rest = tuple(d for d in range(node.ndim) if d not in outs)
-    out = np.sqrt(np.sum(np.square(base), axis=rest)).astype(wholes[0].dtype)
-    for whole, mask in zip(wholes, inside, strict=True):
-        out = np.where(mask, whole, out)
-    return out.reshape(-1)
+    wholes = [_outputs(node, t, t.magnitude) for t in terms]
+    out = wholes[0]
+    if not all(t.covers(node.shape) for t in terms):
+        base = np.square(np.asarray(node.base, np.float32))
+        others = tuple(d for d in range(node.ndim) if d not in terms[0].o_dims)
+        out = np.sqrt(np.sum(base, axis=others)).astype(wholes[0].dtype)
+        for t, whole in zip(terms, wholes, strict=True):
+            inside = _outputs(node, t, np.ones_like(t.magnitude, dtype=bool))
+            out = np.where(inside, whole, out)
+    return out.reshape(*layout.sizes(layout.batch), -1)
 
 
 def _check_exportable(node: LowRank, t: Adapter, layout: Layout) -> None:
@@ -184,6 +192,11 @@ def _check_exportable(node: LowRank, t: Adapter, layout: Layout) -> None:
             f"outputs {t.b_only}; in PyTorch this {layout.kind} kernel has inputs "
             f"{layout.ins} and outputs {layout.outs}."
         )
+
+
+def _outputs(node: LowRank, t: Adapter, x: Any) -> np.ndarray:
+    """A magnitude or a bias over all outputs, in the kernel's order."""
+    return _whole(node, t, x, t.o_dims, tuple(sorted(t.o_dims)))
 
 
 def _whole(node: LowRank, t: Adapter, x: Any, dims: Dims, order: Dims) -> np.ndarray:

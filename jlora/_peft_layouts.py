@@ -7,10 +7,10 @@
     experts [E·r, in] expert by        [out, r·E] rank by
             expert                     rank, in it by expert
 
-Source: PEFT 0.21.2, `tuners/lora/layer.py` and `dora.py`. Of experts, `in` is what their
-product sums over, whether the PyTorch model stores [E, out, in], as transformers 5 does,
-or [E, in, out], as models do that say `is_transposed`: only ΔW is transposed, never A
-or B.
+Source: PEFT 0.21.2, `tuners/lora/layer.py` and `dora.py`. Of experts, `in` is what
+their product sums over, whether the PyTorch model stores [E, out, in], as most do in
+transformers 5, or [E, in, out], where a model says `is_transposed`: only ΔW is
+transposed, never A or B.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Pair:
     """The matrices of one adapter; with `[E]` in front, of one adapter an expert.
 
     Attributes:
-      a: `[r, in]`; of a table `[r, V]`. Inputs of several axes are in the kernel's order.
+      a: `[r, in]`; of a table `[r, V]`. Several input axes are in the kernel's order.
       b: `[out, r]`; of a table `[d, r]`.
       magnitude: DoRA's, `[out]`, or None.
       bias: of `b`'s product, `[out]`, or None.
@@ -107,7 +107,7 @@ class Layout:
                 "bias": (out,)}  # fmt: skip
 
     def read(self, stored: Mapping[str, np.ndarray]) -> Pair:
-        """The matrices of the file's tensors, whose shapes are those of `file_shapes`."""
+        """The matrices of tensors that have the shapes of `file_shapes`."""
         a, b = stored["a"], stored["b"]
         flat = {n: stored[n].reshape(-1) for n in ("magnitude", "bias") if n in stored}
         if self.kind == "experts":
@@ -153,9 +153,7 @@ def layout_of(param: Param, kind: Kind) -> Layout:
     if kind == "linear" and (param.tied or (ndim == 2 and param.last == "weight")):
         return Layout(kind, shape, (1,), (0,))
     if kind == "linear" and axes is not None:
-        return Layout(
-            kind, shape, tuple(range(axes[0])), tuple(range(axes[0], ndim))
-        )
+        return Layout(kind, shape, tuple(range(axes[0])), tuple(range(axes[0], ndim)))
     raise ShapeError(f"{param.path!r} {shape} is no {kind} kernel.")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jlora._errors import CheckpointError, StructureError
 from jlora._lowrank import LowRank
 from jlora._paths import BIAS_NAMES, module_of
-from jlora._peft_config import disagreements, scale_of
+from jlora._peft_config import disagreements, scale_of, variant_disagreements
 from jlora._peft_contents import Contents, Stored
 from jlora._peft_factors import new_adapter
 from jlora._peft_fields import Config
@@ -26,8 +26,6 @@ _KINDS = {
     "conv": "a convolution",
     "experts": "a parameter of its own, stacked by expert",
 }
-# The configuration's switches, and the tensors that stand in the file for them.
-_VARIANTS = {"use_dora": "magnitude", "lora_bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,8 @@ def adapters(
     ranks = {name: slot.rank for name, slot in slots.items()}
     modules = {m: [p.module for p in table.sharing(m)] for m in table.kernels()}
     lines = disagreements(config, ranks, modules, table.params)
-    if lines := lines or _variant_lines(config, slots):
+    held = {name: slot.stored.tensors for name, slot in slots.items()}
+    if lines := lines or variant_disagreements(config, held):
         raise CheckpointError(
             f"{where} and its configuration disagree:\n  {listed(lines)}\nThey belong "
             "to different adapters, or the base is another model."
@@ -138,7 +137,8 @@ def _slot(contents: Contents, module: str, name: str, param: Param) -> Slot:
         )
     layout = layout_of(param, _kind(contents.where, name, stored, param))
     a, b = stored.tensors["a"], stored.tensors["b"]
-    if b.ndim < 2 or a.shape[0] != b.shape[1] or b.shape[1] < layout.experts:
+    matrices = a.ndim > 1 and b.ndim > 1
+    if not matrices or a.shape[0] != b.shape[1] or b.shape[1] < layout.experts:
         raise CheckpointError(
             f"{contents.where}: {name} has A {list(a.shape)} and B {list(b.shape)}, "
             f"which disagree on r.{_grouped(layout, a, b)}"
@@ -160,13 +160,13 @@ def _kind(where: str, name: str, stored: Stored, param: Param) -> Kind:
     raise CheckpointError(
         f"{where}: {name} is {_KINDS[there]} there and "
         f"{_KINDS[here] if here else 'something else'} here ({param.path!r} "
-        f"{list(param.shape)}).\nPass the base it was trained on, or names={{...}} that "
-        'says what it is called; a name that ends in ".T" is a tied head\'s.'
+        f"{list(param.shape)}).\nPass the base it was trained on, or names={{...}} that"
+        ' says what it is called; a name that ends in ".T" is a tied head\'s.'
     )
 
 
 def _grouped(layout: Layout, a: np.ndarray, b: np.ndarray) -> str:
-    if layout.kind != "conv" or not b.shape[1] or a.shape[0] % b.shape[1]:
+    if layout.kind != "conv" or b.ndim < 2 or a.shape[0] % max(b.shape[1], 1):
         return ""
     return (
         " B [out, r/groups, 1, ...] is of a grouped convolution, whose A reads the "
@@ -180,25 +180,11 @@ def _misfit(slot: Slot) -> str | None:
     tensors = slot.stored.tensors
     if all(x.shape == shapes[name] for name, x in tensors.items()):
         return None
-    word = {"a": "A", "b": "B", "magnitude": "magnitude", "bias": "bias"}
-    there = ", ".join(f"{word[n]} {list(x.shape)}" for n, x in tensors.items())
-    here = ", ".join(f"{word[n]} {list(shapes[n])}" for n in tensors)
-    return f"{slot.name}: {there}, but here {here} ({slot.param.path} " + (
-        f"{list(slot.param.shape)})"
-    )
-
-
-def _variant_lines(config: Config, slots: Mapping[str, Slot]) -> list[str]:
-    lines = []
-    for key, tensor in _VARIANTS.items():
-        said = bool(config.get(key))
-        lines += [
-            f"{key} is {str(said).lower()}, but {name} has {'no' if said else 'a'} "
-            f"{tensor}"
-            for name, slot in slots.items()
-            if (tensor in slot.stored.tensors) != said
-        ]
-    return lines
+    words = {"a": "A", "b": "B", "magnitude": "magnitude", "bias": "bias"}
+    there = ", ".join(f"{words[n]} {list(x.shape)}" for n, x in tensors.items())
+    here = ", ".join(f"{words[n]} {list(shapes[n])}" for n in tensors)
+    leaf = f"{slot.param.path} {list(slot.param.shape)}"
+    return f"{slot.name}: {there}, but here {here} ({leaf})"
 
 
 # -- one leaf, several modules ---------------------------------------------------------
@@ -207,7 +193,7 @@ def _variant_lines(config: Config, slots: Mapping[str, Slot]) -> list[str]:
 def _of_leaf(
     where: str, users: list[Param], slots: Mapping[str, Slot], config: Config
 ) -> tuple[str, Layout, Pair]:
-    """The one adapter of a leaf, from all modules that use it, and one of their names."""
+    """A leaf's one adapter, from all modules that use it, and one of their names."""
     alone = slots.get(users[0].key)
     if alone is not None:
         return alone.name, alone.layout, alone.layout.read(alone.stored.tensors)
@@ -225,8 +211,8 @@ def _of_leaf(
         if not same or scale_of(config, slot.name) != scale:
             raise CheckpointError(
                 f"{where}: the adapters of {first.name} and {slot.name} differ; here "
-                f"both are the one leaf {first.param.path!r}, with one adapter.\nPass a "
-                "tree that holds them apart."
+                f"both are the one leaf {first.param.path!r}, with one adapter.\nPass "
+                "a tree that holds them apart."
             )
     tied = first.param.tied
     return first.name, layout_of(first.param, "table") if tied else first.layout, pair
@@ -240,7 +226,7 @@ def _as_used(where: str, slot: Slot) -> Pair:
     if pair.magnitude is not None or pair.bias is not None:
         raise CheckpointError(
             f"{where}: {slot.name} is tied to the leaf {slot.param.path!r} here, and "
-            "its magnitude or bias is of the head's outputs, not of the table's, so one "
+            "its magnitude or bias is of the head's outputs, not of the table's: one "
             "adapter cannot be both.\nPass a tree that holds them apart."
         )
     return pair.swapped()

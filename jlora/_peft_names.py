@@ -75,7 +75,8 @@ class Param:
     @property
     def is_experts(self) -> bool:
         """Whether it is a parameter of its own, stacked by expert, [E, in, out]."""
-        return self.name == self.last != "weight" and len(self.shape) == 3
+        told = _paths.KERNEL_NAMES + _paths.BIAS_NAMES
+        return len(self.shape) == 3 and self.last not in told
 
     def axes(self) -> tuple[int, int] | None:
         """How many axes of a linear kernel are inputs and outputs; None if neither.
@@ -149,12 +150,12 @@ class Param:
 
     def _linear(self) -> tuple[int, int] | None:
         axes = self.axes()
-        if (axes is None and self.last in ("kernel", "w")) or self.is_experts:
+        if (axes is None and self.last in ("kernel", "w")) or self.last in _ORDER:
             raise ShapeError(
                 f"the kernel {self.path!r} {self.shape} has {len(self.shape)} axes, "
-                "and jlora.peft knows PyTorch's layout for linear layers, embeddings, "
-                "convolutions and Flax's attention only.\nTake it out of train=[...], "
-                "or reshape it."
+                "and jlora.peft knows how PyTorch lays out whole linear layers, "
+                "embeddings, convolutions and Flax's attention.\nTake it out of "
+                "train=[...] and adapt it, or reshape it."
             )
         return axes
 

@@ -162,10 +162,11 @@ def rows(
         if n is not None and not any(_names(n, m, table) for m in contents.tokens)
     ]  # fmt: skip
     if unmet:
+        named = unmet[0] or "the input embedding"
         raise CheckpointError(
-            f"{where}: trainable_token_indices names {unmet[0] or 'the input embedding'}"
-            f", and the trained rows in the file are of {sorted(contents.tokens)}.\nThe "
-            "file is incomplete, or the base is another model."
+            f"{where}: trainable_token_indices names {named}, and the trained rows in "
+            f"the file are of {sorted(contents.tokens)}.\nThe file is incomplete, or "
+            "the base is another model."
         )
     found: dict[str, Rows] = {}
     for module, values in contents.tokens.items():
@@ -203,20 +204,22 @@ def _checked(
         raise CheckpointError(
             f"{where}: {param.module} has trained rows {list(values.shape)}; by "
             f"trainable_token_indices and the table {param.path!r} {list(param.shape)} "
-            f"it has {list(wanted)}.\nThe file and its configuration belong to different "
+            f"it has {list(wanted)}.\nThe file and its configuration are of different "
             "adapters, or the base is another model."
         )
     wrong = [i for i in indices if not 0 <= i < count]
     if wrong or len(set(indices)) < len(indices):
         raise CheckpointError(
-            f"{where}: trainable_token_indices of {param.module} are {indices[:8]}; the "
-            f"table {param.path!r} {list(param.shape)} has rows 0 to {count - 1}, each "
-            "once."
+            f"{where}: trainable_token_indices of {param.module} are {indices[:8]}; of "
+            f"the table {param.path!r} {list(param.shape)} they are rows 0 to "
+            f"{count - 1}, each once."
         )
     return tuple(indices)
 
 
-def _rows(param: Param, leaf: Any, values: np.ndarray, indices: tuple[int, ...]) -> Rows:
+def _rows(
+    param: Param, leaf: Any, values: np.ndarray, indices: tuple[int, ...]
+) -> Rows:
     sharding = abstract_rows(leaf, len(indices), values.dtype).sharding
     return Rows(leaf, put(values, sharding), indices, param.path)
 
@@ -231,9 +234,9 @@ def _check_shared(
         other.indices != node.indices or not np.array_equal(other.rows, node.rows)
     ):
         raise CheckpointError(
-            f"{where}: the trained rows of {', '.join(p.module for p in users)} differ; "
-            f"here all are the one leaf {param.path!r}.\nPass a tree that holds them "
-            "apart."
+            f"{where}: the trained rows of {' and '.join(p.module for p in users)} "
+            f"differ; here all are the one leaf {param.path!r}.\nPass a tree that "
+            "holds them apart."
         )
     # With a tied head PEFT stores rows once, of the module that holds the table.
     once = any(p.tied for p in users) and param == table.home(param.path)

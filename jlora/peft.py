@@ -7,10 +7,10 @@ The tree is matched to PyTorch's modules by name: `encoder/block/0/layer/0/
 SelfAttention/q/kernel` is the weight of `encoder.block.0.layer.0.SelfAttention.q`; a
 model that knows better says so, `model=`, or you do, `names=`.
 
-LoRA, rsLoRA and DoRA on linear layers, embeddings, tied heads, convolutions and experts;
-ranks and alphas by pattern; biases of adapters; trained rows of tables; whole modules
-and biases; several adapters in a folder. What a file says and jlora cannot honour is an
-error.
+LoRA, rsLoRA and DoRA on linear layers, embeddings, tied heads, convolutions and
+experts; ranks and alphas by pattern; biases of adapters; trained rows of tables; whole
+modules and biases; several adapters in a folder. What a file says and jlora cannot
+honour is an error.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 
-from jlora import _peft_load, _peft_save, _peft_whole
-from jlora._errors import CheckpointError, TargetError
+from jlora import _peft_derived, _peft_load, _peft_save, _peft_whole
+from jlora._errors import CheckpointError, StructureError, TargetError
 from jlora._lowrank import is_node
 from jlora._partition import trainable_mask
 from jlora._paths import path_str
@@ -39,6 +39,7 @@ from jlora._peft_files import (
     write,
 )
 from jlora._peft_names import Model, Names, Table
+from jlora._scanned import stacked_leaves
 
 Tree = Any
 
@@ -76,6 +77,7 @@ def load(
       CheckpointError: files that are missing or damaged; a feature that jlora cannot
         honour; tensors that match nothing, do not fit this base, or disagree with the
         configuration; adapters that are missing.
+      StructureError: layers that are stacked for a scan.
       TargetError: `names` that do not fit the tree.
 
     Source: PEFT's `utils/save_and_load.py` and `tuners/tuners_utils.py`.
@@ -91,12 +93,17 @@ def load(
         )
     config = read_config(place)
     contents = sorted_out(read_tensors(place), str(place / WEIGHTS))
-    table = Table(_shapes(leaves), _names(model, names))
-    nodes: dict[str, Any] = {
-        **_peft_load.adapters(contents, config, table, leaves),
-        **_peft_whole.fulls(contents, config, table, leaves),
-        **_peft_whole.rows(contents, config, table, leaves),
-    }
+    table = _table(leaves, model, names)
+    nodes: dict[str, Any] = {}
+    for part in (_peft_load.adapters, _peft_whole.fulls, _peft_whole.rows):
+        found = part(contents, config, table, leaves)
+        if both := sorted(found.keys() & nodes.keys()):
+            raise CheckpointError(
+                f"{contents.where} holds two of an adapter, a whole weight and trained "
+                f"rows for {both[0]!r}, whose users share one leaf here.\nPass a tree "
+                "that holds them apart."
+            )
+        nodes.update(found)
     if not nodes:
         raise CheckpointError(f"{contents.where} holds no tensors.")
     return jax.tree_util.tree_map_with_path(
@@ -187,21 +194,22 @@ def save(
       task_type: PEFT's, `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, ... For classifiers and
         question answering the head is saved too, as PEFT does, trained or not.
       fan_in_fan_out: True for GPT-2, whose layers store their weights as [in, out].
-        The factors are the same.
+        The factors are the same; of layers that are trained whole it must be told.
       config: keys to write as they are, e.g. from `read_config` of what was loaded.
       overwrite: replace an adapter that is there already.
 
     Raises:
       CheckpointError: an adapter is at `folder` already, or it cannot be written.
-      StructureError: nothing is trained; an adapter that PEFT's format cannot hold; a
-        `config` that does not say what the tree is. Nothing is written.
+      StructureError: nothing is trained; an adapter that PEFT's format cannot hold;
+        layers that are stacked for a scan; a `config` that does not say what the tree
+        is. Nothing is written.
       TargetError: `names` that do not fit the tree.
     """
     trainable_mask(params)  # nothing to save is an error
     place = adapter_folder(folder, adapter)
     check_place(place, overwrite)
     nodes = _leaves(params)
-    table = Table(_shapes(nodes), _names(model, names))
+    table = _table(nodes, model, names)
     keywords = {
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
@@ -212,10 +220,23 @@ def save(
         **{key: value for key, value in keywords.items() if value is not None},
     }
     found = _peft_save.adapters(nodes, table, given)
-    merged = {**_peft_save.derived(found, nodes, table, given), **given}
-    _peft_save.check_says(merged, found, nodes, table)
+    merged = {**_peft_derived.derived(found, nodes, table, given), **given}
+    _peft_derived.check_says(merged, found, nodes, table)
     saved = _peft_save.saved_params(merged, found, nodes, table)
+    _peft_save.check_conv1d(given, saved)
     write(place, merged, _peft_save.tensors(found, saved, nodes, merged, table))
+
+
+def _table(leaves: Mapping[str, Any], model: Model | None, names: Names) -> Table:
+    if stacked := sorted(stacked_leaves(leaves)):
+        shape = _shapes(leaves)[stacked[0]]
+        raise StructureError(
+            f"the leaf {stacked[0]!r} {shape} holds several layers, for a scan, and "
+            "PyTorch has a module for each.\nUnstack them first, "
+            "jlora.unstack_layers(tree, at=[...]); what was loaded is stacked again by "
+            "jlora.stack_layers."
+        )
+    return Table(_shapes(leaves), _names(model, names))
 
 
 def _names(model: Model | None, names: Names) -> Names:

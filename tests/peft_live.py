@@ -1,42 +1,69 @@
-"""PyTorch's side of the live tests: PEFT's models made, saved and loaded."""
+"""PyTorch's side of the live tests: a net, and PEFT's models made, saved, loaded."""
 
 import json
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import peft_nets
 import pytest
+from peft_nets import D, E, V
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
+class Experts(torch.nn.Module):
+    """Of every expert half the tokens: [E, out, in], as in transformers 5."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.empty(E, 10, D))
+        self.down_proj = torch.nn.Parameter(torch.empty(E, D, 5))
+
+    def forward(self, x):
+        gate, up = torch.einsum("btd,eod->ebto", x, self.gate_up_proj).chunk(2, -1)
+        return torch.einsum("ebto,edo->btd", torch.tanh(gate) * up, self.down_proj)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = torch.nn.Embedding(V, D)
+        self.q = torch.nn.Linear(D, D)
+        self.v = torch.nn.Linear(D, D, bias=False)
+        self.c_attn = transformers.pytorch_utils.Conv1D(2 * D, D)
+        self.image = torch.nn.Conv2d(2, 7, (3, 2), stride=(1, 2), padding=(1, 0))
+        self.time = torch.nn.Conv1d(D, D, 3, padding=1)
+        self.experts = Experts()
+        self.head = torch.nn.Linear(3 * 7, V)
+
+    def forward(self, ids):
+        x = self.emb(ids)
+        x = x + torch.tanh(self.q(x)) * self.v(x)
+        a, b = self.c_attn(x).split(D, -1)
+        x = x + torch.tanh(a) * b + self.time(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.experts(x)
+        x = self.image(torch.stack([x, torch.sin(x)], 1))  # [B, 7, T, 3]
+        return self.head(torch.tanh(x).permute(0, 2, 1, 3).flatten(2))
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    model = Net().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
 def tree_of(model):
-    """Its parameters as a Flax tree: kernels [in, out], windows first."""
-    tables = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
-    convs = {n for n, m in model.named_modules() if hasattr(m, "kernel_size")}
-    tree = {}
-    for name, p in model.named_parameters():
-        *parents, last = name.split(".")
-        module, value = ".".join(parents), p.detach().numpy()
-        if module in tables:
-            last = "embedding"
-        elif module in convs and last == "weight":
-            last, value = "kernel", np.moveaxis(value, (0, 1), (-1, -2))
-        elif last == "weight" and value.ndim == 1:
-            last = "scale"
-        elif last == "weight":
-            last, value = "kernel", value if parents[-1] == "c_attn" else value.T
-        elif value.ndim == 3:  # experts [E, out, in]
-            value = value.swapaxes(1, 2)
-        at = tree
-        for part in parents:
-            at = at.setdefault(part, {})
-        at[last] = jnp.asarray(value)
-    return tree
+    """A model's parameters as a Flax tree."""
+    return peft_nets.tree_of(
+        {n: p.detach().numpy() for n, p in model.named_parameters()}
+    )
 
 
 def peft_model(model, seed=1, **settings):

@@ -341,7 +341,9 @@ def change_tensors(folder, f):
 def test_a_configuration_that_cannot_be_honoured(key, value, tmp_path):
     folder = saved(tmp_path)
     change_config(folder, **{key: value})
-    with pytest.raises(jlora.CheckpointError, match=rf"{key}|\(q|head.weight is targeted"):
+    with pytest.raises(
+        jlora.CheckpointError, match=rf"{key}|\(q|head.weight is targeted"
+    ):
         jlora.peft.load(folder, small())
 
 
@@ -523,7 +525,8 @@ def test_trees_that_the_format_cannot_hold(tmp_path):
         with pytest.raises(jlora.StructureError, match=message):
             saved(tmp_path, tree)
     for tree in (
-        jlora.lorafy(stack, 2, flipped), jlora.lorafy(kernel, 2, {"w": T(in_axes=(1,))})
+        jlora.lorafy(stack, 2, flipped),
+        jlora.lorafy(kernel, 2, {"w": T(in_axes=(1,))}),
     ):
         with pytest.raises(jlora.ShapeError, match="in PyTorch this"):
             saved(tmp_path, tree)

@@ -1,5 +1,7 @@
 """Adapters exchanged live with PyTorch and PEFT: equal logits in both directions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from tools import randomise
 import jlora
 import jlora.peft
 from jlora import models
+from jlora._peft_fields import DEFAULTS, HONOURED, NEUTRAL
 
 transformers = pytest.importorskip("transformers")
 
@@ -341,3 +344,21 @@ def test_what_cannot_be_honoured(settings, key, tmp_path):
     peft_save(peft_model(net(), target_modules=["q"], **settings), tmp_path)
     with pytest.raises(jlora.CheckpointError, match=key):
         jlora.peft.load(tmp_path, tree_of(net()))
+
+
+def test_every_field_of_pefts_configuration_is_known():
+    """A field of a newer PEFT is an error here until somebody has read what it does."""
+    fields = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    written = set(peft.LoraConfig().to_dict())
+    assert written <= set(DEFAULTS)
+    refused = set(DEFAULTS) - HONOURED - NEUTRAL
+    assert fields - refused - HONOURED - NEUTRAL == set()
+    assert refused == {
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication",
+        "megatron_config", "monteclora_config", "use_bdlora", "use_qalora",
+        "velora_config",
+    }  # fmt: skip
+    theirs = {k: v for k, v in peft.LoraConfig().to_dict().items() if k in DEFAULTS}
+    for key in ("inference_mode", "peft_type"):
+        theirs[key] = DEFAULTS[key]
+    assert {k: DEFAULTS[k] for k in theirs} == theirs

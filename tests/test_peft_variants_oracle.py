@@ -1,14 +1,12 @@
 """PEFT's variants exchanged live: convolutions, experts, DoRA, biases, tokens."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from peft_live import (
     config_of,
+    net,
     note,
-    peft,
     peft_load,
     peft_model,
     peft_save,
@@ -16,79 +14,13 @@ from peft_live import (
     torch,
     tree_of,
 )
+from peft_nets import IDS, apply
 from tools import randomise
 
 import jlora
 import jlora.peft
 
-transformers = pytest.importorskip("transformers")
-
 pytestmark = pytest.mark.oracle
-V, D, E = 13, 6, 3
-IDS = np.array([[1, 5, 2, 12, 4], [0, 3, 3, 7, 9]])
-
-
-class Experts(torch.nn.Module):
-    """Of every expert half the tokens: [E, out, in], as in transformers 5."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_up_proj = torch.nn.Parameter(torch.empty(E, 10, D))
-        self.down_proj = torch.nn.Parameter(torch.empty(E, D, 5))
-
-    def forward(self, x):
-        gate, up = torch.einsum("btd,eod->ebto", x, self.gate_up_proj).chunk(2, -1)
-        return torch.einsum("ebto,edo->btd", torch.tanh(gate) * up, self.down_proj)
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.emb = torch.nn.Embedding(V, D)
-        self.q = torch.nn.Linear(D, D)
-        self.v = torch.nn.Linear(D, D, bias=False)
-        self.c_attn = transformers.pytorch_utils.Conv1D(2 * D, D)
-        self.image = torch.nn.Conv2d(2, 7, (3, 2), stride=(1, 2), padding=(1, 0))
-        self.time = torch.nn.Conv1d(D, D, 3, padding=1)
-        self.experts = Experts()
-        self.head = torch.nn.Linear(3 * 7, V)
-
-    def forward(self, ids):
-        x = self.emb(ids)
-        x = x + torch.tanh(self.q(x)) * self.v(x)
-        a, b = self.c_attn(x).split(D, -1)
-        x = x + torch.tanh(a) * b + self.time(x.transpose(1, 2)).transpose(1, 2)
-        x = x + self.experts(x)
-        x = self.image(torch.stack([x, torch.sin(x)], 1))  # [B, 7, T, 3]
-        return self.head(torch.tanh(x).permute(0, 2, 1, 3).flatten(2))
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    model = Net().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
-def conv(x, w, padding, strides, dims):
-    y = lax.conv_general_dilated(x, w["kernel"], strides, padding, dimension_numbers=dims)
-    return y + w["bias"]
-
-
-def apply(p, ids):
-    x = p["emb"]["embedding"][ids]
-    x = x + jnp.tanh(x @ p["q"]["kernel"] + p["q"]["bias"]) * (x @ p["v"]["kernel"])
-    a, b = jnp.split(x @ p["c_attn"]["kernel"] + p["c_attn"]["bias"], 2, -1)
-    y = conv(x, p["time"], [(1, 1)], (1,), ("NTC", "TIO", "NTC"))
-    x = x + jnp.tanh(a) * b + y
-    up = jnp.einsum("btd,edo->ebto", x, p["experts"]["gate_up_proj"])
-    gate, up = jnp.split(up, 2, -1)
-    x = x + jnp.einsum("ebto,eod->btd", jnp.tanh(gate) * up, p["experts"]["down_proj"])
-    x = jnp.stack([x, jnp.sin(x)], -1)  # [B, T, d, 2]
-    x = conv(x, p["image"], [(1, 1), (0, 0)], (1, 2), ("NHWC", "HWIO", "NHWC"))
-    x = jnp.tanh(x).swapaxes(2, 3).reshape(*ids.shape, -1)
-    return x @ p["head"]["kernel"] + p["head"]["bias"]
 
 
 def torch_logits(model):
@@ -160,8 +92,36 @@ def test_pefts_adapter_here_and_back(case, tmp_path, record_property):
     note(record_property, "derived", again, want)
 
 
+class Stored(torch.nn.Module):
+    """Experts as [E, in, out], which a module says by `is_transposed`."""
+
+    def __init__(self, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        shape = (3, 4, 5) if is_transposed else (3, 5, 4)
+        self.down_proj = torch.nn.Parameter(torch.ones(shape))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_read_the_same_however_they_are_stored(is_transposed, tmp_path):
+    settings = dict(target_modules=[], target_parameters=["experts.down_proj"], r=2)
+    theirs = peft_model(
+        torch.nn.ModuleDict({"experts": Stored(is_transposed)}), **settings
+    )
+    peft_save(theirs, tmp_path)
+    base = {"experts": {"down_proj": np.ones((3, 4, 5), np.float32)}}
+    node = jlora.peft.load(tmp_path, base)["experts"]["down_proj"]
+    delta = theirs.base_model.model["experts"].get_delta_weight("default")
+    delta = delta.detach().numpy()
+    want = delta if is_transposed else delta.swapaxes(1, 2)
+    np.testing.assert_allclose(node.delta(), want, rtol=1e-5, atol=1e-6)
+
+
 T = jlora.Target
-CONVS = {"image": T(rank=3, in_axes=(0, 1, 2)), "time": T(rank=2, in_axes=(0, 1), alpha=5)}
+CONVS = {
+    "image": T(rank=3, in_axes=(0, 1, 2)),
+    "time": T(rank=2, in_axes=(0, 1), alpha=5),
+}
 STACKS = {
     "gate_up_proj": T(rank=2, alpha=3, in_axes=(1,), batch_axes=(0,)),
     "down_proj": T(rank=4, alpha=1, in_axes=(1,), batch_axes=(0,)),

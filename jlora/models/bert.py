@@ -74,6 +74,10 @@ class Bert(Part):
         if self.config.pooler:
             self.pooler = self.part(Pooler)()
 
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls by another name than the tree: nothing."""
+        return {}
+
     def __call__(
         self,
         input_ids: Array,
@@ -136,6 +140,10 @@ class Headed(Part):
         """[B, S, d] -> the logits."""
         raise NotImplementedError
 
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls by another name than the tree: nothing."""
+        return {}
+
     def __call__(
         self,
         input_ids: Array,
@@ -196,6 +204,20 @@ class BertMaskedLM(Headed):
             self.lm_head = self.part(RobertaLMHead)()
         else:
             self.cls = self.part(BertHeads)()
+
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls the users of the shared leaves, by their paths.
+
+        The decoder multiplies with the word embeddings (".T"), and adds a bias that
+        the head holds and does not use itself, hence the parentheses.
+        """
+        base = self.config.model_type
+        head = "lm_head" if self.config.roberta else "cls.predictions"
+        words = f"{base}.embeddings.word_embeddings"
+        return {
+            f"{base}/embeddings/word_embeddings": (words, f"{head}.decoder.T"),
+            f"{head.replace('.', '/')}/bias": (f"({head})", f"{head}.decoder"),
+        }
 
     def head(self, x: Array, deterministic: bool) -> Array:
         """[B, S, d] -> [B, S, V]."""

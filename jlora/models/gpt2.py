@@ -202,6 +202,14 @@ class GPT2(Decoder):
         """Return the table of tokens."""
         return self.transformer.wte
 
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls the users of the embedding, by its path.
+
+        A name that ends in ".T" is of a head that multiplies with the table.
+        """
+        head = ("lm_head.T",) if self.config.tie_word_embeddings else ()
+        return {"transformer/wte": ("transformer.wte", *head)}
+
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of blocks, H and D."""
         c = self.config

@@ -197,6 +197,14 @@ class Llama(Decoder):
         """[B, T, d] -> the logits [B, T, V]."""
         return soft_cap(super().head(x), self.config.logit_cap)
 
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls the users of the embedding, by its path.
+
+        A name that ends in ".T" is of a head that multiplies with the table.
+        """
+        head = ("lm_head.T",) if self.config.tie_word_embeddings else ()
+        return {"model/embed_tokens": ("model.embed_tokens", *head)}
+
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of layers, G and D."""
         c = self.config

@@ -139,6 +139,16 @@ class T5(Part):
             # With 1.0, as for the embedding, an unscaled head starts saturated.
             self.lm_head = self.linear(c.vocab_size, c.d_model**-0.5)
 
+    def torch_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what PyTorch calls the users of the embedding, by its path.
+
+        The name in parentheses holds the table and is never called itself; one that
+        ends in ".T" is of a head that multiplies with the table.
+        """
+        head = ("lm_head.T",) if self.config.tie_word_embeddings else ()
+        stacks = ("encoder.embed_tokens", "decoder.embed_tokens")
+        return {"shared": ("(shared)", *stacks, *head)}
+
     def __call__(
         self,
         input_ids: Array,

@@ -1,4 +1,4 @@
-"""One runner: `python -m benchmarks step_time|compile_time|memory [--quick]`."""
+"""One runner: `python -m benchmarks step_time|compile_time|memory|load [--quick]`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def main() -> None:
     compile_time = commands.add_parser("compile_time", help="trace, lower, compile")
     compile_time.add_argument("--repeats", type=int, default=3)
     commands.add_parser("memory", help="XLA's memory analysis of a step")
+    load = commands.add_parser("load", help="seconds and peak memory of a load")
+    load.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     importlib.import_module(f"benchmarks.{args.command}").main(args)
 

@@ -30,6 +30,8 @@ from jlora._partition import labels as labels
 from jlora._partition import split as split
 from jlora._partition import trainable_mask as trainable_mask
 from jlora._partition import with_dropout as with_dropout
+from jlora._stack import stack_layers as stack_layers
+from jlora._stack import unstack_layers as unstack_layers
 from jlora._summary import Summary as Summary
 from jlora._summary import summary as summary
 from jlora._survey import Survey as Survey

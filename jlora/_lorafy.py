@@ -260,7 +260,9 @@ def _axes(path: str, leaf: Any, target: Target, survey: Any) -> _Axes:
         f"the kernel {path!r} {tuple(leaf.shape)} has {ndim} axes, and its name does "
         "not tell which are inputs.\nLet jlora find out, lorafy(params, "
         "survey=jlora.survey(fn, params, *args)), or say it: targets={"
-        f"{path!r}: jlora.Target(in_axes=(...), out_axes=(...), batch_axes=(...))}}."
+        f"{path!r}: jlora.Target(in_axes=(...), out_axes=(...), batch_axes=(...))}}. "
+        "For scanned layers [L, in, out] that is jlora.Target(in_axes=(1,), "
+        "out_axes=(2,), batch_axes=(0,))."
     )
 
 

@@ -1,6 +1,7 @@
-"""PEFT's `adapter_config.json`: what it means for a module, and what it may say.
+"""What PEFT's configuration means for a module or a parameter, and one for given ones.
 
-Names here are PyTorch's module names, `encoder.block.0.layer.0.SelfAttention.q`.
+Names here are PyTorch's: of modules, `encoder.block.0.layer.0.SelfAttention.q`, and of
+parameters that PEFT adapts without their module, `model.layers.0.mlp.experts.down_proj`.
 """
 
 from __future__ import annotations
@@ -12,162 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora._errors import CheckpointError
-
-Config = Mapping[str, Any]
-
-# The file as PEFT writes it for a plain LoRA, key by key.
-DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_alpha": 8,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "r": 8,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": None,
-    "target_parameters": None,
-    "task_type": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
-}
-
-# Keys that the code below acts on.
-_HONOURED = {
-    "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
-}  # fmt: skip
-# Keys that change nothing about what a finished adapter computes.
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
-    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
-# Initialisations that leave the base as it is; the others change it, and their factors
-# belong to the changed base.
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": (bool,),
-    "fan_in_fan_out": (bool,),
-    "bias": (str,),
-    "rank_pattern": (dict, type(None)),
-    "alpha_pattern": (dict, type(None)),
-    "target_modules": (list, str),
-    "exclude_modules": (list, str, type(None)),
-    "modules_to_save": (list, type(None)),
-    "layers_to_transform": (list, int, type(None)),
-    "layers_pattern": (list, str, type(None)),
-}
-# What the lists hold, and the values of the dicts.
-_ITEMS: dict[str, tuple[type, ...]] = {
-    "rank_pattern": (int,),
-    "alpha_pattern": (int, float),
-    "target_modules": (str,),
-    "exclude_modules": (str,),
-    "modules_to_save": (str,),
-    "layers_to_transform": (int,),
-    "layers_pattern": (str,),
-}
-
-
-def check_config(config: Config, where: str) -> None:
-    """Refuse what jlora cannot honour; nothing a file says is dropped in silence.
-
-    Raises:
-      CheckpointError: an unknown kind of adapter, a feature that is not supported,
-        or a value of the wrong type; the key is named.
-    """
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{where}: peft_type is {kind!r}; jlora reads 'LORA' adapters.\nMerge the "
-            "adapter into its base with PEFT, and load the merged model."
-        )
-    for key, value in config.items():
-        if key in _HONOURED or key in _NEUTRAL or not value:
-            continue
-        if key not in DEFAULTS or value != DEFAULTS[key]:
-            raise CheckpointError(
-                f"{where}: {key} is {value!r}, which jlora cannot honour, and without "
-                "it the adapter would be another one.\nMerge the adapter into its base "
-                "with PEFT, and load the merged model."
-            )
-    if config.get("init_lora_weights") not in _INITS:
-        raise CheckpointError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, so the "
-            "adapter belongs to a base that PEFT changed when it made it.\nLet PEFT "
-            "convert it to a plain LoRA: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)."
-        )
-    _check_types(config, where)
-
-
-def _check_types(config: Config, where: str) -> None:
-    for key, types in _TYPES.items():
-        value = config.get(key, DEFAULTS[key])
-        is_bool = isinstance(value, bool) and bool not in types
-        if not isinstance(value, types) or is_bool:
-            raise CheckpointError(f"{where}: {key} is {value!r}, of the wrong type.")
-        item = _ITEMS.get(key)
-        inner = value.values() if isinstance(value, dict) else value
-        if item and isinstance(inner, Iterable) and not isinstance(value, str):
-            wrong = [x for x in inner if not isinstance(x, item) or x is True]
-            if wrong:
-                raise CheckpointError(
-                    f"{where}: {key} holds {wrong[0]!r}, of the wrong type."
-                )
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise CheckpointError(
-            f"{where}: bias is {config['bias']!r}; jlora knows 'none', 'all' and "
-            "'lora_only'."
-        )
-    patterns = [*_pattern(config, "rank_pattern"), *_pattern(config, "alpha_pattern")]
-    patterns += config.get("modules_to_save") or []
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(key), str):
-            patterns.append(config[key])
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise CheckpointError(
-                f"{where}: {pattern!r} is not a regular expression: {error}."
-            ) from None
-
+from jlora._peft_fields import DEFAULTS, Config
 
 # -- what a configuration says of one module -------------------------------------------
 
@@ -196,6 +42,12 @@ def targets(config: Config, module: str) -> bool:
     return module in wanted or (
         any(names(entry, module) for entry in wanted) and _in_layers(config, module)
     )
+
+
+def targets_parameter(config: Config, parameter: str) -> bool:
+    """Whether the configuration puts an adapter on a parameter itself."""
+    wanted = config.get("target_parameters") or ()
+    return any(names(entry, parameter) for entry in wanted)
 
 
 def is_all_linear(config: Config) -> bool:
@@ -255,6 +107,14 @@ def scale_of(config: Config, module: str) -> np.float32:
     rank = rank_of(config, module)
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return np.float32(alpha_of(config, module) / divisor)
+
+
+def tokens_of(config: Config, module: str) -> list[int] | None:
+    """The trained rows of a table, which a dict names by the end of its module's name."""
+    said = config.get("trainable_token_indices")
+    if not isinstance(said, dict):
+        return said or None
+    return next((rows for end, rows in said.items() if module.endswith(end)), None)
 
 
 def saved_whole(config: Config, module: str) -> bool:
@@ -346,30 +206,43 @@ def target_modules_for(modules: Iterable[str], others: Iterable[str]) -> Any:
     """`target_modules` that hits exactly these modules: a list, else an expression."""
     modules = list(modules)
     short = short_names(modules, others)
-    return sorted(short) if short else "|".join(re.escape(m) for m in modules)
+    return sorted(short or ()) if short or not modules else "|".join(re.escape(m) for m in modules)
 
 
 def disagreements(
-    config: Config, ranks: Mapping[str, int], modules: Iterable[str]
+    config: Config,
+    ranks: Mapping[str, int],
+    modules: Mapping[str, Iterable[str]],
+    parameters: Iterable[str],
 ) -> list[str]:
-    """How a configuration and the modules that have adapters disagree, a line each.
+    """How a configuration and what has adapters disagree, a line each.
 
     Args:
       config: the configuration.
-      ranks: the modules that have adapters, and the adapters' ranks.
-      modules: those that may have one.
+      ranks: the modules and parameters that have adapters, and the adapters' ranks.
+      modules: the modules that may have one, each with those that share its weight.
+      parameters: the parameters that may have one.
     """
+    parameters = set(parameters)
+    tie = bool(config.get("ensure_weight_tying"))
+
+    def wanted(name: str) -> bool:
+        if name in parameters:
+            return targets_parameter(config, name)
+        shared = modules.get(name, ()) if tie else ()
+        return any(targets(config, m) for m in (name, *shared))
+
     lines = []
-    for module, rank in ranks.items():
-        if not targets(config, module):
-            lines.append(f"{module} has an adapter, but is not targeted")
-        elif (said := rank_of(config, module)) != rank:
-            lines.append(f"{module} has rank {rank}, but is to have {said}")
+    for name, rank in ranks.items():
+        if not wanted(name):
+            lines.append(f"{name} has an adapter, but is not targeted")
+        elif (said := rank_of(config, name)) != rank:
+            lines.append(f"{name} has rank {rank}, but is to have {said}")
     # Which modules "all-linear" means only the PyTorch model knows.
-    if not is_all_linear(config):
-        lines += [
-            f"{module} is targeted, but has no adapter"
-            for module in modules
-            if module not in ranks and targets(config, module)
-        ]
+    candidates = [*(() if is_all_linear(config) else modules), *sorted(parameters)]
+    lines += [
+        f"{name} is targeted, but has no adapter"
+        for name in candidates
+        if name not in ranks and wanted(name)
+    ]
     return lines

@@ -1,9 +1,9 @@
-"""One adapter as jlora's factors and as PEFT's matrices, A `[r, in]`, B `[out, r]`."""
+"""One node's adapters as matrices, and adapters made of matrices."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,74 +15,62 @@ from jlora._errors import ShapeError, StructureError
 from jlora._labels import RANK, Dims, align
 from jlora._lorafy import lorafy
 from jlora._lowrank import LowRank
+from jlora._peft_layouts import Layout, Pair
 from jlora._targets import Target
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """PEFT's matrices of one adapter.
-
-    Attributes:
-      a: `[r, in]`; of an embedding `[r, V]`.
-      b: `[out, r]`; of an embedding `[d, r]`.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension r."""
-        return self.a.shape[0]
-
-    def swapped(self) -> Pair:
-        """The matrices of the transposed use: a tied head's, from its table's."""
-        return Pair(np.ascontiguousarray(self.b.T), np.ascontiguousarray(self.a.T))
-
-    def equals(self, other: Pair) -> bool:
-        """Whether all values are the same."""
-        return np.array_equal(self.a, other.a) and np.array_equal(self.b, other.b)
-
 
 # -- from PEFT -------------------------------------------------------------------------
 
 
-def template(path: str, leaf: Any, *, table: bool, **settings: Any) -> Adapter:
-    """The shapes, axes and shardings of a rank-1 adapter on a leaf.
+def new_adapter(
+    path: str, leaves: Mapping[str, Any], layout: Layout, pair: Pair,
+    scale: np.float32, **settings: Any,
+) -> Adapter:  # fmt: skip
+    """An adapter with PEFT's values, sharded along with its kernel.
 
     Args:
-      path: the leaf's path.
-      leaf: an array or its shape.
-      table: whether the leaf is an embedding `[V, d]`.
+      path: the kernel's path.
+      leaves: the kernel, and the bias of its layer if it has one, by path.
+      layout: which of the kernel's axes are inputs.
+      pair: the matrices.
+      scale: alpha/r, or alpha/sqrt(r).
       **settings: as `lorafy` takes them.
+
+    Raises:
+      StructureError: a bias for a layer without.
     """
+    shapes = {p: _abstract(x) for p, x in leaves.items()}
+    target = Target(
+        in_axes=tuple(sorted(layout.ins)), out_axes=layout.outs,
+        batch_axes=layout.batch,
+    )  # fmt: skip
+    node = lorafy(
+        shapes, 1, {path: target}, dora=pair.magnitude is not None,
+        lora_bias=pair.bias is not None, **settings,
+    )[path]  # fmt: skip
+    t = node.adapters[""]
+    a, b = np.swapaxes(pair.a, -1, -2), np.swapaxes(pair.b, -1, -2)
+    values: dict[str, np.ndarray] = {
+        "a": a.reshape(*t.a.shape[:-1], pair.rank),
+        "b": b.reshape(*layout.sizes(layout.batch), pair.rank, *layout.sizes(t.b_only)),
+        "scale": np.broadcast_to(scale, t.scale.shape),
+    }
+    if pair.magnitude is not None:
+        values["magnitude"] = pair.magnitude.reshape(t.magnitude.shape)
+    if pair.bias is not None:
+        values["bias"] = pair.bias.reshape(t.bias.shape)
+    placed = {n: put(x, getattr(t, n).sharding) for n, x in values.items()}
+    return dataclasses.replace(t, **placed)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-    shape = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=named)
-    target = Target(in_axes=(0,) if table else None)
-    node = lorafy({path: shape}, 1, {path: target}, **settings)[path]
-    return node.adapters[""]
-
-
-def sizes(adapter: Adapter) -> tuple[int, int]:
-    """How many inputs and outputs an adapter has."""
-    return math.prod(adapter.a.shape[:-1]), math.prod(adapter.b.shape[1:])
-
-
-def filled(adapter: Adapter, pair: Pair, scale: np.float32) -> Adapter:
-    """The template with PEFT's values."""
-    a = np.ascontiguousarray(pair.a.T).reshape(*adapter.a.shape[:-1], pair.rank)
-    b = np.ascontiguousarray(pair.b.T).reshape(pair.rank, *adapter.b.shape[1:])
-    return dataclasses.replace(
-        adapter,
-        a=put(a, adapter.a.sharding),
-        b=put(b, adapter.b.sharding),
-        scale=put(np.asarray(scale), adapter.scale.sharding),
-    )
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=named)
 
 
 def put(value: np.ndarray, sharding: Any) -> jax.Array:
     """The values as an array, on a mesh if that is where the sharding is."""
+    value = np.asarray(value, order="C")
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.device_put(value, sharding)
     return jnp.asarray(value)
@@ -91,70 +79,115 @@ def put(value: np.ndarray, sharding: Any) -> jax.Array:
 # -- to PEFT ---------------------------------------------------------------------------
 
 
-def exported(node: LowRank, *, table: bool) -> tuple[Pair, float]:
+def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
     """A node's matrices and their common scale.
 
     Adapters on slices of a fused kernel become one: A is stacked, B is block-diagonal,
-    and where their scales differ the ratio is multiplied into B.
+    and where their scales differ the ratio is multiplied into B and the bias. Outside
+    of its slice a bias is zero, and a magnitude the length that the base's column has.
 
     Raises:
-      StructureError: the tree is abstract, or there is one adapter for each of a
-        stack's layers.
+      StructureError: the tree is abstract; there is one adapter for each of a stack's
+        layers; only some of a kernel's adapters have a magnitude or a bias.
       ShapeError: an adapter whose axes are not those of a matrix.
     """
     terms = list(node.adapters.values())
     if not terms:
         raise StructureError(f"the node {node.path!r} has no adapter.")
     for t in terms:
-        _check_exportable(node, t)
-    scales = [float(np.asarray(t.scale)) for t in terms]
-    common = max(scales, key=abs)
-    parts = [_matrices(node, t) for t in terms]
-    blocks = [
-        pair.b if scale == common else (pair.b * np.float32(scale / common))
-        for pair, scale in zip(parts, scales, strict=True)
+        _check_exportable(node, t, layout)
+    scales = [np.asarray(t.scale, np.float32) for t in terms]
+    common = max((float(s) for scale in scales for s in scale.ravel()), key=abs)
+    a = [_whole(node, t, t.a, t.a_dims, (*t.both, RANK, *sorted(t.a_only)))
+         for t in terms]  # fmt: skip
+    b = [
+        _scaled(_whole(node, t, t.b, t.b_dims, (*t.both, *sorted(t.b_only), RANK)),
+                scale, common)
+        for t, scale in zip(terms, scales, strict=True)
+    ]  # fmt: skip
+    outs = tuple(sorted(terms[0].b_only))
+    biases = [
+        _scaled(_whole(node, t, t.bias, t.o_dims, (*t.both, *outs)), scale, common)
+        for t, scale in zip(terms, scales, strict=True)
+        if t.bias is not None
     ]
-    blocks = [x.astype(pair.b.dtype) for x, pair in zip(blocks, parts, strict=True)]
-    a = np.concatenate([pair.a for pair in parts], axis=0)
-    b = np.concatenate(blocks, axis=1)
-    pair = Pair(np.ascontiguousarray(a), np.ascontiguousarray(b))
-    swapped = table and terms[0].a_only == (1,)
+    many = layout.sizes(layout.batch)
+    a = [x.reshape(*many, t.rank, -1) for x, t in zip(a, terms, strict=True)]
+    b = [x.reshape(*many, -1, t.rank) for x, t in zip(b, terms, strict=True)]
+    pair = Pair(
+        np.ascontiguousarray(np.concatenate(a, axis=-2)),
+        np.ascontiguousarray(np.concatenate(b, axis=-1)),
+        _magnitude(node, terms, outs),
+        sum(biases[1:], biases[0]).reshape(-1) if biases else None,
+    )
+    swapped = layout.kind == "table" and terms[0].a_only == (1,)
     return (pair.swapped() if swapped else pair), common
 
 
-def _check_exportable(node: LowRank, t: Adapter) -> None:
+def _scaled(x: np.ndarray, scale: np.ndarray, common: float) -> np.ndarray:
+    """Times `scale / common`, in x's dtype; the scale has the axes that x begins with."""
+    if np.all(scale == np.float32(common)):
+        return x
+    ratio = (scale / np.float32(common)).reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+    return (x * ratio).astype(x.dtype)
+
+
+def _magnitude(node: LowRank, terms: list[Adapter], outs: Dims) -> np.ndarray | None:
+    if terms[0].magnitude is None:
+        return None
+    wholes = [_whole(node, t, t.magnitude, t.o_dims, outs) for t in terms]
+    if all(t.covers(node.shape) for t in terms) and len(terms) == 1:
+        return wholes[0].reshape(-1)
+    inside = [
+        _whole(node, t, np.ones_like(t.magnitude, bool), t.o_dims, outs) for t in terms
+    ]
+    base = np.asarray(node.base, np.float32)
+    rest = tuple(d for d in range(node.ndim) if d not in outs)
+    out = np.sqrt(np.sum(np.square(base), axis=rest)).astype(wholes[0].dtype)
+    for whole, mask in zip(wholes, inside, strict=True):
+        out = np.where(mask, whole, out)
+    return out.reshape(-1)
+
+
+def _check_exportable(node: LowRank, t: Adapter, layout: Layout) -> None:
     if isinstance(t.a, jax.ShapeDtypeStruct | jax.core.Tracer):
         raise StructureError(
             f"the adapter of {node.path!r} has no values.\nSave a tree of arrays, "
             "outside of jax.jit."
         )
-    if t.both or t.scale.shape:
+    if t.both != layout.batch:
         raise StructureError(
             f"the kernel {node.path!r} {node.shape} is a stack with one adapter for "
-            "each of its layers or experts; PEFT has one module for each layer.\n"
-            "Unstack it first."
+            "each of its layers; PEFT has one module for each layer.\nUnstack it first."
+            if t.both
+            else f"the adapter of {node.path!r} {node.shape} has one A and B for all "
+            "experts; PEFT has a pair for each.\nAdapt it with "
+            "Target(in_axes=(1,), out_axes=(2,), batch_axes=(0,))."
         )
-    if {*t.a_only, *t.b_only} != set(range(node.ndim)):
+    first = next(iter(node.adapters.values()))
+    for name in ("magnitude", "bias"):
+        if (getattr(t, name) is None) != (getattr(first, name) is None):
+            raise StructureError(
+                f"of the adapters on {node.path!r} some have a {name} and some do not; "
+                "PEFT has one adapter there."
+            )
+    if {*t.a_only, *t.b_only, *t.both} != set(range(node.ndim)):
         raise ShapeError(
             f"the adapter of {node.path!r} {node.shape} does not span all its axes, so "
             "it is no linear layer's."
         )
-
-
-def _matrices(node: LowRank, t: Adapter) -> Pair:
-    """One term's matrices, zero outside of its window."""
-    ins, outs = tuple(sorted(t.a_only)), tuple(sorted(t.b_only))
-    if outs and ins and node.ndim > 2 and max(ins) > min(outs):
+    axes = {*t.a_only}, {*t.b_only}
+    told = {*layout.ins}, {*layout.outs}
+    if axes != told and not (layout.kind == "table" and axes == told[::-1]):
         raise ShapeError(
-            f"the kernel {node.path!r} {node.shape} has outputs {outs} before inputs "
-            f"{ins}; PyTorch's name for it is not known."
+            f"the adapter of {node.path!r} {node.shape} has inputs {t.a_only} and "
+            f"outputs {t.b_only}; in PyTorch this {layout.kind} kernel has inputs "
+            f"{layout.ins} and outputs {layout.outs}."
         )
-    a = _whole(node, t, t.a, t.a_dims, (RANK, *ins))
-    b = _whole(node, t, t.b, t.b_dims, (*outs, RANK))
-    return Pair(a.reshape(t.rank, -1), b.reshape(-1, t.rank))
 
 
 def _whole(node: LowRank, t: Adapter, x: Any, dims: Dims, order: Dims) -> np.ndarray:
+    """A factor in the given order of dimensions, zero outside of the term's window."""
     value = np.asarray(align(x, dims, order))
     pads = [
         (0, 0) if d == RANK else (t.starts[d], node.shape[d] - t.starts[d] - n)

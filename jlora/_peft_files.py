@@ -63,6 +63,20 @@ def adapter_folder(folder: PathLike, adapter: str | None) -> Path:
     return inside
 
 
+def adapters_in(folder: PathLike) -> list[str]:
+    """The names of a folder's adapters; its own is called "default".
+
+    Raises:
+      CheckpointError: there are none.
+    """
+    place = adapter_folder(folder, None)
+    inner = sorted(p.parent.name for p in place.glob(f"*/{CONFIG}"))
+    own = ["default"] if (place / CONFIG).exists() else []
+    if not own and not inner:
+        read_json(place)  # says what is missing
+    return own + inner
+
+
 # -- reading ---------------------------------------------------------------------------
 
 

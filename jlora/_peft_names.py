@@ -1,11 +1,11 @@
-"""PyTorch's names and layouts for the leaves of a parameter tree."""
+"""PyTorch's names for the leaves of a parameter tree."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,10 +16,20 @@ from jlora._peft_config import around
 Modules = str | Sequence[str]
 Names = Mapping[str, Modules] | Callable[[str], Modules] | None
 
+
+class Model(Protocol):
+    """A model that tells what its modules are called in PyTorch."""
+
+    def torch_names(self) -> Mapping[str, Modules]:
+        """Return what `names=` takes, where dots for slashes is not it."""
+
+
 _PARAMS = {"kernel": "weight", "w": "weight", "scale": "weight", "b": "bias"}
 _PARAMS |= dict.fromkeys(_paths.EMBEDDING_NAMES, "weight")
 # GPT-2's layers that store their weight as [in, out], where `fan_in_fan_out` says so.
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+# How PyTorch's models declare the parameters of one module; a tree sorts its keys.
+_ORDER = ("gate_up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Param:
       module: the module's name there, `encoder.block.0.layer.0.SelfAttention.q`.
       name: the parameter's name there, `weight`.
       tied: whether the module is a linear layer that uses an embedding's table.
+      called: False for a module that holds a table for others and is never called.
     """
 
     path: str
@@ -39,6 +50,7 @@ class Param:
     module: str
     name: str
     tied: bool = False
+    called: bool = True
 
     @property
     def key(self) -> str:
@@ -52,7 +64,7 @@ class Param:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether an adapter may lie on it."""
+        """Whether a module's adapter may lie on it."""
         return self.last in _paths.KERNEL_NAMES and len(self.shape) > 1
 
     @property
@@ -60,11 +72,16 @@ class Param:
         """Whether it is an embedding, by its name."""
         return self.last in _paths.EMBEDDING_NAMES
 
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is a parameter of its own, stacked by expert, [E, in, out]."""
+        return self.name == self.last != "weight" and len(self.shape) == 3
+
     def axes(self) -> tuple[int, int] | None:
         """How many axes of a linear kernel are inputs and outputs; None if neither.
 
-        Kernels of more than two axes are Flax's attention only: a convolution may
-        have the same number of them.
+        Kernels of three axes that are named as Flax's attention names them are linear;
+        others are convolutions.
         """
         owner = _paths.module_of(self.path).rpartition("/")[2]
         if self.last not in ("kernel", "w"):
@@ -75,11 +92,26 @@ class Param:
             return 1, 2
         return (2, 1) if len(self.shape) == 3 and owner == "out" else None
 
+    def conv(self) -> tuple[int, ...] | None:
+        """A convolution's dimensions in PyTorch's order, (out, in, *window); or None.
+
+        Flax and Haiku store `[*window, in, out]` as `kernel` or `w`, Equinox as PyTorch
+        does, as `weight`.
+        """
+        ndim = len(self.shape)
+        if self.axes() is not None or not 3 <= ndim <= 5:
+            return None
+        if self.last in ("kernel", "w"):
+            return (ndim - 1, ndim - 2, *range(ndim - 2))
+        return tuple(range(ndim)) if self.last == "weight" else None
+
     def as_torch(self, value: Any, fan_in_fan_out: bool) -> np.ndarray:
         """The leaf's value as PyTorch lays it out."""
         value = np.asarray(value)
         if self.name == "bias":
             return np.ascontiguousarray(value.reshape(-1))
+        if (order := self.conv()) is not None:
+            return np.ascontiguousarray(value.transpose(order))
         if (axes := self._linear()) is None:
             return np.ascontiguousarray(value)
         ins = math.prod(self.shape[: axes[0]])
@@ -88,7 +120,9 @@ class Param:
 
     def from_torch(self, value: np.ndarray, fan_in_fan_out: bool) -> np.ndarray:
         """Inverse of `as_torch`."""
-        if self._linear() is not None and not self._as_is(fan_in_fan_out):
+        if (order := self.conv()) is not None and self.name != "bias":
+            value = value.transpose(np.argsort(order))
+        elif self._linear() is not None and not self._as_is(fan_in_fan_out):
             value = value.T
         return np.ascontiguousarray(value).reshape(self.shape)
 
@@ -96,6 +130,8 @@ class Param:
         """The shape that PyTorch's parameter has."""
         if self.name == "bias":
             return (math.prod(self.shape),)
+        if (order := self.conv()) is not None:
+            return tuple(self.shape[d] for d in order)
         if (axes := self._linear()) is None:
             return self.shape
         ins, outs = (math.prod(self.shape[s]) for s in
@@ -113,11 +149,12 @@ class Param:
 
     def _linear(self) -> tuple[int, int] | None:
         axes = self.axes()
-        if axes is None and self.last in ("kernel", "w"):
+        if (axes is None and self.last in ("kernel", "w")) or self.is_experts:
             raise ShapeError(
                 f"the kernel {self.path!r} {self.shape} has {len(self.shape)} axes, "
-                "and jlora.peft knows PyTorch's layout for linear layers, embeddings "
-                "and Flax's attention only.\nTake it out of train=[...], or reshape it."
+                "and jlora.peft knows PyTorch's layout for linear layers, embeddings, "
+                "convolutions and Flax's attention only.\nTake it out of train=[...], "
+                "or reshape it."
             )
         return axes
 
@@ -136,13 +173,10 @@ class Table:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], names: Names = None):
         self.params: dict[str, Param] = {}
         self.of_leaf: dict[str, list[Param]] = {}
+        self._told = list(names) if isinstance(names, Mapping) else []
         for path, modules in _named(shapes, names):
-            last = last_of(path)
             for module in modules:
-                tied, module = module.endswith(".T"), module.removesuffix(".T")
-                name = _PARAMS.get(last, last)
-                param = Param(path, tuple(shapes[path]), module, name, tied)
-                self._add(param)
+                self._add(_param(path, tuple(shapes[path]), module))
 
     def _add(self, param: Param) -> None:
         if param.key in self.params and param.last == "scale":
@@ -163,13 +197,54 @@ class Table:
         return param if param is not None and param.is_kernel else None
 
     def kernels(self) -> list[str]:
-        """The modules that an adapter may lie on."""
-        return [p.module for p in self.params.values() if p.is_kernel]
+        """The modules that an adapter may lie on, and that are called."""
+        return [p.module for p in self.params.values() if p.is_kernel and p.called]
 
     def modules(self) -> list[str]:
         """Every module, those that only hold others included."""
         found = (outer for p in self.params.values() for outer in around(p.module))
         return [m for m in dict.fromkeys(found) if m]
+
+    def experts(self) -> list[str]:
+        """The parameters that an adapter may lie on without their module."""
+        return [key for key, p in self.params.items() if p.is_experts]
+
+    def sharing(self, module: str) -> list[Param]:
+        """All users of a module's weight, itself among them."""
+        return self.of_leaf[self.params[f"{module}.weight"].path]
+
+    def home(self, path: str) -> Param:
+        """The module that holds a table, where several use it."""
+        users = self.of_leaf[path]
+        return next((p for p in users if not p.called), users[0])
+
+    def in_order(self, params: Iterable[Param]) -> list[Param]:
+        """Some parameters of one module, as the PyTorch model declares them.
+
+        Raises:
+          TargetError: that is not known.
+        """
+        params = list(params)
+        if len(params) < 2:
+            return params
+        if all(p.path in self._told for p in params):
+            return sorted(params, key=lambda p: self._told.index(p.path))
+        if all(p.name in _ORDER for p in params):
+            return sorted(params, key=lambda p: _ORDER.index(p.name))
+        listed = ", ".join(p.path for p in params)
+        raise TargetError(
+            f"PEFT numbers the adapters on {listed} in the order in which the PyTorch "
+            "model declares these parameters, and a tree does not tell it.\nPass "
+            "names={leaf: module, ...} that lists them in that order."
+        )
+
+
+def _param(path: str, shape: tuple[int, ...], module: str) -> Param:
+    last = last_of(path)
+    uncalled = module.startswith("(") and module.endswith(")")
+    module = module[1:-1] if uncalled else module
+    tied, module = module.endswith(".T"), module.removesuffix(".T")
+    return Param(path, shape, module, _PARAMS.get(last, last), tied, not uncalled)
 
 
 def _named(
@@ -205,7 +280,8 @@ def _users(owner: str, shapes: Mapping[str, Any]) -> tuple[str, ...]:
     """
     tops = {path.partition("/")[0] for path in shapes}
     if owner == "shared" and tops & {"encoder", "decoder"}:
-        users = [f"{t}.embed_tokens" for t in ("encoder", "decoder") if t in tops]
+        called = [f"{t}.embed_tokens" for t in ("encoder", "decoder") if t in tops]
+        users = ["(shared)", *called]
         headless = "decoder" in tops and "lm_head" not in tops
     else:
         users = [owner.replace("/", ".")]

@@ -158,8 +158,8 @@ def check_place(path: Path, overwrite: bool) -> None:
 # -- reading ---------------------------------------------------------------------------
 
 
-def read_config(path: Path, kind: str) -> Config:
-    """A checkpoint's description.
+def read_config(path: Path, kind: str | None) -> Config:
+    """A checkpoint's description; with None, of whatever kind it is.
 
     Raises:
       CheckpointError: there is none, it is damaged, or of another kind.
@@ -185,7 +185,7 @@ def read_config(path: Path, kind: str) -> Config:
             f"{str(path)!r} was written by jlora {config['jlora']}, in a newer format "
             f"than jlora {jlora.__version__} reads.\nUpgrade jlora."
         )
-    if config["kind"] != kind:
+    if kind is not None and config["kind"] != kind:
         raise CheckpointError(
             f"{str(path)!r} is a checkpoint of kind {config['kind']!r}, not {kind!r}."
             f"\nLoad it with {LOADERS.get(config['kind'], 'what wrote it')}."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
-from jlora import _paths
+from jlora import _paths, _scanned
 from jlora._errors import DtypeError, JloraWarning, ShapeError, TargetError
 from jlora._init import Initializer
 from jlora._labels import Dims
@@ -79,10 +79,14 @@ def choose(
     excluded = matches(exclude, leaves, "exclude")
     chosen: dict[str, list[Choice]] = {}
     reports: list[Coverage] = []
-    for entry, target, hits in _entry_hits(targets, leaves, survey):
-        kernels = _kernels_of(entry, hits, leaves, survey)
+    stacked = _scanned.stacked_leaves(leaves)
+    # Numbers inside a stacked block count its parts, and not the repeated blocks.
+    numbered = [path for path in leaves if path not in stacked]
+    for entry, target, hits in _entry_hits(targets, leaves, survey, stacked):
+        kernels = _kernels_of(entry, hits, leaves, survey, stacked)
         # What is excluded was meant to be missed, so it counts as covered.
-        reports += _paths.coverage(entry, [h.path for h in kernels], list(leaves))
+        hit_paths = [h.path for h in kernels if h.path not in stacked]
+        reports += _paths.coverage(entry, hit_paths, numbered)
         kernels = [hit for hit in kernels if hit.path not in excluded]
         if not kernels:
             raise TargetError(
@@ -98,7 +102,10 @@ def choose(
                 )
             others = chosen.setdefault(hit.path, [])
             if not any(c.hit.part == hit.part or c.hit.part is None for c in others):
-                others.append(Choice(hit, target))
+                own = target
+                if survey is None and hit.path in stacked:
+                    own = _scanned.with_axes(target, leaves[hit.path])
+                others.append(Choice(hit, own))
     for report in reports:
         warnings.warn(
             f"targets: {report}. If that is meant, name the blocks in the entry; the "
@@ -110,10 +117,12 @@ def choose(
 
 
 def _entry_hits(
-    targets: Targets, leaves: Leaves, survey: Any
+    targets: Targets, leaves: Leaves, survey: Any, stacked: set[str]
 ) -> Iterable[tuple[str, Target, list[Hit]]]:
     """Each entry of `targets` with its settings and its hits, checked to be some."""
-    all_linear = set(_all_linear(leaves, survey)) if targets == "all-linear" else set()
+    all_linear: set[str] = set()
+    if targets == "all-linear":
+        all_linear.update(_all_linear(leaves, survey, stacked))
     match: Callable[[str, str], Hit | None]
     entries: Iterable[tuple[str, Target]]
     if isinstance(targets, str):
@@ -131,21 +140,24 @@ def _entry_hits(
         yield entry, target, hits
 
 
-def _all_linear(leaves: Leaves, survey: Any) -> list[str]:
+def _all_linear(leaves: Leaves, survey: Any, stacked: set[str]) -> list[str]:
     if survey is not None:
         return survey.matmul_kernels()
     names = [n for n in _paths.KERNEL_NAMES if n not in _paths.EMBEDDING_NAMES]
-    return [p for p in leaves if p.rpartition("/")[2] in names and _ndim(leaves[p]) > 1]
+    named = [p for p in leaves if p.rpartition("/")[2] in names]
+    return [p for p in named if _ndim(leaves[p]) - (p in stacked) > 1]
 
 
-def _kernels_of(entry: str, hits: list[Hit], leaves: Leaves, survey: Any) -> list[Hit]:
+def _kernels_of(
+    entry: str, hits: list[Hit], leaves: Leaves, survey: Any, stacked: set[str]
+) -> list[Hit]:
     """The hits that can carry an adapter."""
 
     def is_kernel(hit: Hit) -> bool:
         if survey is not None:
             return survey.is_kernel(hit.path)
         named = hit.whole or hit.path.rpartition("/")[2] in _paths.KERNEL_NAMES
-        return named and _ndim(leaves[hit.path]) > 1
+        return named and _ndim(leaves[hit.path]) - (hit.path in stacked) > 1
 
     kernels = [hit for hit in hits if is_kernel(hit)]
     if kernels:

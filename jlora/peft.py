@@ -4,35 +4,41 @@
     jlora.peft.save("ours", params, task_type="SEQ_2_SEQ_LM")   # for PEFT, vLLM, TGI
 
 The tree is matched to PyTorch's modules by name: `encoder/block/0/layer/0/
-SelfAttention/q/kernel` is the weight of `encoder.block.0.layer.0.SelfAttention.q`.
-LoRA and rsLoRA on linear layers and embeddings, ranks and alphas by pattern, whole
-modules and biases. What a file says and jlora cannot honour is an error.
+SelfAttention/q/kernel` is the weight of `encoder.block.0.layer.0.SelfAttention.q`; a
+model that knows better says so, `model=`, or you do, `names=`.
+
+LoRA, rsLoRA and DoRA on linear layers, embeddings, tied heads, convolutions and experts;
+ranks and alphas by pattern; biases of adapters; trained rows of tables; whole modules
+and biases; several adapters in a folder. What a file says and jlora cannot honour is an
+error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jlora import _peft_load, _peft_save
-from jlora._errors import CheckpointError
+from jlora import _peft_load, _peft_save, _peft_whole
+from jlora._errors import CheckpointError, TargetError
 from jlora._lowrank import is_node
 from jlora._partition import trainable_mask
 from jlora._paths import path_str
-from jlora._peft_config import check_config
+from jlora._peft_contents import sorted_out
+from jlora._peft_fields import check_config
 from jlora._peft_files import (
     CONFIG,
     WEIGHTS,
     PathLike,
     adapter_folder,
+    adapters_in,
     check_place,
     read_json,
     read_tensors,
     write,
 )
-from jlora._peft_names import Names, Table
+from jlora._peft_names import Model, Names, Table
 
 Tree = Any
 
@@ -41,6 +47,7 @@ def load(
     folder: PathLike,
     params: Tree,
     *,
+    model: Model | None = None,
     names: Names = None,
     adapter: str | None = None,
 ) -> Tree:
@@ -50,10 +57,15 @@ def load(
       folder: what PEFT's `save_pretrained` wrote.
       params: the plain parameters of its base. Adapters of sharded kernels are sharded
         along; a tree of shapes gives real adapters on an abstract base.
+      model: one whose `torch_names()` says what `names` would, as those of
+        `jlora.models` do.
       names: what modules are called in PyTorch, where dots for slashes is not it: a
         dict from modules (or leaves) of the tree, or a function of a module's path.
-        A table that several modules use has all their names, a tied head's with
-        `".T"`: `{"wte": ("transformer.wte", "lm_head.T")}`.
+        A table that several modules use has all their names: a tied head's ends in
+        `".T"`, that of a module which holds the table and is never called is in
+        parentheses. `{"wte": ("transformer.wte", "lm_head.T")}`; T5's is `{"shared":
+        ("(shared)", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head.T")}`.
+        Leaves of one module stand in the order of the PyTorch model's parameters.
       adapter: an adapter that PEFT keeps in the subfolder of that name.
 
     Returns:
@@ -78,17 +90,56 @@ def load(
             "jlora.merge(params)."
         )
     config = read_config(place)
-    contents = _peft_load.sorted_out(read_tensors(place), str(place / WEIGHTS))
-    table = Table(_shapes(leaves), names)
+    contents = sorted_out(read_tensors(place), str(place / WEIGHTS))
+    table = Table(_shapes(leaves), _names(model, names))
     nodes: dict[str, Any] = {
         **_peft_load.adapters(contents, config, table, leaves),
-        **_peft_load.fulls(contents, config, table, leaves),
+        **_peft_whole.fulls(contents, config, table, leaves),
+        **_peft_whole.rows(contents, config, table, leaves),
     }
     if not nodes:
         raise CheckpointError(f"{contents.where} holds no tensors.")
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: nodes.get(path_str(path), leaf), params
     )
+
+
+def load_all(
+    folder: PathLike,
+    params: Tree,
+    *,
+    model: Model | None = None,
+    names: Names = None,
+    adapters: Sequence[str] | None = None,
+) -> dict[str, Tree]:
+    """Every adapter of a folder, by name, each on the same base.
+
+        trees = jlora.peft.load_all("folder", params)
+        logits = apply(trees["german"], ids)    # PEFT's set_adapter("german")
+        for name, tree in trees.items():        # PEFT's save_pretrained
+            jlora.peft.save("copy", tree, adapter=name)
+
+    The trees share the base's arrays. Each holds one adapter with whatever whole
+    modules, biases and tokens belong to it, so one tree's is active at a time, as in
+    PEFT.
+
+    Args:
+      folder: what PEFT's `save_pretrained` wrote; its own adapter is `"default"`, the
+        others are in subfolders by their names.
+      params: as for `load`.
+      model: as for `load`.
+      names: as for `load`.
+      adapters: the names to load; None is all that are there.
+
+    Raises:
+      CheckpointError: no adapter is there, or as for `load`.
+      TargetError: as for `load`.
+    """
+    wanted = adapters_in(folder) if adapters is None else list(adapters)
+    return {
+        name: load(folder, params, model=model, names=names, adapter=name)
+        for name in wanted
+    }
 
 
 def read_config(folder: PathLike, *, adapter: str | None = None) -> dict[str, Any]:
@@ -111,6 +162,7 @@ def save(
     folder: PathLike,
     params: Tree,
     *,
+    model: Model | None = None,
     names: Names = None,
     adapter: str | None = None,
     base_model_name_or_path: str | None = None,
@@ -128,10 +180,12 @@ def save(
     Args:
       folder: the folder to write; other files in it stay.
       params: a lorafied tree.
+      model: as for `load`.
       names: as for `load`.
       adapter: write the subfolder of that name, as PEFT does for several adapters.
       base_model_name_or_path: where PEFT finds the base.
-      task_type: PEFT's, `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, ...
+      task_type: PEFT's, `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, ... For classifiers and
+        question answering the head is saved too, as PEFT does, trained or not.
       fan_in_fan_out: True for GPT-2, whose layers store their weights as [in, out].
         The factors are the same.
       config: keys to write as they are, e.g. from `read_config` of what was loaded.
@@ -147,21 +201,34 @@ def save(
     place = adapter_folder(folder, adapter)
     check_place(place, overwrite)
     nodes = _leaves(params)
-    table = Table(_shapes(nodes), names)
-    found = _peft_save.adapters(nodes, table)
-    given = {
+    table = Table(_shapes(nodes), _names(model, names))
+    keywords = {
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
         "fan_in_fan_out": fan_in_fan_out,
     }
-    merged = {
-        **_peft_save.derived(found, nodes, table, config or {}),
+    given = {
         **(config or {}),
-        **{key: value for key, value in given.items() if value is not None},
+        **{key: value for key, value in keywords.items() if value is not None},
     }
-    _peft_save.check_says(merged, found, table)
+    found = _peft_save.adapters(nodes, table, given)
+    merged = {**_peft_save.derived(found, nodes, table, given), **given}
+    _peft_save.check_says(merged, found, nodes, table)
     saved = _peft_save.saved_params(merged, found, nodes, table)
-    write(place, merged, _peft_save.tensors(found, saved, nodes, merged))
+    write(place, merged, _peft_save.tensors(found, saved, nodes, merged, table))
+
+
+def _names(model: Model | None, names: Names) -> Names:
+    if model is None:
+        return names
+    if names is not None:
+        raise TargetError("pass model= or names=, not both: each says all names.")
+    if not hasattr(model, "torch_names"):
+        raise TargetError(
+            f"model= is a {type(model).__name__}, which has no torch_names().\nPass a "
+            "model of jlora.models, or names={module here: module in PyTorch}."
+        )
+    return model.torch_names()
 
 
 def _leaves(params: Tree) -> dict[str, Any]:

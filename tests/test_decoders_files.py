@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from test_models_decoders import FORMS, GOLDEN, golden
 
 from jlora import LoraError, models
 from jlora._errors import CheckpointError, ShapeError
-from jlora.models import GPT2Config, LlamaConfig
+from jlora.models import GemmaConfig, LlamaConfig, MoeConfig
+from jlora.models._families import family_of
 from jlora.models._rope import Rope
 
 LLAMA3 = {
@@ -117,12 +119,170 @@ PUBLISHED = {  # as on the hub, less the names of architecture and version
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "Gemma 7B": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 3072,
+        "initializer_range": 0.02,
+        "intermediate_size": 24576,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 16,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "vocab_size": 256000,
+    },
+    "Gemma 2 27B": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0,
+        "bos_token_id": 2,
+        "cache_implementation": "hybrid",
+        "eos_token_id": 1,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 128,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 4608,
+        "initializer_range": 0.02,
+        "intermediate_size": 36864,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma2",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 16,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 144,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "sliding_window_size": 4096,
+        "vocab_size": 256000,
+    },
+    "Gemma 3 1B": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "bos_token_id": 2,
+        "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106],
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "initializer_range": 0.02,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262144,
+    },
+    "Mixtral 8x7B": {
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "Qwen1.5 MoE A2.7B": {
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 8192,
+        "max_window_layers": 21,
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 16,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 5632,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Qwen3 30B A3B": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
 }
 
 
 def config_of(raw):
-    kind = GPT2Config if raw.get("model_type", "gpt2") == "gpt2" else LlamaConfig
-    return kind.from_dict(raw)
+    return family_of(raw.get("model_type", "gpt2"), "a test").config.from_dict(raw)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -130,7 +290,8 @@ def test_published_configurations_are_read_and_written_back(name):
     raw = PUBLISHED[name]
     config = config_of(raw)
     written = json.loads(json.dumps(config.to_dict()))
-    assert {k: written[k] for k in raw} == raw
+    # What is null may be left out.
+    assert {k: written.get(k) for k in raw} == raw
     assert config_of(written) == config
     hash(config)
 
@@ -142,6 +303,83 @@ def test_what_a_file_does_not_say_is_the_familys():
     llama = LlamaConfig.from_dict({"model_type": "llama", "head_dim": None})
     assert (llama.num_key_value_heads, llama.head_dim) == (32, 128)
     assert llama.layer_types == ("full_attention",) * 32
+    mixtral = MoeConfig.from_dict({"model_type": "mixtral"})
+    assert (mixtral.num_experts, mixtral.rope.theta) == (8, 1e6)
+    qwen = MoeConfig.from_dict({"model_type": "qwen2_moe"})
+    assert (qwen.num_experts, qwen.shared_expert_intermediate_size) == (60, 5632)
+
+
+def test_layers_and_positions_of_gemma():
+    two, three = (
+        GemmaConfig.from_dict({"model_type": kind, "num_hidden_layers": 7})
+        for kind in ("gemma2", "gemma3_text")
+    )
+    full = [i for i, kind in enumerate(two.layer_types) if kind == "full_attention"]
+    assert full == [1, 3, 5]
+    assert three.layer_types.index("full_attention") == 5
+    assert three.layer_types.count("sliding_attention") == 6
+    assert set(two.ropes.values()) == {Rope(1e4)}
+    both = {"full_attention": Rope(1e6), "sliding_attention": Rope(1e4)}
+    assert three.ropes == both
+    assert (two.score_cap, two.logit_cap, two.score_scale) == (50, 30, 1 / 16)
+    own = GemmaConfig(num_hidden_layers=4, sliding_window=8, head_dim=9)
+    assert own.layer_types == ("sliding_attention", "full_attention") * 2
+    assert own.score_scale == 1 / 3
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_parameters": {
+            "full_attention":
+                {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        }},
+    ],
+)  # fmt: skip
+def test_old_and_new_positions_of_gemma_3_say_the_same(said):
+    config = GemmaConfig.from_dict({"model_type": "gemma3_text", **said})
+    assert config.rope == Rope(5e5, "linear", 8.0)
+    assert config.local_rope == Rope(2e4)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert {k: written[k] for k in said} == said
+    assert GemmaConfig.from_dict(written) == config
+
+
+def test_the_first_gemmas_activation_is_the_one_it_was_trained_with():
+    raw = {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None}
+    assert GemmaConfig.from_dict(raw).hidden_act == "gelu_pytorch_tanh"
+    later = GemmaConfig.from_dict({**raw, "model_type": "gemma2"})
+    assert later.hidden_act == "gelu"
+
+
+@pytest.mark.parametrize(
+    ("said", "sparse"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"mlp_only_layers": [1, 4]}, [0, 2, 3]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, [1]),
+    ],
+)
+def test_layers_that_have_experts(said, sparse):
+    config = MoeConfig.from_dict(
+        {"model_type": "qwen3_moe", "num_hidden_layers": 5, **said}
+    )
+    assert [i for i in range(5) if config.is_sparse(i)] == sparse
+
+
+def test_experts_are_counted_under_either_name():
+    raw = {"model_type": "qwen3_moe", "num_experts_per_tok": 2}
+    both = [
+        MoeConfig.from_dict({**raw, name: 6})
+        for name in ("num_experts", "num_local_experts")
+    ]
+    assert both[0] == both[1]
+    written = both[0].to_dict()
+    assert (written["num_experts"], written["num_local_experts"]) == (6, 6)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +432,26 @@ def test_old_and_new_keys_of_scaling_say_the_same():
         ({"model_type": "llama", "attn_logit_softcapping": 50.0}, "softcapping"),
         ({"model_type": "llama", "rope": {"theta": 2}}, "rope"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "gemma2", "hidden_act": "gelu",
+          "hidden_activation": "silu"}, "mean the same"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True},
+         "use_bidirectional"),
+        ({"model_type": "gemma2", "num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+         "attn_logit_softcapping"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}},
+         "where 'full_attention'"),
+        ({"model_type": "gemma", "sliding_window": 8}, "sliding_window"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "8 experts"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_experts"),
+        ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter"),
+        ({"model_type": "mixtral", "norm_topk_prob": True}, "norm_topk_prob"),
+        ({"model_type": "mixtral", "num_experts": 4, "num_local_experts": 8},
+         "mean the same"),
+        ({"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias"),
+        ({"model_type": "qwen2_moe", "decoder_sparse_step": 0}, "decoder_sparse"),
+        ({"model_type": "qwen3_moe", "shared_expert_intermediate_size": 8},
+         "shared_expert"),
         (
             {"model_type": "mistral", "layer_types": ["full_attention"] * 32},
             "layer_types",
@@ -243,6 +501,30 @@ def test_load_save_load_save_is_stable(form, tmp_path):
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+def test_end_tokens_of_generations_own_file(tmp_path):
+    """Chat models say in generation_config.json alone which tokens end a turn."""
+    folder = Path(shutil.copytree(GOLDEN / "llama", tmp_path / "llama"))
+    ids = np.array([[5, 7, 11]])
+    model, params = models.load(folder)
+    (free,) = models.generate(model, params, ids, max_new_tokens=6, eos_token_id=())
+    end = int(free[2])
+    first = int(np.argmax(np.asarray(free) == end))
+    said = {"eos_token_id": [end, 36], "pad_token_id": 3, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    model, params = models.load(folder)
+    (got,) = models.generate(model, params, ids, max_new_tokens=6)
+    assert got.tolist() == [*free[: first + 1].tolist(), *[3] * (5 - first)]
+    (other,) = models.generate(model, params, ids, max_new_tokens=6, eos_token_id=())
+    assert other.tolist() == free.tolist()  # what the call says goes first
+    models.save(model, params, tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == said
+    own, theirs = (
+        json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", folder)
+    )
+    assert own["eos_token_id"] == theirs["eos_token_id"]
+    assert "generation" not in own
+
+
 def rewritten(form, folder, change):
     """A copy of a golden checkpoint with other tensors."""
     shutil.copytree(GOLDEN / form, folder)
@@ -276,6 +558,71 @@ def test_buffers_that_old_files_hold_are_passed_over(prefix, tmp_path):
 
     _, params = models.load(rewritten("gpt2", tmp_path / "a", old))
     jax.tree.map(np.testing.assert_array_equal, params, golden("gpt2")[1])
+
+
+def fused(tensors, config):
+    """The tensors of all experts, as PyTorch's modules hold them, of single ones."""
+    mixtral = config.model_type == "mixtral"
+    first, last = (
+        (("w1", "w3"), ("w2",))
+        if mixtral
+        else (("gate_proj", "up_proj"), ("down_proj",))
+    )
+    block = "block_sparse_moe" if mixtral else "mlp"
+    whole = {k: v for k, v in tensors.items() if ".experts." not in k}
+    whole = {k.replace(f".{block}.", ".mlp."): v for k, v in whole.items()}
+    for layer in range(config.num_hidden_layers):
+        for name, parts in (("gate_up_proj", first), ("down_proj", last)):
+            start = f"model.layers.{layer}.{block}.experts"
+            if config.is_sparse(layer):
+                stacks = [
+                    np.stack(
+                        [
+                            tensors[f"{start}.{e}.{part}.weight"]
+                            for e in range(config.num_experts)
+                        ]
+                    )
+                    for part in parts
+                ]
+                whole[f"model.layers.{layer}.mlp.experts.{name}"] = np.concatenate(
+                    stacks, axis=1
+                )
+    return whole
+
+
+@pytest.mark.parametrize("form", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_load_from_single_tensors_and_from_one(form, tmp_path):
+    model, params, _ = golden(form)
+    change = lambda tensors: fused(tensors, model.config)
+    folder = rewritten(form, tmp_path / "a", change)
+    held = load_file(folder / "model.safetensors")
+    assert len(held) < len(load_file(GOLDEN / form / "model.safetensors")) - 8
+    again, same = models.load(folder)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("form", ["mixtral", "qwen3_moe"])
+def test_pytorch_reads_the_experts_alike_live(form, tmp_path):
+    """The test's own fused tensors are what PyTorch's modules hold."""
+    pytest.importorskip("torch")
+    import transformers
+
+    model, _, _ = golden(form)
+    change = lambda tensors: fused(tensors, model.config)
+    folder = rewritten(form, tmp_path / "a", change)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    state = load(GOLDEN / form).state_dict()
+    for name, value in load_file(folder / "model.safetensors").items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path):
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    drop = lambda tensors: {k: v for k, v in tensors.items() if k != name}
+    with pytest.raises(CheckpointError, match=name):
+        models.load(rewritten("mixtral", tmp_path / "a", drop))
 
 
 def test_frequencies_of_old_llamas_are_passed_over(tmp_path):

@@ -318,6 +318,7 @@ def test_overwriting_only_where_asked(folder, tmp_path):
     assert_same(models.load(target)[1], other)
     assert sorted(f.name for f in target.iterdir()) == [
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "notes.txt",
         "tokenizer.json",

@@ -263,6 +263,15 @@ def test_config_keeps_what_it_does_not_compute_with():
     hash(config)
 
 
+def test_config_refuses_what_it_does_not_know():
+    with pytest.raises(CheckpointError, match="is_decoder is True"):
+        T5Config.from_dict({**PUBLISHED, "is_decoder": True})
+    with pytest.raises(CheckpointError, match=r"T5 config: attention_sinks is 4"):
+        T5Config.from_dict({**PUBLISHED, "attention_sinks": 4})
+    # What says that nothing is to be done is let pass.
+    T5Config.from_dict({**PUBLISHED, "attention_sinks": None, "typical_p": 1.0})
+
+
 @pytest.mark.parametrize(
     ("given", "tied", "scaled"),
     [

@@ -283,10 +283,10 @@ def test_tables_of_hugging_faces_layouts():
         "encoder/q/kernel": (2, 2),
         "decoder/q/kernel": (2, 2),
     }
-    tied = ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
+    tied = ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
     users = lambda s: [p.module for p in Table(s).of_leaf[next(iter(s))]]
     assert users(shapes) == tied
-    assert users({**shapes, "lm_head/kernel": (2, 5)}) == tied[:2]
+    assert users({**shapes, "lm_head/kernel": (2, 5)}) == tied[:3]
     gpt2 = {"transformer/wte/embedding": (5, 2)}
     assert users(gpt2) == ["transformer.wte", "lm_head"]
     assert users({**gpt2, "score/kernel": (2, 2)}) == ["transformer.wte"]
@@ -312,13 +312,20 @@ def change_tensors(folder, f):
         ("peft_type", "LOHA"),
         ("use_dora", True),
         ("lora_bias", True),
-        ("target_parameters", ["experts.w"]),
+        ("target_parameters", ["head.weight"]),
+        ("target_parameters", "head.weight"),
         ("trainable_token_indices", [1]),
+        ("trainable_token_indices", {"emb": [1]}),
+        ("trainable_token_indices", {"emb": ["1"]}),
+        ("trainable_token_indices", {"emb": 1}),
         ("alora_invocation_tokens", [1]),
         ("megatron_config", {"a": 1}),
         ("layer_replication", [[0, 2]]),
         ("use_qalora", True),
-        ("ensure_weight_tying", True),
+        ("ensure_weight_tying", "yes"),
+        ("kasa_config", {}),
+        ("use_bdlora", {}),
+        ("arrow_config", {"top_k": 2}),
         ("init_lora_weights", "pissa_niter_4"),
         ("a_key_of_the_future", 1),
         ("bias", "some"),
@@ -334,7 +341,7 @@ def change_tensors(folder, f):
 def test_a_configuration_that_cannot_be_honoured(key, value, tmp_path):
     folder = saved(tmp_path)
     change_config(folder, **{key: value})
-    with pytest.raises(jlora.CheckpointError, match=rf"{key}|\(q"):
+    with pytest.raises(jlora.CheckpointError, match=rf"{key}|\(q|head.weight is targeted"):
         jlora.peft.load(folder, small())
 
 
@@ -502,16 +509,23 @@ def test_a_failed_replacement_is_undone(tmp_path, monkeypatch):
 def test_trees_that_the_format_cannot_hold(tmp_path):
     stack = {"w": {"kernel": jnp.ones((3, 4, 5))}}
     spec = {"w/kernel": T(in_axes=(1,), batch_axes=(0,))}
-    conv = {"w": {"kernel": jnp.ones((3, 3, 4, 5))}}
-    conv_spec = {"w/kernel": T(in_axes=(0, 1, 2))}
+    odd = {"w": {"kernel": jnp.ones((2, 3, 4, 5, 3, 2))}}
+    odd_spec = {"w/kernel": T(in_axes=(0, 1, 2, 3, 4))}
+    flipped = {"w/kernel": T(in_axes=(2,))}
+    kernel = {"w": {"kernel": jnp.ones((3, 4))}}
     two = {"q": T(dropout=0.1), "v": T(dropout=0.2)}
     for tree, message in [
         (small(), "nothing in this tree is trained"),
-        (jlora.lorafy(stack, 2, spec), "none that jlora.peft can name"),
-        (jlora.lorafy(conv, 2, conv_spec), "none that jlora.peft can name"),
+        (jlora.lorafy(stack, 2, spec), "Unstack it first"),
+        (jlora.lorafy(odd, 2, odd_spec), "none that jlora.peft can name"),
         (adapted(targets=two), "lora_dropout"),
     ]:
         with pytest.raises(jlora.StructureError, match=message):
+            saved(tmp_path, tree)
+    for tree in (
+        jlora.lorafy(stack, 2, flipped), jlora.lorafy(kernel, 2, {"w": T(in_axes=(1,))})
+    ):
+        with pytest.raises(jlora.ShapeError, match="in PyTorch this"):
             saved(tmp_path, tree)
     with pytest.raises(jlora.StructureError, match="does not say what this tree is"):
         saved(tmp_path, config={"r": 5})

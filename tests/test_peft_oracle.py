@@ -1,24 +1,30 @@
 """Adapters exchanged live with PyTorch and PEFT: equal logits in both directions."""
 
-import json
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_live import (
+    CLOSE,
+    config_of,
+    note,
+    peft,
+    peft_load,
+    peft_model,
+    peft_save,
+    same_tensors,
+    torch,
+    tree_of,
+)
 from tools import randomise
 
 import jlora
 import jlora.peft
 from jlora import models
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oracle
-CLOSE = dict(rtol=1e-5, atol=1e-5)
 V, D, R = 13, 12, 10
 
 
@@ -60,25 +66,6 @@ def net(seed=0):
     return model
 
 
-def tree_of(model):
-    """Its parameters as a Flax tree."""
-    tree = {}
-    for name, p in model.named_parameters():
-        *parents, last = name.split(".")
-        value = p.detach().numpy()
-        if parents[-1] == "emb":
-            last = "embedding"
-        elif last == "weight" and value.ndim == 1:
-            last = "scale"
-        elif last == "weight":
-            last, value = "kernel", value if parents[-1] == "c_attn" else value.T
-        at = tree
-        for part in parents:
-            at = at.setdefault(part, {})
-        at[last] = jnp.asarray(value)
-    return tree
-
-
 def apply(p, ids):
     x = p["emb"]["embedding"][ids]
     for i in "012":
@@ -98,46 +85,6 @@ IDS = np.array([[1, 5, 2, 12], [0, 3, 3, 7]])
 def torch_logits(model, ids=IDS):
     with torch.no_grad():
         return model(torch.tensor(ids)).numpy()
-
-
-def peft_model(model, seed=1, **settings):
-    """PEFT's model with everything it trains at random values."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        out = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
-    torch.manual_seed(seed)
-    for p in out.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.4)
-    return out
-
-
-def peft_save(model, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
-
-
-def peft_load(model, folder):
-    """PEFT's own reading of a folder; a key too few is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-
-
-def config_of(folder):
-    """The configuration with lists as sets: PEFT's have no order."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return {k: set(v) if isinstance(v, list) else v for k, v in config.items()}
-
-
-def note(record_property, name, got, want):
-    """1e-5 of the logits' size; the largest difference stays in the run's record."""
-    size = max(1.0, float(np.max(np.abs(want))))
-    off = float(np.max(np.abs(np.asarray(got) - want))) / size
-    record_property(name, off)
-    assert off < 1e-5
 
 
 PEFT_CASES = {
@@ -199,13 +146,6 @@ def test_pefts_adapter_here_and_back(case, tmp_path, record_property):
     same_tensors(jlora.peft.load(tmp_path / "derived", base), tree)
     again = torch_logits(peft_load(net(), tmp_path / "derived"))
     note(record_property, "derived", again, want)
-
-
-def same_tensors(x, y):
-    pairs = [jax.tree_util.tree_leaves_with_path(t) for t in (x, y)]
-    for (p, a), (q, b) in zip(*pairs, strict=True):
-        assert p == q
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), p
 
 
 T = jlora.Target
@@ -390,10 +330,11 @@ def test_the_base_that_peft_saves_along(t5, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        (dict(use_dora=True), "use_dora"),
-        (dict(lora_bias=True), "lora_bias"),
-        (dict(trainable_token_indices={"emb": [1]}), "trainable_token_indices"),
         (dict(init_lora_weights="pissa"), "init_lora_weights"),
+        (dict(init_lora_weights="olora"), "init_lora_weights"),
+        (dict(use_qalora=True, qalora_group_size=4), "use_qalora"),
+        (dict(velora_config=peft.tuners.lora.VeloraConfig()), "velora_config"),
+        (dict(kasa_config=peft.tuners.lora.config.KasaConfig()), "kasa_config"),
     ],
 )
 def test_what_cannot_be_honoured(settings, key, tmp_path):

@@ -9,6 +9,8 @@ The models know nothing of LoRA. `jlora.lora` adapts their pure functions, here 
 `models.generate(..., transform=jlora.lora)`.
 """
 
+from jlora.models._feed_forward import router_loss as router_loss
+from jlora.models._gemma_config import GemmaConfig as GemmaConfig
 from jlora.models._generate import GenerationConfig as GenerationConfig
 from jlora.models._generate import generate as generate
 from jlora.models._generate import generate_with as generate_with
@@ -16,6 +18,7 @@ from jlora.models._gpt2_config import GPT2Config as GPT2Config
 from jlora.models._hf import load as load
 from jlora.models._hf_save import save as save
 from jlora.models._llama_config import LlamaConfig as LlamaConfig
+from jlora.models._moe_config import MoeConfig as MoeConfig
 from jlora.models.bert import Bert as Bert
 from jlora.models.bert import BertClassifier as BertClassifier
 from jlora.models.bert import BertConfig as BertConfig

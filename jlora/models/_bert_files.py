@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from jlora.models._bert_config import BertConfig
 
 _ENCODER = ("embeddings", "encoder")
@@ -76,11 +74,17 @@ def aliases(config: BertConfig) -> dict[str, str]:
     return {head["decoder.weight"]: table, head["decoder.bias"]: head["bias"]}
 
 
+def stacks(config: BertConfig) -> dict[tuple[str, ...], int]:
+    """Return the path of the blocks, and how many there are."""
+    prefix = () if config.head == "base" else (config.model_type,)
+    return {(*prefix, "encoder", "layer"): config.num_hidden_layers}
+
+
 def settle(
     config: BertConfig,
     raw: Mapping[str, Any],
     names: set[str],
-    read: Callable[[str], np.ndarray],
+    same: Callable[[str, str], bool],
 ) -> BertConfig:
     """Do without a pooler where a base model's file holds none."""
     if config.head != "base" or any(name.startswith("pooler.") for name in names):

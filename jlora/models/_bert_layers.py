@@ -6,8 +6,6 @@ stream, f the feed-forward layer, V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.models._bert_config import BertConfig
+from jlora.models._blocks import Configured
 from jlora.models._layers import ACTIVATIONS, Embedding
 
 
@@ -38,17 +37,8 @@ class LayerNorm(nn.Module):
         return (x * weight + bias).astype(self.dtype)
 
 
-class Part(nn.Module):
-    """What the parts of a BERT share: the configuration and the two dtypes."""
-
-    config: BertConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def part(self, kind: Callable[..., Any], **fields: Any) -> Any:
-        """Return a maker of `kind` with the same configuration and dtypes."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return partial(kind, config=self.config, **dtypes, **fields)
+class Part(Configured):
+    """What the parts of a BERT share: layers as its configuration wants them."""
 
     def linear(self, features: int) -> nn.Dense:
         """Return a linear layer with bias."""

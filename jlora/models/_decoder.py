@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import ShapeError
+from jlora.models._blocks import Configured
 from jlora.models._layers import MASKED, Embedding
 
 KeysValues = tuple[Array, Array]  # two of [B, G, S, D]
@@ -66,8 +67,9 @@ def attend(
     q: Array,
     kv: KeysValues,
     seen: Array,
-    scale: float,
+    scale: Array | float,
     drop: Callable[[Array], Array],
+    cap: float | None = None,
 ) -> Array:
     """Return softmax(scale · q·k)·v, `[B, T, H*D]`; scores and softmax in float32.
 
@@ -77,14 +79,20 @@ def attend(
       seen: `[B, T, S]`, from `visible`.
       scale: of the scores.
       drop: dropout of the probabilities.
+      cap: what the scores stay within, softly.
     """
     (B, H, T, D), (k, v) = q.shape, kv
     q = q.reshape(B, k.shape[1], -1, T, D)  # [B, G, H/G, T, D]
     scores = jnp.einsum("bghtd,bgsd->bghts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scale * scores, MASKED)
+    scores = jnp.where(seen[:, None, None], soft_cap(scale * scores, cap), MASKED)
     probs = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
     y = jnp.einsum("bghts,bgsd->bghtd", probs, v)
     return y.reshape(B, H, T, D).transpose(0, 2, 1, 3).reshape(B, T, H * D)
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """Return cap·tanh(x/cap), which stays within ±cap; `None` returns `x`."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def heads(x: Array, number: int) -> Array:
@@ -101,17 +109,8 @@ def remember(kv: KeysValues, past: KeysValues | None, index: Array | int) -> Key
     return write(past[0], kv[0]), write(past[1], kv[1])
 
 
-class Part(nn.Module):
-    """What the parts of a decoder share: the configuration and the two dtypes."""
-
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def part(self, kind: Callable[..., Any], **fields: Any) -> Any:
-        """Return a maker of `kind` with the same configuration and dtypes."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return partial(kind, config=self.config, **dtypes, **fields)
+class Part(Configured):
+    """What the parts of a decoder share: layers as its configuration wants them."""
 
     def linear(self, features: int, *, bias: bool, scale: float = 1.0) -> nn.Dense:
         """Return a linear layer; `scale` is of the initial kernel."""
@@ -132,14 +131,21 @@ class Part(nn.Module):
 class Decoder(Part):
     """A language model without an encoder.
 
-    A family says in `hidden` and `head` what it computes, in `cache_shape` what it
-    remembers of a token.
+    A family says in `hidden` what it computes, in `cache_shape` what it remembers of a
+    token, and in `embedding` with which table a tied head multiplies.
 
     Attributes:
       config: sizes and choices.
       dtype: what it computes in. Norms, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
+
+    def setup(self) -> None:
+        """Declare the head where it is not the embedding; a family adds the rest."""
+        if not self.config.tie_word_embeddings:
+            self.lm_head = self.linear(self.config.vocab_size, bias=False)
 
     def hidden(
         self, input_ids: Array, place: Place, past: Past, deterministic: bool
@@ -147,9 +153,15 @@ class Decoder(Part):
         """Return `[B, T, d]` after the last norm, and each layer's keys and values."""
         raise NotImplementedError
 
+    def embedding(self) -> Embedding:
+        """Return the table of tokens."""
+        raise NotImplementedError
+
     def head(self, x: Array) -> Array:
         """[B, T, d] -> the logits [B, T, V]."""
-        raise NotImplementedError
+        if self.config.tie_word_embeddings:
+            return self.embedding().attend(x)
+        return self.lm_head(x)
 
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of layers, G and D."""
@@ -192,7 +204,7 @@ class Decoder(Part):
         place = Place(positions, 0, mask)
         return self.head(self.hidden(input_ids, place, None, deterministic)[0])
 
-    def init_cache(
+    def prefill(
         self,
         input_ids: Array,
         attention_mask: Array | None = None,
@@ -211,8 +223,8 @@ class Decoder(Part):
 
         Returns:
           The last tokens `[B*K]`, to be fed next; and the cache. `beams` of it are
-          each layer's keys and values, two of `[B*K, G, L, D]`; `shared` is the place
-          of the next token.
+          each layer's keys and values, two of `[B*K, G, L, D]` (with scanned layers
+          two of `[B*K, layers, G, L, D]`); `shared` is the place of the next token.
 
         Raises:
           ShapeError: prompt and new tokens are more than the model has positions.
@@ -224,8 +236,7 @@ class Decoder(Part):
         ids, mask = _to_the_right(input_ids, mask.astype(bool))
         keys = jnp.concatenate([mask, jnp.ones((B, length - 1), bool)], axis=1)
         layers, G, D = self.cache_shape()
-        empty = jnp.zeros((B, G, room, D), self.dtype)
-        past = [(empty, empty)] * layers
+        past = self.empty(layers, (B, G, room, D))
         if S > 1:
             place = Place(positions_of(mask)[:, :-1], 0, keys)
             past = self.hidden(ids[:, :-1], place, past, True)[1]
@@ -242,7 +253,7 @@ class Decoder(Part):
 
         Args:
           input_ids: `[B*K, T]`, most often with T = 1.
-          cache: from `init_cache` or from the step before.
+          cache: from `prefill` or from the step before.
 
         Returns:
           `[B*K, T, V]`, and the cache that the next step takes.
@@ -262,31 +273,3 @@ def _to_the_right(ids: Array, mask: Array) -> tuple[Array, Array]:
     source = (jnp.arange(S) - shift[:, None]) % S
     take = partial(jnp.take_along_axis, indices=source, axis=1)
     return take(ids), take(mask)
-
-
-def generation(model: Decoder) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return what `jlora.models.generate_with` takes for a decoder-only model."""
-
-    def encode(
-        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
-    ) -> tuple[Array, Cache]:
-        """Read the prompts; answer with their last tokens `[B*K]` and the cache."""
-        answer: Any = model.apply(
-            {"params": params},
-            input_ids,
-            attention_mask,
-            length=length,
-            beams=beams,
-            method="init_cache",
-        )
-        return answer
-
-    def decode(params: Any, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Feed one token `[B*K]` each; return the logits `[B*K, V]` and the cache."""
-        stepped: Any = model.apply(
-            {"params": params}, tokens[:, None], cache, method="decode_step"
-        )
-        logits, cache = stepped
-        return logits[:, 0], cache
-
-    return encode, decode

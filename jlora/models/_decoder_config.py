@@ -1,4 +1,4 @@
-"""Reading the `config.json` of decoder-only models: what is known, what is refused."""
+"""Reading the `config.json` of models that decode: what is known, what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _HARMLESS = re.compile(
     r"|problem_type|finetuning_task|auto_map|gradient_checkpointing|tokenizer_class"
     r"|prefix|pruned_heads|chunk_size_feed_forward|decoder_start_token_id"
     r"|sep_token_id|pretraining_tp|max_length|min_length|do_sample|temperature"
-    r"|top_k|top_p|num_beams|length_penalty|early_stopping|repetition_penalty"
+    r"|top_k|top_p|typical_p|num_beams|num_beam_groups|diversity_penalty"
+    r"|length_penalty|early_stopping|repetition_penalty|num_return_sequences"
+    r"|(encoder_)?no_repeat_ngram_size|bad_words_ids|(begin_)?suppress_tokens"
+    r"|forced_(bos|eos)_token_id|exponential_decay_length_penalty"
+    r"|remove_invalid_values|torchscript|tf_legacy_loss|use_bfloat16"
 )
 # Values of keys that are not read: each says that nothing is to be done.
 _NOTHING: tuple[Any, ...] = (None, False, {}, [], "")
@@ -39,7 +43,8 @@ def read_keys(
     Raises:
       CheckpointError: another key whose value says that something is to be computed.
     """
-    own = ("extra", "rope")  # which are no keys of the file
+    # What are no keys of the file.
+    own = ("extra", "rope", "local_rope", "generation")
     types = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in own}
     known = {
         key: tuple(value) if isinstance(value, list) else value

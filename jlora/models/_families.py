@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora.models import _bert_files, _decoder
-from jlora.models import t5 as _t5
+from jlora.models import _bert_files
 from jlora.models._bert_config import BertConfig, with_head
+from jlora.models._gemma_config import GemmaConfig
 from jlora.models._gpt2_config import GPT2Config
-from jlora.models._llama_config import KINDS, LlamaConfig
+from jlora.models._llama_config import LlamaConfig
+from jlora.models._moe_config import MoeConfig
+from jlora.models._sources import Joined, Source, Stacked, Tensor
 from jlora.models.bert import with_its_head
 from jlora.models.gpt2 import GPT2
 from jlora.models.llama import Llama
 from jlora.models.t5 import T5, T5Config
 
 Path = tuple[str, ...]
-Read = Callable[[str], np.ndarray]
+Names = Collection[str]
+Same = Callable[[str, str], bool]  # whether two tensors are equal
 
 
 class Config(Protocol):
@@ -37,34 +39,24 @@ class Config(Protocol):
         """Return what belongs into `config.json`."""
 
 
-class TensorName(NamedTuple):
-    """Where a leaf is found in a checkpoint.
-
-    Attributes:
-      name: the tensor's name in the file.
-      transposed: whether the file holds the leaf's transpose.
-    """
-
-    name: str
-    transposed: bool
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How one `model_type` is built, and how its checkpoints spell it.
 
     Attributes:
       config: the configuration class.
-      model: makes a Flax module; takes `config`, `dtype` and `param_dtype`.
+      model: makes a Flax module; takes the fields of `_blocks.Configured`.
       init_args: what `model.init` takes after the key, at the smallest shapes.
-      tensor_name: the file's name for the leaf at a path.
-      generation: a model's two functions for `jlora.models.generate`; `None` where
-        the model generates nothing.
+      source: where the leaf at a path is found in a file; it gets the path, the
+        configuration and the file's names, which are none where one is written.
+      stacks: the paths of a model's blocks and their numbers, for a model that scans
+        them.
       aliases: names that files may hold besides, and the tensor each must equal.
       unused: names that files may hold although the model never reads them; `*`
         stands for anything.
       settle: corrects a configuration by what the file holds; it gets the
-        configuration, the parsed `config.json`, the file's names and a reader.
+        configuration, the parsed `config.json`, the file's names, and what tells
+        whether two tensors are equal.
       spelling: what the names in a file are called here, where that differs from file
         to file; `None` for those never read.
       with_head: changes a parsed `config.json` to another head and number of labels;
@@ -75,12 +67,12 @@ class Family:
     config: type[Config]
     model: Callable[..., Any]
     init_args: tuple[Any, ...]
-    tensor_name: Callable[[Path], TensorName]
-    generation: Callable[[Any], tuple[Callable[..., Any], Callable[..., Any]]] | None
+    source: Callable[[Path, Any, Names], Source]
+    stacks: Callable[[Any], Mapping[Path, int]]
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     unused: frozenset[str] = frozenset()
-    settle: Callable[[Any, Mapping[str, Any], set[str], Read], Any] = (
-        lambda config, raw, names, read: config
+    settle: Callable[[Any, Mapping[str, Any], set[str], Same], Any] = (
+        lambda config, raw, names, same: config
     )
     spelling: Callable[[Any, set[str]], Mapping[str, str | None]] = (
         lambda config, names: {}
@@ -93,20 +85,33 @@ class Family:
         variables = jax.eval_shape(model.init, jax.random.key(0), *self.init_args)
         return variables["params"]
 
+    def source_of(self, path: Path, config: Any, held: Names) -> Source:
+        """Return where a leaf is found, be it of one block or of all, stacked."""
+        for stack, length in self.stacks(config).items():
+            inner = path[len(stack) :]
+            if path[: len(stack)] == stack and not inner[0].isdigit():
+                return Stacked(
+                    tuple(
+                        self.source((*stack, str(i), *inner), config, held)
+                        for i in range(length)
+                    )
+                )
+        return self.source(path, config, held)
+
     def ignores(self, name: str) -> bool:
         """Return whether a file may hold `name` although no leaf is read from it."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
 
 
-def dotted_name(path: Path) -> TensorName:
-    """Return the name where the tree's path is the file's, up to the last word.
+def dotted(path: Path, config: Any = None, held: Names = ()) -> Tensor:
+    """Return the tensor where the tree's path is its name, up to the last word.
 
-    >>> dotted_name(("encoder", "block", "0", "q", "kernel"))
-    TensorName(name='encoder.block.0.q.weight', transposed=True)
+    >>> dotted(("encoder", "block", "0", "q", "kernel"))
+    Tensor(name='encoder.block.0.q.weight', transposed=True)
     """
     *parents, last = path
     last_in_file = {"kernel": "weight", "embedding": "weight"}.get(last, last)
-    return TensorName(".".join([*parents, last_in_file]), last == "kernel")
+    return Tensor(".".join([*parents, last_in_file]), last == "kernel")
 
 
 def _with_prefix(prefix: str) -> Callable[[Any, set[str]], Mapping[str, str | None]]:
@@ -127,14 +132,49 @@ def _with_prefix(prefix: str) -> Callable[[Any, set[str]], Mapping[str, str | No
     return spelling
 
 
-def _gpt2_name(path: Path) -> TensorName:
-    """Return the name of a GPT-2's tensor: its kernels are stored as [in, out]."""
-    name, transposed = dotted_name(path)
-    return TensorName(name, transposed and path[0] == "lm_head")
+def _gpt2_source(path: Path, config: GPT2Config, held: Names) -> Tensor:
+    """Return a GPT-2's tensor: its kernels are stored as [in, out]."""
+    tensor = dotted(path)
+    return Tensor(tensor.name, tensor.transposed and path[0] == "lm_head")
 
 
 def _gpt2_aliases(config: GPT2Config) -> dict[str, str]:
     return _tied_head(config, "transformer.wte.weight")
+
+
+# What files call an expert's gate, up and down projections, and their block.
+_MIXTRAL = ("block_sparse_moe", "w1", "w3", "w2")
+_QWEN_MOE = ("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def _moe_source(path: Path, config: MoeConfig, held: Names) -> Source:
+    """Return the tensors of single experts, or the one tensor of all that is held."""
+    mixtral = config.model_type == "mixtral"
+    block, gate, up, down = _MIXTRAL if mixtral else _QWEN_MOE
+    path = tuple(block if part == "mlp" else part for part in path)
+    if "experts" not in path:
+        return dotted(path)
+    whole = Tensor(".".join(path), transposed=True)
+    if whole.name in held:
+        return whole
+    *parents, last = path
+    names = [gate, up] if last == "gate_up_proj" else [down]
+    experts = []
+    for i in range(config.num_experts):
+        start = ".".join([*parents, str(i)])
+        parts = tuple(Tensor(f"{start}.{n}.weight", transposed=True) for n in names)
+        experts.append(Joined(parts, axis=-1) if parts[1:] else parts[0])
+    return Stacked(tuple(experts))
+
+
+def _moe_spelling(config: MoeConfig, names: set[str]) -> dict[str, str | None]:
+    """Return Mixtral's names, whose block is "mlp" in files of all experts' tensors."""
+    spelling = dict(_with_prefix("model.")(config, names))
+    if config.model_type == "mixtral":
+        for name in names:
+            full = spelling.get(name, name) or name
+            spelling[name] = full.replace(".mlp.", f".{_MIXTRAL[0]}.")
+    return spelling
 
 
 def _llama_aliases(config: LlamaConfig) -> dict[str, str]:
@@ -152,7 +192,7 @@ def _t5_aliases(config: T5Config) -> dict[str, str]:
 
 
 def _t5_settle(
-    config: T5Config, raw: Mapping[str, Any], names: set[str], read: Read
+    config: T5Config, raw: Mapping[str, Any], names: set[str], same: Same
 ) -> T5Config:
     """Untie the head where the file holds another one than the embedding.
 
@@ -162,7 +202,7 @@ def _t5_settle(
     held = {"lm_head.weight", "shared.weight"} <= names
     if not config.tie_word_embeddings or not held:
         return config
-    if np.array_equal(read("lm_head.weight"), read("shared.weight")):
+    if same("lm_head.weight", "shared.weight"):
         return config
     if raw.get("scale_decoder_outputs") is None:
         raise CheckpointError(
@@ -180,13 +220,28 @@ _ENCODER = Family(
     config=BertConfig,
     model=with_its_head,
     init_args=(_IDS,),
-    tensor_name=dotted_name,
-    generation=None,
+    source=dotted,
+    stacks=_bert_files.stacks,
     aliases=_bert_files.aliases,
     settle=_bert_files.settle,
     spelling=_bert_files.spelling,
     with_head=with_head,
     is_head=_bert_files.is_head,
+)
+
+_LLAMA = Family(
+    config=LlamaConfig,
+    model=Llama,
+    init_args=(_IDS,),
+    source=dotted,
+    stacks=lambda config: {("model", "layers"): config.num_hidden_layers},
+    aliases=_llama_aliases,
+    # Constants, which older releases saved.
+    unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
+    spelling=_with_prefix("model."),
+)
+_MOE = dataclasses.replace(
+    _LLAMA, config=MoeConfig, source=_moe_source, spelling=_moe_spelling
 )
 
 FAMILIES: dict[str, Family] = {
@@ -196,8 +251,8 @@ FAMILIES: dict[str, Family] = {
         config=GPT2Config,
         model=GPT2,
         init_args=(_IDS,),
-        tensor_name=_gpt2_name,
-        generation=_decoder.generation,
+        source=_gpt2_source,
+        stacks=lambda config: {("transformer", "h"): config.n_layer},
         aliases=_gpt2_aliases,
         # The causal mask, which older releases saved.
         unused=frozenset(
@@ -209,8 +264,11 @@ FAMILIES: dict[str, Family] = {
         config=T5Config,
         model=T5,
         init_args=(_IDS, None, _IDS),
-        tensor_name=dotted_name,
-        generation=_t5.generation,
+        source=dotted,
+        stacks=lambda config: {
+            ("encoder", "block"): config.num_layers,
+            ("decoder", "block"): config.num_decoder_layers,
+        },
         aliases=_t5_aliases,
         # The first release's files hold it; cross-attention has no positions.
         unused=frozenset(
@@ -218,20 +276,9 @@ FAMILIES: dict[str, Family] = {
         ),
         settle=_t5_settle,
     ),
-    **dict.fromkeys(
-        KINDS,
-        Family(
-            config=LlamaConfig,
-            model=Llama,
-            init_args=(_IDS,),
-            tensor_name=dotted_name,
-            generation=_decoder.generation,
-            aliases=_llama_aliases,
-            # Constants, which older releases saved.
-            unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
-            spelling=_with_prefix("model."),
-        ),
-    ),
+    **dict.fromkeys(LlamaConfig.kinds, _LLAMA),
+    **dict.fromkeys(GemmaConfig.kinds, dataclasses.replace(_LLAMA, config=GemmaConfig)),
+    **dict.fromkeys(MoeConfig.kinds, _MOE),
 }
 
 

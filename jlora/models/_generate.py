@@ -30,7 +30,6 @@ from jax.typing import ArrayLike
 from jlora._errors import DataError, DtypeError, ShapeError, StructureError
 from jlora.models._beam import beam_search
 from jlora.models._decoding import GenerationConfig, suppress_eos, warp
-from jlora.models._families import family_of
 
 Encode = Callable[..., tuple[Array, Any]]
 Decode = Callable[[Any, Array, Any], tuple[Array, Any]]
@@ -101,7 +100,8 @@ def generate(
       params: its parameters; with `transform=jlora.lora` the lorafied ones.
       input_ids: `[B, S]`.
       attention_mask: `[B, S]`, 0 at padding; `None` is no padding.
-      config: what to do; end and padding tokens default to the model's.
+      config: what to do; end and padding tokens default to the model's, of which
+        those in `generation_config.json` go first.
       key: for sampling.
       transform: applied to the model's pure functions, for instance `jlora.lora`.
         Pass the same object again, or the program is compiled again.
@@ -120,16 +120,8 @@ def generate(
     """
     encode, decode = functions_of(model)
     config = dataclasses.replace(config or GenerationConfig(), **settings)
-    own = model.config
-    _check_ids(input_ids, own.vocab_size)
-    if config.eos_token_id is None:
-        config = dataclasses.replace(config, eos_token_id=own.eos_token_id)
-    if config.pad_token_id is None:
-        # Models without a padding token fill up with their end token.
-        pad = own.pad_token_id
-        if pad is None and config.eos:
-            pad = config.eos[0]
-        config = dataclasses.replace(config, pad_token_id=pad)
+    _check_ids(input_ids, model.config.vocab_size)
+    config = _with_tokens(config, model.config)
     return generate_with(
         encode,
         decode,
@@ -140,6 +132,25 @@ def generate(
         key=key,
         transform=transform,
     )
+
+
+def _with_tokens(config: GenerationConfig, own: Any) -> GenerationConfig:
+    """Fill in end and padding tokens from a model's configuration."""
+
+    def said(name: str) -> Any:
+        value = own.generation.get(name)
+        value = getattr(own, name) if value is None else value
+        return tuple(value) if isinstance(value, list) else value
+
+    if config.eos_token_id is None:
+        config = dataclasses.replace(config, eos_token_id=said("eos_token_id"))
+    if config.pad_token_id is None:
+        # Models without a padding token fill up with their end token.
+        pad = said("pad_token_id")
+        if pad is None and config.eos:
+            pad = config.eos[0]
+        config = dataclasses.replace(config, pad_token_id=pad)
+    return config
 
 
 def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
@@ -159,14 +170,33 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
 
 @lru_cache(maxsize=64)
 def functions_of(model: Any) -> tuple[Encode, Decode]:
-    """Return a model's two functions, the same objects at every call."""
-    family = family_of(model.config.to_dict()["model_type"], repr(type(model)))
-    if family.generation is None:
+    """Return a model's two functions, the same objects at every call.
+
+    They are its methods `prefill` and `decode_step`.
+    """
+    if not hasattr(model, "prefill"):
         raise StructureError(
             f"{type(model).__name__} is an encoder and generates no tokens.\nCall it "
             "with model.apply."
         )
-    return family.generation(model)
+
+    def encode(
+        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
+    ) -> tuple[Array, Any]:
+        """Read the inputs; answer with the first tokens `[B*K]` and the cache."""
+        how = {"length": length, "beams": beams, "method": "prefill"}
+        read: Any = model.apply({"params": params}, input_ids, attention_mask, **how)
+        return read
+
+    def decode(params: Any, tokens: Array, cache: Any) -> tuple[Array, Any]:
+        """Feed one token `[B*K]` each; return the logits `[B*K, V]` and the cache."""
+        variables = {"params": params}
+        logits, cache = model.apply(
+            variables, tokens[:, None], cache, method="decode_step"
+        )
+        return logits[:, 0], cache
+
+    return encode, decode
 
 
 @lru_cache(maxsize=64)

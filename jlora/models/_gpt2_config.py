@@ -47,6 +47,8 @@ class GPT2Config:
       eos_token_id: ends a text; several where any of them does.
       pad_token_id: fills batches.
       extra: everything else that the file said.
+      generation: what `generation_config.json` said; its end and padding tokens go
+        before those here.
     """
 
     vocab_size: int = 50257
@@ -68,6 +70,9 @@ class GPT2Config:
     eos_token_id: int | tuple[int, ...] | None = 50256
     pad_token_id: int | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    generation: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Refuse what makes no model."""
@@ -97,5 +102,6 @@ class GPT2Config:
         """Return what belongs into `config.json`, the extra keys included."""
         fields = dataclasses.fields(self)
         own = {f.name: plain(getattr(self, f.name)) for f in fields}
+        del own["generation"]
         head = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
         return dict(sorted({**head, **own.pop("extra"), **own}.items()))

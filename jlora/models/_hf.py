@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Sharding
 
 from jlora._errors import CheckpointError
-from jlora.models import _hf_head
-from jlora.models._families import Family, TensorName, family_of
+from jlora.models import _hf_head, _leaves
+from jlora.models._families import Family, family_of
 from jlora.models._safetensors import TensorFolder, listed, read_json
+from jlora.models._sources import Source, names, places
 
 Params = dict[str, Any]
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -37,11 +41,17 @@ def load(
     dtype: Any = None,
     *,
     compute_dtype: Any = None,
+    sharding: _leaves.Shardings = None,
+    scan_layers: bool = False,
+    remat: bool = False,
     head: str | None = None,
     num_labels: int | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, Params]:
     """Return the model and the parameters of a Hugging Face checkpoint.
+
+    Leaves are read one by one into their dtype and sharding, each device's part alone;
+    the host holds little more than one tensor besides.
 
     Args:
       source: a folder with `config.json` and safetensors, or a repository's name on
@@ -49,6 +59,19 @@ def load(
       dtype: the parameters' dtype; `None` keeps the file's.
       compute_dtype: what the model computes in; `None` is bfloat16 where the
         parameters are, float32 otherwise (T5 overflows in float16).
+      sharding: where the leaves lie. `None` is the default device; a
+        `jax.sharding.Sharding` is for all of them; a function of a leaf's path
+        (`"model/layers/0/mlp/up_proj/kernel"`) and shape answers with its sharding,
+        or `None`; a tree of shardings in the structure of the parameters, or the
+        beginning of one, says it leaf by leaf, as `jax.jit`'s `in_shardings`.
+      scan_layers: whether the model scans its blocks: it is traced and compiled for
+        one, however many there are. A block's number then leaves the paths, and leaves
+        gain a leading axis of blocks, `model/layers/mlp/up_proj/kernel` `[L, i, o]`;
+        T5's position bias, which the first block alone holds, stays at
+        `block/0/layer/0/SelfAttention/...`. `jlora.stack_layers` and `unstack_layers`
+        turn one form into the other.
+      remat: whether the backward pass computes a block's activations again instead of
+        keeping them.
       head: of BERT and RoBERTa, `"base"` (hidden states), `"classification"` or
         `"masked_lm"`, whatever head the checkpoint was saved with; `None` takes that
         one. What the head needs and the checkpoint lacks is newly initialised, and a
@@ -63,37 +86,51 @@ def load(
     Raises:
       CheckpointError: files missing or damaged, tensors that are missing, unknown or
         of another shape, or a configuration that no model here honours.
+      ShapeError: a sharding that does not divide its leaf.
+      StructureError: shardings that are not those of the parameters, or blocks that
+        are not alike and shall be scanned.
     """
     folder = _folder(source)
     raw = read_json(folder / "config.json")
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
     given_head = head is not None or num_labels is not None
     raw = _hf_head.chosen(family, raw, head, num_labels)
-    with TensorFolder(folder) as tensors:
-        config = family.config.from_dict(raw)
-        tensors.rename(family.spelling(config, tensors.names))
-        config = family.settle(config, raw, tensors.names, tensors.read)
-        model = family.model(config=config)
-        abstract = family.abstract_params(model)
-        new: dict[str, jax.Array] = {}
-        if given_head:
-            new = _new_leaves(tensors, family, model, abstract, key)
-        params = _fill(tensors, family, config, abstract, dtype, new)
+    tensors = TensorFolder(folder)
+    config = family.config.from_dict(raw)
+    tensors.rename(family.spelling(config, tensors.names))
+    config = family.settle(config, raw, tensors.names, tensors.same)
+    if hasattr(config, "generation") and (folder / GENERATION).exists():
+        said = read_json(folder / GENERATION)
+        config = dataclasses.replace(config, generation=said)
+    form = {"scan_layers": scan_layers, "remat": remat}
+    model = family.model(config=config, **form)
+    abstract = family.abstract_params(model)
+    shardings = _leaves.shardings_of(sharding, abstract)
+    new: dict[str, jax.Array] = {}
+    if given_head:
+        new = _new_leaves(tensors, family, model, abstract, key)
+    params = _fill(tensors, family, config, abstract, dtype, shardings, new)
     if new:
         _hf_head.report(folder, {path: leaf.shape for path, leaf in new.items()})
     if compute_dtype is None:
         bf16 = all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
         compute_dtype = jnp.bfloat16 if bf16 else jnp.float32
     param_dtype = jax.tree.leaves(params)[0].dtype
-    model = family.model(config=config, dtype=compute_dtype, param_dtype=param_dtype)
+    dtypes = {"dtype": compute_dtype, "param_dtype": param_dtype}
+    model = family.model(config=config, **dtypes, **form)
     return model, params
 
 
-def names_of(family: Family, params: Mapping[str, Any]) -> dict[str, TensorName]:
-    """Return the file's name of every leaf, by the leaf's path joined with "/"."""
+def sources_of(
+    family: Family, config: Any, params: Mapping[str, Any], held: Collection[str] = ()
+) -> dict[str, Source]:
+    """Return where every leaf is found in a file, by its path joined with "/".
+
+    `held` are the names in a file; where one is to be written there are none.
+    """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     keys = [tuple(str(entry.key) for entry in path) for path in paths]
-    return {"/".join(key): family.tensor_name(key) for key in keys}
+    return {"/".join(key): family.source_of(key, config, held) for key in keys}
 
 
 def _folder(source: str | Path) -> Path:
@@ -105,7 +142,7 @@ def _folder(source: str | Path) -> Path:
     # A repository is called "name" or "owner/name"; anything else was meant as a path.
     if isinstance(source, Path) or name.count("/") > 1 or name[:1] in "./~\\":
         raise CheckpointError(f"{folder} is no folder; is the path right?")
-    patterns = ["config.json", "generation_config.json", "*.safetensors"]
+    patterns = ["config.json", GENERATION, "*.safetensors"]
     patterns += ["*.safetensors.index.json", *TOKENIZER_FILES]
     try:
         from huggingface_hub import snapshot_download
@@ -126,12 +163,13 @@ def _new_leaves(
 
     What `tensors` hold of another head is hidden.
     """
-    names = names_of(family, abstract)
-    aliases = family.aliases(model.config)
-    _hf_head.hide_others(tensors, family, {n.name for n in names.values()} | {*aliases})
+    sources = sources_of(family, model.config, abstract, tensors.names)
+    wanted = {name for source in sources.values() for name in names(source)}
+    wanted |= family.aliases(model.config).keys()
+    _hf_head.hide_others(tensors, family, wanted)
     leaves = jax.tree.leaves(abstract)
-    shapes = {path: leaf.shape for path, leaf in zip(names, leaves, strict=True)}
-    absent = _hf_head.absent(tensors, family, names, shapes)
+    shapes = {path: leaf.shape for path, leaf in zip(sources, leaves, strict=True)}
+    absent = _hf_head.absent(tensors, family, sources, shapes)
     return _hf_head.initial(family, model, absent, key) if absent else {}
 
 
@@ -141,39 +179,54 @@ def _fill(
     config: Any,
     abstract: Params,
     dtype: Any,
+    shardings: list[Sharding | None],
     new: Mapping[str, jax.Array],
 ) -> Params:
     """Return `abstract` with every leaf taken from `new` or read from `tensors`.
 
     Nothing is left over.
     """
-    names = names_of(family, abstract)
-    read = {path: name for path, name in names.items() if path not in new}
-    _check_names(tensors, family, config, names, read)
+    sources = sources_of(family, config, abstract, tensors.names)
+    read = {path: source for path, source in sources.items() if path not in new}
+    _check_names(tensors, family, config, sources, read)
     leaves, treedef = jax.tree.flatten(abstract)
-    filled: dict[str, jax.Array] = {}
-    shapes = {path: leaf.shape for path, leaf in zip(names, leaves, strict=True)}
-    for path, name in read.items():
-        _check_shape(tensors, path, name, shapes[path])
-    for path, name in read.items():
-        value = tensors.read(name.name)
-        value = value.T if name.transposed else value
-        filled[path] = jnp.asarray(value, dtype=dtype or value.dtype)
-    like = next(iter(filled.values())).dtype
-    filled |= {path: leaf.astype(like) for path, leaf in new.items()}
-    return jax.tree.unflatten(treedef, [filled[path] for path in names])
+    shapes = {path: leaf.shape for path, leaf in zip(sources, leaves, strict=True)}
+    for path, source in read.items():
+        _check_shapes(tensors, path, source, shapes[path])
+    dtypes = {
+        path: jax.dtypes.canonicalize_dtype(dtype or _dtype_of(tensors, source))
+        for path, source in read.items()
+    }
+    like = next(iter(dtypes.values()))
+    filled = []
+    for path, sharding in zip(sources, shardings, strict=True):
+        if path in new:
+            leaf = new[path].astype(like)
+            leaf = leaf if sharding is None else jax.device_put(leaf, sharding)
+        else:
+            leaf = _leaves.read(
+                tensors, read[path], shapes[path], dtypes[path], sharding
+            )
+        filled.append(leaf)
+    return jax.tree.unflatten(treedef, filled)
+
+
+def _dtype_of(tensors: TensorFolder, source: Source) -> Any:
+    """Return the dtype that loses nothing of a leaf's tensors."""
+    return reduce(jnp.promote_types, [tensors.dtype(name) for name in names(source)])
 
 
 def _check_names(
     tensors: TensorFolder,
     family: Family,
     config: Any,
-    names: dict[str, TensorName],
-    read: dict[str, TensorName],
+    sources: Mapping[str, Source],
+    read: Mapping[str, Source],
 ) -> None:
-    wanted = {name.name for name in names.values()}
+    wanted = {name for source in sources.values() for name in names(source)}
     aliases = family.aliases(config)
-    missing = {name.name for name in read.values()} - tensors.names
+    missing = {name for source in read.values() for name in names(source)}
+    missing -= tensors.names
     unknown = tensors.names - wanted - set(aliases)
     unknown = {name for name in unknown if not family.ignores(name)}
     if missing or unknown:
@@ -185,23 +238,22 @@ def _check_names(
         lines += ["Check that weights and config.json are of the same model."]
         raise CheckpointError("\n".join(lines))
     for alias, name in aliases.items():
-        if alias not in tensors.names - wanted:
-            continue
-        if not np.array_equal(tensors.read(alias), tensors.read(name)):
+        if alias in tensors.names - wanted and not tensors.same(alias, name):
             raise CheckpointError(
                 f"{tensors.where(alias)}: {alias} must equal {name}, and does not.\n"
                 "The model holds one tensor for both; the checkpoint is of another."
             )
 
 
-def _check_shape(
-    tensors: TensorFolder, path: str, name: TensorName, shape: tuple[int, ...]
+def _check_shapes(
+    tensors: TensorFolder, path: str, source: Source, shape: tuple[int, ...]
 ) -> None:
-    wanted = shape[::-1] if name.transposed else shape
-    held = tensors.shape(name.name)
-    if held != wanted:
-        raise CheckpointError(
-            f"{tensors.where(name.name)}: {name.name} is {list(held)}, but by "
-            f"config.json it is {list(wanted)} ({path} {list(shape)}).\n"
-            "Check that weights and config.json are of the same model."
-        )
+    for place in places(source, shape):
+        name = place.tensor.name
+        held = tensors.shape(name)
+        if held != place.shape:
+            raise CheckpointError(
+                f"{tensors.where(name)}: {name} is {list(held)}, but by config.json it "
+                f"is {list(place.shape)} ({path} {list(shape)}).\n"
+                "Check that weights and config.json are of the same model."
+            )

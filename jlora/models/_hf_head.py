@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from jlora._errors import CheckpointError, JloraWarning
-from jlora.models._families import FAMILIES, Family, TensorName
+from jlora.models._families import FAMILIES, Family
 from jlora.models._safetensors import TensorFolder, listed
+from jlora.models._sources import Source, places
 
 Params = dict[str, Any]
 
@@ -45,19 +46,22 @@ def hide_others(tensors: TensorFolder, family: Family, wanted: set[str]) -> None
 def absent(
     tensors: TensorFolder,
     family: Family,
-    names: Mapping[str, TensorName],
+    sources: Mapping[str, Source],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> set[str]:
     """Return the head's leaves that the files do not hold in the shape they need."""
 
-    def held(path: str, name: TensorName) -> bool:
-        shape = shapes[path][::-1] if name.transposed else shapes[path]
-        return name.name in tensors.names and tensors.shape(name.name) == shape
+    def held(path: str, source: Source) -> bool:
+        return all(
+            place.tensor.name in tensors.names
+            and tensors.shape(place.tensor.name) == place.shape
+            for place in places(source, shapes[path])
+        )
 
     return {
         path
-        for path, name in names.items()
-        if family.is_head(_path(path, "/")) and not held(path, name)
+        for path, source in sources.items()
+        if family.is_head(_path(path, "/")) and not held(path, source)
     }
 
 

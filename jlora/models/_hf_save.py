@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,17 +17,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jlora._errors import CheckpointError, StructureError
-from jlora.models._families import TensorName, family_of
-from jlora.models._hf import TOKENIZER_FILES, Params, names_of
+from jlora.models._families import family_of
+from jlora.models._hf import GENERATION, TOKENIZER_FILES, Params, sources_of
 from jlora.models._safetensors import INDEX, WEIGHTS, listed
+from jlora.models._sources import Place, places
 
 # What `transformers` wants to read in a file before it takes it for its own.
 _METADATA = {"format": "pt"}
-_COPIED = (*TOKENIZER_FILES, "generation_config.json")
+_COPIED = (*TOKENIZER_FILES, GENERATION)
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
-Tensors = list[tuple[TensorName, jax.Array]]
+Tensors = list[tuple[Place, jax.Array]]  # a tensor, and the leaf that it is of
 
 
 def save(
@@ -44,11 +46,12 @@ def save(
     a full disk or an interruption leaves what was there.
 
     Args:
-      model: a model of `jlora.models`; its configuration becomes `config.json`.
+      model: a model of `jlora.models`; its configuration becomes `config.json`, and
+        `generation_config.json` where it has such settings.
       params: its parameters, dense.
       path: the folder to write.
-      tokenizer_from: a folder whose tokenizer files (and `generation_config.json`)
-        are copied.
+      tokenizer_from: a folder whose tokenizer files are copied (and
+        `generation_config.json`, if the model has no settings of its own).
       max_shard_bytes: begins a new file where one would grow beyond it; `None`
         writes one file.
       overwrite: replaces configuration and weights in `path`; other files there,
@@ -71,13 +74,16 @@ def save(
         _write(staged, model, tensors, max_shard_bytes)
         for file in copied:
             shutil.copyfile(file, staged / file.name)
+        generation = getattr(model.config, "generation", None)
+        if generation:
+            _write_json(staged / GENERATION, dict(generation))
         _put(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def _tensors(model: Any, params: Params) -> Tensors:
-    """Return the leaves in the file's names, after checking that all are there."""
+    """Return the file's tensors in order, after checking that all leaves are there."""
     family = family_of(model.config.to_dict()["model_type"], repr(type(model)))
     wanted = _shapes(family.abstract_params(model))
     held = _shapes(params)
@@ -88,8 +94,16 @@ def _tensors(model: Any, params: Params) -> Tensors:
             f"The parameters are not those of this {type(model).__name__}:\n  "
             f"{listed(lines)}\nIf the tree carries adapters, merge them first."
         )
-    names = names_of(family, params)
-    return list(zip(names.values(), jax.tree.leaves(params), strict=True))
+    sources = sources_of(family, model.config, params)
+    leaves = zip(sources.values(), jax.tree.leaves(params), strict=True)
+    found = [(p, leaf) for source, leaf in leaves for p in places(source, leaf.shape)]
+    # By name, so that files do not depend on which tensors make up a leaf.
+    return sorted(found, key=lambda item: _in_order(item[0].tensor.name))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names with their numbers as numbers."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -136,29 +150,36 @@ def _write(folder: Path, model: Any, tensors: Tensors, most: int | None) -> None
         if len(shards) > 1:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         # One shard at a time is brought to the host and into the file's layout.
-        arrays = {name.name: _layout(name, leaf) for name, leaf in shard}
+        arrays = {p.tensor.name: _layout(p, leaf) for p, leaf in shard}
         save_file(arrays, folder / file, metadata=_METADATA)
         weight_map.update(dict.fromkeys(arrays, file))
     if len(shards) > 1:
-        size = sum(leaf.nbytes for _, leaf in tensors)
+        size = sum(_bytes(*each) for each in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         _write_json(folder / INDEX, index)
 
 
-def _layout(name: TensorName, leaf: jax.Array) -> np.ndarray:
-    value = np.asarray(leaf)
-    return np.ascontiguousarray(value.T if name.transposed else value)
+def _layout(place: Place, leaf: jax.Array) -> np.ndarray:
+    value = np.asarray(leaf)[place.box][(0,) * place.depth]
+    if place.tensor.transposed:
+        value = value.swapaxes(-1, -2)
+    return np.ascontiguousarray(value)
+
+
+def _bytes(place: Place, leaf: jax.Array) -> int:
+    return math.prod(place.shape) * leaf.dtype.itemsize
 
 
 def _shards(tensors: Tensors, most: int | None) -> Iterator[Tensors]:
     shard: Tensors = []
     size = 0
-    for name, leaf in tensors:
-        if shard and most is not None and size + leaf.nbytes > most:
+    for place, leaf in tensors:
+        nbytes = _bytes(place, leaf)
+        if shard and most is not None and size + nbytes > most:
             yield shard
             shard, size = [], 0
-        shard.append((name, leaf))
-        size += leaf.nbytes
+        shard.append((place, leaf))
+        size += nbytes
     yield shard
 
 

@@ -34,19 +34,29 @@ def mask_bias(mask: Array) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """Layer norm without mean and bias, computed in float32."""
+    """Layer norm without mean and bias, computed in float32.
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: of the result.
+      param_dtype: what `init` makes the weight in.
+      offset: added to the weight; 1 where weights are stored about 0.
+    """
 
     epsilon: float
     dtype: Any
     param_dtype: Any
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis of `x` `[..., d]`."""
-        ones = nn.initializers.ones
-        weight = self.param("weight", ones, (x.shape[-1],), self.param_dtype)
+        init = nn.initializers.constant(1 - self.offset)
+        weight = self.param("weight", init, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
+        if self.offset:
+            weight = self.offset + weight.astype(jnp.float32)
         return (x * weight).astype(self.dtype)
 
 

@@ -63,32 +63,38 @@ class Rope:
         )
 
     @classmethod
-    def from_dict(cls, kind: str, config: Mapping[str, Any]) -> Rope:
+    def from_dict(
+        cls, kind: str, config: Mapping[str, Any], theta: float = 10000.0
+    ) -> Rope:
         """Return what a `config.json` says in its old keys or its new one.
 
         Args:
           kind: the model's name, for errors.
           config: the parsed file; `rope_theta` and `rope_scaling` are the keys of
             releases before 5, `rope_parameters` is that of later ones.
+          theta: where the file gives none.
 
         Raises:
           CheckpointError: a scaling that is not known, or keys that disagree.
         """
-        theta, scaling = config.get("rope_theta"), config.get("rope_scaling")
+        old, scaling = config.get("rope_theta"), config.get("rope_scaling")
         new = config.get("rope_parameters") or {}
-        ropes = [cls._of(kind, raw, config) for raw in (scaling, new) if raw]
-        ropes = ropes or [cls._of(kind, {}, config)]
-        if len(set(ropes)) > 1 or theta not in (None, ropes[0].theta):
+        theta = float(old or new.get("rope_theta") or theta)
+        ropes = [cls._of(kind, raw, theta, config) for raw in (scaling, new) if raw]
+        ropes = ropes or [cls._of(kind, {}, theta, config)]
+        if len(set(ropes)) > 1 or old not in (None, ropes[0].theta):
             raise CheckpointError(
                 f"{kind} config: rope_parameters {new} says another thing than "
-                f"rope_theta {theta} and rope_scaling {scaling}.\nRemove what is wrong."
+                f"rope_theta {old} and rope_scaling {scaling}.\nRemove what is wrong."
             )
         return ropes[0]
 
     @classmethod
-    def _of(cls, kind: str, raw: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
+    def _of(
+        cls, kind: str, raw: Mapping[str, Any], theta: float, config: Mapping[str, Any]
+    ) -> Rope:
         raw = {key: value for key, value in raw.items() if value is not None}
-        theta = float(raw.pop("rope_theta", config.get("rope_theta") or cls.theta))
+        theta = float(raw.pop("rope_theta", theta))
         names = {raw.pop(key) for key in ("rope_type", "type") if key in raw}
         name = names.pop() if names else "default"
         if names or name not in _READS:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -16,7 +15,13 @@ from jlora._errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+_AT_ONCE = 2**24  # bytes
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -50,9 +55,7 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 class TensorFolder:
-    """Reads the tensors of a checkpoint folder one at a time.
-
-    A context manager: the files are open inside `with`.
+    """The tensors of a checkpoint folder, none of which is read before it is used.
 
     Args:
       folder: holds `model.safetensors`, or an index and the shards it names.
@@ -64,32 +67,14 @@ class TensorFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._stack = ExitStack()
-        self._file_of: dict[str, str] = {}
-        self._held_as: dict[str, str] = {}  # a name here to the file's, where renamed
-        self._open: dict[str, Any] = {}
-
-    def __enter__(self) -> TensorFolder:
-        try:
-            for file, names in self._shards().items():
-                self._open_shard(file, names)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+        self._held: dict[str, _Held] = {}
+        for file, names in self._shards().items():
+            self._held.update(_contents(folder / file, names))
 
     @property
     def names(self) -> set[str]:
         """The names of all tensors."""
-        return set(self._file_of)
+        return set(self._held)
 
     def rename(self, spelling: Mapping[str, str | None]) -> None:
         """Call tensors by other names from here on; `None` hides one.
@@ -97,48 +82,63 @@ class TensorFolder:
         Raises:
           CheckpointError: two tensors would get one name.
         """
-        file_of: dict[str, str] = {}
-        held_as: dict[str, str] = {}
-        for old, file in self._file_of.items():
+        renamed: dict[str, _Held] = {}
+        for old, held in self._held.items():
             name = spelling.get(old, old)
             if name is None:
                 continue
-            held = self._held_as.get(old, old)
-            if name in file_of:
+            if name in renamed:
                 raise CheckpointError(
-                    f"{self.folder} holds both {held_as[name]} and {held}, two "
-                    "spellings of one tensor.\nRemove the one that does not belong."
+                    f"{self.folder} holds both {renamed[name].name} and {held.name}, "
+                    "two spellings of one tensor.\nRemove the one that does not belong."
                 )
-            file_of[name], held_as[name] = file, held
-        self._file_of, self._held_as = file_of, held_as
+            renamed[name] = held
+        self._held = renamed
 
     def where(self, name: str) -> str:
         """Return the path of the file that holds a tensor."""
-        return str(self.folder / self._file_of[name])
+        return str(self._held[name].file)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return tuple(self._slice(name).get_shape())
+        return self._held[name].shape
 
-    def _slice(self, name: str) -> Any:
-        file = self._open[self._file_of[name]]
-        return file.get_slice(self._held_as.get(name, name))
-
-    def read(self, name: str) -> np.ndarray:
-        """Return a tensor.
+    def dtype(self, name: str) -> np.dtype:
+        """Return a tensor's dtype without reading it.
 
         Raises:
           CheckpointError: it does not hold floating-point numbers.
         """
-        dtype = self._slice(name).get_dtype()
+        dtype = self._held[name].dtype
         if dtype not in _FLOATS:
             raise CheckpointError(
                 f"{self.where(name)}: {name} is of dtype {dtype}; jlora.models loads "
                 "F64, F32, F16 and BF16.\nQuantised checkpoints need their dense "
                 "original."
             )
-        file = self._open[self._file_of[name]]
-        return file.get_tensor(self._held_as.get(name, name))
+        return np.dtype(_FLOATS[dtype])
+
+    def view(self, name: str) -> np.ndarray:
+        """Return a tensor mapped into memory: only what is used of it is read.
+
+        What was read counts as the process's memory as long as the view lives.
+        """
+        dtype, held = self.dtype(name), self._held[name]
+        if 0 in held.shape:
+            return np.empty(held.shape, dtype)  # an empty file region has no mapping
+        return np.memmap(held.file, dtype, "r", held.offset, held.shape)
+
+    def same(self, name: str, other: str) -> bool:
+        """Return whether two tensors are equal, a few rows at a time."""
+        if name == other or self.shape(name) != self.shape(other):
+            return name == other
+        views = [np.atleast_1d(self.view(n)) for n in (name, other)]
+        rows = max(1, _AT_ONCE // max(1, views[0][:1].nbytes))
+        starts = range(0, len(views[0]), rows)
+        return all(
+            np.array_equal(views[0][i : i + rows], views[1][i : i + rows])
+            for i in starts
+        )
 
     def _shards(self) -> dict[str, set[str] | None]:
         """Return each file and the names it must hold, or `None` for any."""
@@ -183,20 +183,42 @@ class TensorFolder:
             )
         return shards
 
-    def _open_shard(self, file: str, names: set[str] | None) -> None:
-        path = self.folder / file
-        try:
-            opened = self._stack.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) cannot be read: {error}.\n"
-                "It is cut off or damaged; copy or download it again."
-            ) from error
-        held = set(opened.keys())
-        if names is not None and held != names:
-            raise CheckpointError(
-                f"{path} and {INDEX} disagree on what it holds:\n  "
-                f"{listed(held ^ names)}\nThey belong to different checkpoints."
-            )
-        self._open[file] = opened
-        self._file_of.update(dict.fromkeys(held, file))
+
+class _Held(NamedTuple):
+    """Where a tensor lies: its file, name, dtype and shape there, and first byte."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _contents(path: Path, names: set[str] | None) -> dict[str, _Held]:
+    """Return what a safetensors file holds, after checking that it is whole."""
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            # The format: the header's size, the header, and then the tensors.
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read: {error}.\n"
+            "It is cut off or damaged; copy or download it again."
+        ) from error
+    header.pop("__metadata__", None)
+    if names is not None and header.keys() != names:
+        raise CheckpointError(
+            f"{path} and {INDEX} disagree on what it holds:\n  "
+            f"{listed(header.keys() ^ names)}\nThey belong to different checkpoints."
+        )
+    return {
+        name: _Held(
+            path,
+            name,
+            held["dtype"],
+            tuple(held["shape"]),
+            8 + size + held["data_offsets"][0],
+        )
+        for name, held in header.items()
+    }

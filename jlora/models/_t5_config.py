@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora._errors import CheckpointError, ShapeError
-from jlora.models._layers import ACTIVATIONS
+from jlora.models._decoder_config import check_activation, plain, read_keys
 
 # Values that would change what the model computes, and which it cannot honour.
 _REQUIRED = {
@@ -16,6 +16,12 @@ _REQUIRED = {
     "is_encoder_decoder": True,
     "quantization_config": None,
 }
+# Positions are offsets, and `n_positions` no limit; dropout of a classifier is not the
+# language model's; the flags are checked.
+_HARMLESS = (
+    r"n_positions|classifier_dropout|bos_token_id|is_decoder|is_encoder_decoder"
+    r"|is_gated_act"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,8 @@ class T5Config:
       eos_token_id: ends a sequence; several where any of them does.
       decoder_start_token_id: the decoder's first input.
       extra: everything else that the file said.
+      generation: what `generation_config.json` said; its end and padding tokens go
+        before those here.
     """
 
     vocab_size: int = 32128
@@ -70,6 +78,9 @@ class T5Config:
     eos_token_id: int | tuple[int, ...] = 1
     decoder_start_token_id: int = 0
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    generation: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Fill what follows from other fields, and refuse what makes no model."""
@@ -110,11 +121,7 @@ class T5Config:
                 f"T5 config: feed_forward_proj is {self.feed_forward_proj!r}; it must "
                 "read ACTIVATION or gated-ACTIVATION."
             )
-        if self.dense_act_fn not in ACTIVATIONS:
-            raise CheckpointError(
-                f"T5 config: the activation {self.dense_act_fn!r} is not known.\n"
-                f"Known are {', '.join(sorted(ACTIVATIONS))}."
-            )
+        check_activation("T5", self.dense_act_fn)
 
     @property
     def gated(self) -> bool:
@@ -126,14 +133,14 @@ class T5Config:
         """Return the configuration that a `config.json` holds.
 
         Args:
-          config: the parsed file. Keys that T5 does not compute with are kept in
-            `extra`.
+          config: the parsed file. The known keys that do not change the computation
+            are kept in `extra`.
 
         Returns:
           The configuration, with defaults as `transformers` fills them.
 
         Raises:
-          CheckpointError: a value that this model cannot honour.
+          CheckpointError: a key or a value that this model cannot honour.
           ShapeError: a size that is no positive integer.
         """
         for key, wanted in _REQUIRED.items():
@@ -148,28 +155,21 @@ class T5Config:
                 f"feed_forward_proj is {config.get('feed_forward_proj')!r}.\n"
                 "Correct the one that is wrong."
             )
-        names = {field.name for field in dataclasses.fields(cls)} - {"extra"}
-        # A null stands for the default, as in files written by older releases.
-        known = {k: v for k, v in config.items() if k in names and v is not None}
-        extra = {k: v for k, v in config.items() if k not in known}
+        known, extra = read_keys("T5", cls, config, _HARMLESS)
         return cls(**known, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what belongs into `config.json`, the extra keys included."""
-        own = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "extra"
-        }
-        if isinstance(self.eos_token_id, tuple):
-            own["eos_token_id"] = list(self.eos_token_id)
+        fields = dataclasses.fields(self)
+        own = {f.name: plain(getattr(self, f.name)) for f in fields}
+        del own["generation"]
         head = {
             "architectures": ["T5ForConditionalGeneration"],
             "is_encoder_decoder": True,
             "is_gated_act": self.gated,
             "model_type": "t5",
         }
-        return dict(sorted({**head, **self.extra, **own}.items()))
+        return dict(sorted({**head, **own.pop("extra"), **own}.items()))
 
 
 def _is_gated(config: Mapping[str, Any]) -> bool:

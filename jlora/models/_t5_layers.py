@@ -6,9 +6,7 @@ d the residual stream, V the vocabulary, L room in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jlora.models._blocks import Configured
 from jlora.models._layers import ACTIVATIONS, MASKED, Embedding, Numbered, RMSNorm
-from jlora.models._t5_config import T5Config
 
 KeysValues = tuple[Array, Array]  # two of [B, H, S, D]
 
@@ -56,17 +54,8 @@ def position_buckets(
     return first + np.where(distance < exact, distance, far)
 
 
-class Part(nn.Module):
-    """What the parts of a T5 share: the configuration and the two dtypes."""
-
-    config: T5Config
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def part(self, kind: Callable[..., Any], **fields: Any) -> Any:
-        """Return a maker of `kind` with the same configuration and dtypes."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return partial(kind, config=self.config, **dtypes, **fields)
+class Part(Configured):
+    """What the parts of a T5 share: layers as its configuration wants them."""
 
     def linear(self, features: int, std: float) -> nn.Dense:
         """Return a linear layer without bias."""
@@ -260,3 +249,16 @@ class Block(Part):
         first = self.part(SelfAttentionLayer, relative=self.relative)
         cross = [self.part(CrossAttentionLayer)] if self.decoder else []
         self.layer = Numbered((first, *cross, self.part(FeedForwardLayer)))
+
+
+class ScannedBlock(Block):
+    """The block that is scanned, and beside it what the first block alone holds.
+
+    The position bias keeps its path, `block/0/layer/0/SelfAttention/...`, and stays
+    unstacked; all else is at `block/layer/...`.
+    """
+
+    def setup(self) -> None:
+        """Declare the layers, and a block of which the position bias alone is used."""
+        super().setup()
+        self.first = self.part(Block, relative=True)(name="0")

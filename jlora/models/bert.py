@@ -24,7 +24,7 @@ from jax import Array
 from jlora._errors import ShapeError
 from jlora.models._bert_config import BertConfig
 from jlora.models._bert_layers import Embeddings, Layer, Part
-from jlora.models._layers import ACTIVATIONS, Numbered, mask_bias
+from jlora.models._layers import ACTIVATIONS, mask_bias
 
 
 class Encoder(Part):
@@ -32,14 +32,16 @@ class Encoder(Part):
 
     def setup(self) -> None:
         """Declare them."""
-        layers = self.config.num_hidden_layers
-        self.layer = Numbered((self.part(Layer),) * layers)
+        self.layer = self.blocks([self.part(Layer)] * self.config.num_hidden_layers)
 
     def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
         """[B, S, d] -> [B, S, d]."""
-        for layer in self.layer.items:
-            x = layer(x, bias, deterministic)
-        return x
+
+        def step(layer: Any, x: Array, past: None, own: None) -> tuple[Array, None]:
+            return layer(x, bias, deterministic), None
+
+        length = self.config.num_hidden_layers
+        return self.through(self.layer, step, x, length=length)[0]
 
 
 class Pooler(Part):
@@ -61,6 +63,8 @@ class Bert(Part):
       config: sizes and choices.
       dtype: what it computes in. Norms, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
@@ -113,23 +117,24 @@ class Bert(Part):
         return self.pooler(hidden)
 
 
-class BertClassifier(Part):
-    """A BERT or RoBERTa that classifies sequences, or scores them.
+class Headed(Part):
+    """A BERT or RoBERTa with a head, which a subclass declares and applies.
 
     Attributes:
       config: sizes and choices.
       dtype: what it computes in.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
-        """Declare encoder and classifier."""
+        """Declare the encoder."""
         self.base = self.part(Bert)(name=self.config.model_type)
-        if self.config.roberta:
-            self.classifier = self.part(RobertaClassifier)()
-        else:
-            self.drop = self.classifier_dropout()
-            self.classifier = self.linear(self.config.num_labels)
+
+    def head(self, x: Array, deterministic: bool) -> Array:
+        """[B, S, d] -> the logits."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -138,11 +143,28 @@ class BertClassifier(Part):
         token_type_ids: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """Return the logits `[B, num_labels]`; the arguments are those of `Bert`.
-
-        Trained by regression, they are the scores themselves; `label_loss` knows.
-        """
+        """Return the head's logits; the arguments are those of `Bert`."""
         x = self.base(input_ids, attention_mask, token_type_ids, deterministic)
+        return self.head(x, deterministic)
+
+
+class BertClassifier(Headed):
+    """A BERT or RoBERTa that classifies sequences, or scores them: `[B, num_labels]`.
+
+    Trained by regression, its logits are the scores themselves; `label_loss` knows.
+    """
+
+    def setup(self) -> None:
+        """Declare encoder and classifier."""
+        super().setup()
+        if self.config.roberta:
+            self.classifier = self.part(RobertaClassifier)()
+        else:
+            self.drop = self.classifier_dropout()
+            self.classifier = self.linear(self.config.num_labels)
+
+    def head(self, x: Array, deterministic: bool) -> Array:
+        """[B, S, d] -> [B, num_labels]."""
         if self.config.roberta:
             return self.classifier(x[:, 0], deterministic)
         x = self.drop(self.base.pool(x), deterministic=deterministic)
@@ -164,32 +186,19 @@ class RobertaClassifier(Part):
         return self.out_proj(self.drop(x, deterministic=deterministic))
 
 
-class BertMaskedLM(Part):
-    """A BERT or RoBERTa that fills masked tokens.
-
-    Attributes:
-      config: sizes and choices.
-      dtype: what it computes in.
-      param_dtype: what `init` makes parameters in.
-    """
+class BertMaskedLM(Headed):
+    """A BERT or RoBERTa that fills masked tokens: `[B, S, V]`."""
 
     def setup(self) -> None:
         """Declare encoder and head."""
-        self.base = self.part(Bert)(name=self.config.model_type)
+        super().setup()
         if self.config.roberta:
             self.lm_head = self.part(RobertaLMHead)()
         else:
             self.cls = self.part(BertHeads)()
 
-    def __call__(
-        self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
-        deterministic: bool = True,
-    ) -> Array:
-        """Return the logits `[B, S, V]`; the arguments are those of `Bert`."""
-        x = self.base(input_ids, attention_mask, token_type_ids, deterministic)
+    def head(self, x: Array, deterministic: bool) -> Array:
+        """[B, S, d] -> [B, S, V]."""
         head = self.lm_head if self.config.roberta else self.cls.predictions
         x, bias = head(x)
         return self.base.embeddings.word_embeddings.attend(x) + bias
@@ -245,10 +254,10 @@ class BertLMTransform(Part):
         return self.LayerNorm(ACTIVATIONS[self.config.hidden_act](self.dense(x)))
 
 
-def with_its_head(config: BertConfig, **dtypes: Any) -> Part:
+def with_its_head(config: BertConfig, **settings: Any) -> Part:
     """Return the model whose head `config.head` names."""
     kinds = {"classification": BertClassifier, "masked_lm": BertMaskedLM}
-    return kinds.get(config.head, Bert)(config=config, **dtypes)
+    return kinds.get(config.head, Bert)(config=config, **settings)
 
 
 def mean_pool(

@@ -32,7 +32,7 @@ from jlora.models._decoder import (
     remember,
     visible,
 )
-from jlora.models._layers import ACTIVATIONS, Numbered
+from jlora.models._layers import ACTIVATIONS, Embedding
 
 
 class LayerNorm(nn.Module):
@@ -71,8 +71,6 @@ class GPT2Part(Part):
 class Attention(GPT2Part):
     """Multi-head attention to the tokens before."""
 
-    number: int = 0  # of the block, from 0
-
     def setup(self) -> None:
         """Declare the projections."""
         self.c_attn = self.linear(3 * self.config.n_embd, bias=True)
@@ -83,26 +81,30 @@ class Attention(GPT2Part):
     def __call__(
         self,
         x: Array,
+        number: Array | int,
         seen: Array,
         past: KeysValues | None,
         index: Array | int,
         deterministic: bool,
     ) -> tuple[Array, KeysValues]:
-        """Return `[B, T, d]`, and the keys and values that were attended to."""
+        """Return `[B, T, d]`, and the keys and values that were attended to.
+
+        `number` is the block's, from 0.
+        """
         q, k, v = (
             heads(part, self.config.n_head)
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
         )
         kv = remember((k, v), past, index)
         drop = partial(self.attn_dropout, deterministic=deterministic)
-        y = attend(q, kv, seen, self.scale(q.shape[-1]), drop)
+        y = attend(q, kv, seen, self.scale(q.shape[-1], number), drop)
         return self.resid_dropout(self.c_proj(y), deterministic=deterministic), kv
 
-    def scale(self, width: int) -> float:
+    def scale(self, width: int, number: Array | int) -> Array | float:
         """Return what the scores are multiplied by."""
         c = self.config
         scale = width**-0.5 if c.scale_attn_weights else 1.0
-        return scale / (self.number + 1 if c.scale_attn_by_inverse_layer_idx else 1)
+        return scale / (number + 1 if c.scale_attn_by_inverse_layer_idx else 1)
 
 
 class FeedForward(GPT2Part):
@@ -124,25 +126,24 @@ class FeedForward(GPT2Part):
 class Block(GPT2Part):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    number: int = 0
-
     def setup(self) -> None:
         """Declare norms and layers."""
         self.ln_1 = self.norm()
-        self.attn = self.part(Attention, number=self.number)()
+        self.attn = self.part(Attention)()
         self.ln_2 = self.norm()
         self.mlp = self.part(FeedForward)()
 
     def __call__(
         self,
         x: Array,
+        number: Array | int,
         seen: Array,
         past: KeysValues | None,
         index: Array | int,
         deterministic: bool,
     ) -> tuple[Array, KeysValues]:
         """Return `[B, T, d]`, and the keys and values that were attended to."""
-        h, kv = self.attn(self.ln_1(x), seen, past, index, deterministic)
+        h, kv = self.attn(self.ln_1(x), number, seen, past, index, deterministic)
         x = x + h
         return x + self.mlp(self.ln_2(x), deterministic), kv
 
@@ -156,7 +157,7 @@ class Stack(GPT2Part):
         self.wte = self.table(c.vocab_size, c.n_embd)
         self.wpe = self.table(c.n_positions, c.n_embd)
         self.drop = nn.Dropout(c.embd_pdrop)
-        self.h = Numbered(tuple(self.part(Block, number=i) for i in range(c.n_layer)))
+        self.h = self.blocks([self.part(Block)] * c.n_layer)
         self.ln_f = self.norm()
 
     def __call__(
@@ -165,11 +166,13 @@ class Stack(GPT2Part):
         """Return `[B, T, d]`, and each block's keys and values."""
         x = self.wte(input_ids) + self.wpe(place.positions)
         x = self.drop(x, deterministic=deterministic)
-        seen, kept = visible(place), []
-        for i, block in enumerate(self.h.items):
-            own = None if past is None else past[i]
-            x, kv = block(x, seen, own, place.first, deterministic)
-            kept.append(kv)
+        seen, length = visible(place), self.config.n_layer
+
+        def step(block: Any, x: Array, past: Any, number: Any) -> tuple[Array, Any]:
+            return block(x, number, seen, past, place.first, deterministic)
+
+        numbers = jnp.arange(length) if self.scan_layers else range(length)
+        x, kept = self.through(self.h, step, x, length=length, past=past, own=numbers)
         return self.ln_f(x), kept
 
 
@@ -180,13 +183,14 @@ class GPT2(Decoder):
       config: sizes and choices, a `GPT2Config`.
       dtype: what it computes in. Norms, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
-        """Declare the stack, and the head where it is not the embedding."""
+        """Declare the stack, beside the head."""
+        super().setup()
         self.transformer = self.part(Stack)()
-        if not self.config.tie_word_embeddings:
-            self.lm_head = self.linear(self.config.vocab_size, bias=False)
 
     def hidden(
         self, input_ids: Array, place: Place, past: Past, deterministic: bool
@@ -194,11 +198,9 @@ class GPT2(Decoder):
         """Return `[B, T, d]` after the last norm, and each block's keys and values."""
         return self.transformer(input_ids, place, past, deterministic)
 
-    def head(self, x: Array) -> Array:
-        """[B, T, d] -> the logits [B, T, V]."""
-        if self.config.tie_word_embeddings:
-            return self.transformer.wte.attend(x)
-        return self.lm_head(x)
+    def embedding(self) -> Embedding:
+        """Return the table of tokens."""
+        return self.transformer.wte
 
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of blocks, H and D."""

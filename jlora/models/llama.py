@@ -1,47 +1,58 @@
-"""Llama 2 and 3, Mistral, Qwen2 and Qwen3 in Flax, with Hugging Face's names.
+"""The Llama family in Flax, with Hugging Face's names.
+
+Llama 2 and 3, Mistral, Qwen2 and 3, Gemma 1 to 3, Mixtral and Qwen's mixtures of
+experts are one definition; what one has and another lacks, their configurations say.
 
 `model.layers.0.self_attn.q_proj.weight` is found at
 `model/layers/0/self_attn/q_proj/kernel`, and so on throughout: linear layers hold
-`kernel` as [in, out], embeddings `embedding`, norms `weight`. What a family has and
-another has not is in `_llama_config.KINDS`.
+`kernel` as [in, out], embeddings `embedding`, norms `weight`.
 
 Letters in shapes: B batch, T tokens, S keys, H query heads, G heads of keys and values,
 D width of a head, d the residual stream, V the vocabulary.
 
 Source: Touvron et al. 2023, arXiv:2307.09288; Jiang et al. 2023, arXiv:2310.06825
-(sliding window); Yang et al. 2024 and 2025, arXiv:2407.10671 and 2505.09388.
+(sliding window); Yang et al. 2024 and 2025, arXiv:2407.10671 and 2505.09388; Gemma Team
+2024 and 2025, arXiv:2408.00118 and 2503.19786.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 
+from jlora._errors import StructureError
+from jlora.models._blocks import of_kind
 from jlora.models._decoder import (
     Decoder,
     KeysValues,
-    Part,
     Past,
     Place,
     attend,
     heads,
     remember,
+    soft_cap,
     visible,
 )
-from jlora.models._layers import ACTIVATIONS, Numbered, RMSNorm
-from jlora.models._llama_config import FULL, SLIDING
+from jlora.models._feed_forward import FeedForward, LlamaPart, Mixture
+from jlora.models._layers import Embedding
+from jlora.models._llama_config import SLIDING
 from jlora.models._rope import turn, turning
 
 
-class LlamaPart(Part):
-    """What the parts of a Llama share."""
+class View(NamedTuple):
+    """How the queries of one kind of layer see the keys.
 
-    def rms_norm(self) -> RMSNorm:
-        """Return a norm."""
-        return RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype)
+    Attributes:
+      turns: cosine and sine of the positions, two of `[B, 1, T, D/2]`.
+      seen: `[B, T, S]`, on where a query may look at a key.
+    """
+
+    turns: tuple[Array, Array]
+    seen: Array
 
 
 class Attention(LlamaPart):
@@ -63,8 +74,7 @@ class Attention(LlamaPart):
     def __call__(
         self,
         x: Array,
-        turns: tuple[Array, Array],
-        seen: Array,
+        view: View,
         past: KeysValues | None,
         index: Array | int,
         deterministic: bool,
@@ -76,43 +86,43 @@ class Attention(LlamaPart):
         v = heads(self.v_proj(x), c.num_key_value_heads)
         if c.kind.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        kv = remember((turn(k, turns), v), past, index)
+        kv = remember((turn(k, view.turns), v), past, index)
         drop = partial(self.drop, deterministic=deterministic)
-        y = attend(turn(q, turns), kv, seen, q.shape[-1] ** -0.5, drop)
+        q = turn(q, view.turns)
+        y = attend(q, kv, view.seen, c.score_scale, drop, c.score_cap)
         return self.o_proj(y), kv
 
 
-class FeedForward(LlamaPart):
-    """(act(x·gate) * x·up)·down."""
-
-    def setup(self) -> None:
-        """Declare the projections."""
-        c = self.config
-        self.gate_proj = self.linear(c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = self.linear(c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = self.linear(c.hidden_size, bias=c.mlp_bias)
-
-    def __call__(self, x: Array) -> Array:
-        """[B, T, d] -> [B, T, d]."""
-        act = ACTIVATIONS[self.config.hidden_act]
-        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(LlamaPart):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    Where norms stand around the layers, what is added passes through one, too; then
+    `post_attention_layernorm` is the norm behind attention, elsewhere the one after it.
+    """
+
+    sparse: bool = False
 
     def setup(self) -> None:
         """Declare norms and layers."""
+        c = self.config
         self.input_layernorm = self.rms_norm()
         self.self_attn = self.part(Attention)()
         self.post_attention_layernorm = self.rms_norm()
-        self.mlp = self.part(FeedForward)()
+        if c.kind.around:
+            self.pre_feedforward_layernorm = self.rms_norm()
+            self.post_feedforward_layernorm = self.rms_norm()
+        dense = self.part(FeedForward, width=c.intermediate_size)
+        self.mlp = self.part(Mixture)() if self.sparse else dense()
 
     def __call__(self, x: Array, *args: Any) -> tuple[Array, KeysValues]:
         """Return `[B, T, d]`, and keys and values; takes what `Attention` takes."""
         h, kv = self.self_attn(self.input_layernorm(x), *args)
-        x = x + h
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        if not self.config.kind.around:
+            x = x + h
+            return x + self.mlp(self.post_attention_layernorm(x)), kv
+        x = x + self.post_attention_layernorm(h)
+        h = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(h), kv
 
 
 class Stack(LlamaPart):
@@ -122,7 +132,13 @@ class Stack(LlamaPart):
         """Declare the parts."""
         c = self.config
         self.embed_tokens = self.table(c.vocab_size, c.hidden_size)
-        self.layers = Numbered((self.part(Layer),) * c.num_hidden_layers)
+        sparse = [c.is_sparse(i) for i in range(c.num_hidden_layers)]
+        if self.scan_layers and len(set(sparse)) > 1:
+            raise StructureError(
+                f"scan_layers=True: of {len(sparse)} layers {sum(sparse)} choose among "
+                "experts, and a scan needs them alike.\nLeave scan_layers off."
+            )
+        self.layers = self.blocks([self.part(Layer, sparse=each) for each in sparse])
         self.norm = self.rms_norm()
 
     def __call__(
@@ -130,34 +146,42 @@ class Stack(LlamaPart):
     ) -> tuple[Array, list[KeysValues]]:
         """Return `[B, T, d]`, and each layer's keys and values."""
         c, x = self.config, self.embed_tokens(input_ids)
-        turns = turning(c.rope, place.positions, c.head_dim)
-        windows = {FULL: None, SLIDING: c.sliding_window}
-        seen = {
-            name: visible(place, windows[name]) for name in sorted({*c.layer_types})
-        }
-        kept = []
-        for i, layer in enumerate(self.layers.items):
-            own = None if past is None else past[i]
-            sees = seen[c.layer_types[i]]
-            x, kv = layer(x, turns, sees, own, place.first, deterministic)
-            kept.append(kv)
+        if c.kind.centred:
+            x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
+        views = {kind: self.view(kind, place) for kind in sorted({*c.layer_types})}
+        kinds, view_of = of_kind(views, c.layer_types, self.scan_layers)
+
+        def step(layer: Any, x: Array, past: Any, kind: Any) -> tuple[Array, Any]:
+            return layer(x, view_of(kind), past, place.first, deterministic)
+
+        x, kept = self.through(
+            self.layers, step, x, length=c.num_hidden_layers, past=past, own=kinds
+        )
         return self.norm(x), kept
+
+    def view(self, kind: str, place: Place) -> View:
+        """Return how the queries of that kind of layer see the keys."""
+        c = self.config
+        turns = turning(c.ropes[kind], place.positions, c.head_dim)
+        window = c.sliding_window if kind == SLIDING else None
+        return View(turns, visible(place, window))
 
 
 class Llama(Decoder):
     """A model of the Llama family with its language-model head.
 
     Attributes:
-      config: sizes and choices, a `LlamaConfig`.
+      config: sizes and choices: a `LlamaConfig`, `GemmaConfig` or `MoeConfig`.
       dtype: what it computes in. Norms, angles, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
-        """Declare the stack, and the head where it is not the embedding."""
+        """Declare the stack, beside the head."""
+        super().setup()
         self.model = self.part(Stack)()
-        if not self.config.tie_word_embeddings:
-            self.lm_head = self.linear(self.config.vocab_size, bias=False)
 
     def hidden(
         self, input_ids: Array, place: Place, past: Past, deterministic: bool
@@ -165,11 +189,13 @@ class Llama(Decoder):
         """Return `[B, T, d]` after the last norm, and each layer's keys and values."""
         return self.model(input_ids, place, past, deterministic)
 
+    def embedding(self) -> Embedding:
+        """Return the table of tokens."""
+        return self.model.embed_tokens
+
     def head(self, x: Array) -> Array:
         """[B, T, d] -> the logits [B, T, V]."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.attend(x)
-        return self.lm_head(x)
+        return soft_cap(super().head(x), self.config.logit_cap)
 
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of layers, G and D."""

@@ -13,10 +13,10 @@ Shazeer 2020, arXiv:2002.05202.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -24,7 +24,13 @@ from jax import Array
 from jlora._errors import ShapeError
 from jlora.models._layers import Numbered, mask_bias
 from jlora.models._t5_config import T5Config
-from jlora.models._t5_layers import Block, KeysValues, Part, spread_bias
+from jlora.models._t5_layers import (
+    Block,
+    KeysValues,
+    Part,
+    ScannedBlock,
+    spread_bias,
+)
 
 Cache = dict[str, Any]
 
@@ -55,44 +61,59 @@ class Stack(Part):
     def setup(self) -> None:
         """Declare the blocks; the first holds the position bias of all."""
         c = self.config
-        layers = (c.num_decoder_layers or 0) if self.decoder else c.num_layers
-        make = self.part(Block, decoder=self.decoder)
-        self.block = Numbered(
-            tuple(partial(make, relative=i == 0) for i in range(layers))
-        )
+        self.length = (c.num_decoder_layers or 0) if self.decoder else c.num_layers
+        if self.scan_layers:
+            self.block = self.part(ScannedBlock, decoder=self.decoder)()
+        else:
+            make = self.part(Block, decoder=self.decoder)
+            blocks = range(self.length)
+            self.block = Numbered(tuple(partial(make, relative=i == 0) for i in blocks))
         self.final_layer_norm = self.norm()
         self.drop = self.dropout()
 
     def offset_bias(self, queries: int, keys: int) -> Array:
         """Return the stack's position bias by offset, `[H, T+S-1]`."""
-        attention = self.block.items[0].layer.items[0].SelfAttention
+        first = self.block.first if self.scan_layers else self.block.items[0]
+        attention = first.layer.items[0].SelfAttention
         return attention.offset_bias(queries, keys, causal=self.decoder)
 
-    def cross_keys_values(self, encoded: Array) -> list[KeysValues]:
+    def layers(self) -> Any:
+        """Return the layers of every block, or those of the scanned one."""
+        if self.scan_layers:
+            return self.block.layer
+        return [block.layer for block in self.block.items]
+
+    def cross_keys_values(self, encoded: Array) -> Any:
         """Return each block's keys and values of the encoder's output `[B, S, d]`."""
-        layers = [block.layer.items[1] for block in self.block.items]
-        return [layer.EncDecAttention.keys_values(encoded) for layer in layers]
+
+        def keys_values(layers: Any) -> KeysValues:
+            return layers.items[1].EncDecAttention.keys_values(encoded)
+
+        return self.of_each(self.layers(), keys_values, length=self.length)
 
     def __call__(
         self,
         x: Array,
         bias: Array,
         deterministic: bool,
-        cross: Sequence[KeysValues] | None = None,
+        cross: Any = None,
         cross_bias: Array | None = None,
-        past: Sequence[KeysValues] | None = None,
+        past: Any = None,
         index: Array | int = 0,
-    ) -> tuple[Array, list[KeysValues]]:
+    ) -> tuple[Array, Any]:
         """Return `[B, T, d]` and each block's keys and values of self-attention."""
         x = self.drop(x, deterministic=deterministic)
-        kept = []
-        for i, block in enumerate(self.block.items):
-            layers, own = block.layer.items, None if past is None else past[i]
-            x, kv = layers[0](x, bias, deterministic, own, index)
-            kept.append(kv)
+
+        def step(block: Any, x: Array, past: Any, cross: Any) -> tuple[Array, Any]:
+            layers = block.items
+            x, kv = layers[0](x, bias, deterministic, past, index)
             if cross is not None:
-                x = layers[1](x, cross[i], cross_bias, deterministic)
-            x = layers[-1](x, deterministic)
+                x = layers[1](x, cross, cross_bias, deterministic)
+            return layers[-1](x, deterministic), kv
+
+        x, kept = self.through(
+            self.layers(), step, x, length=self.length, past=past, own=cross
+        )
         x = self.final_layer_norm(x)
         return self.drop(x, deterministic=deterministic), kept
 
@@ -104,6 +125,8 @@ class T5(Part):
       config: sizes and choices.
       dtype: what it computes in. Norms, scores and softmax stay in float32.
       param_dtype: what `init` makes parameters in.
+      scan_layers: whether blocks are scanned, and their parameters stacked.
+      remat: whether the backward pass computes a block's activations again.
     """
 
     def setup(self) -> None:
@@ -197,6 +220,31 @@ class T5(Part):
         )
         return self.head(x)
 
+    def prefill(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        length: int,
+        beams: int = 1,
+    ) -> tuple[Array, Cache]:
+        """Run the encoder, and make room for L steps.
+
+        Args:
+          input_ids: `[B, S]`, the encoder's tokens.
+          attention_mask: `[B, S]`, 0 at padding; `None` attends to everything.
+          length: L, the most tokens that will be fed.
+          beams: K, how many sequences are decoded for each row of `input_ids`.
+
+        Returns:
+          The start tokens `[B*K]`, to be fed next; and the cache of `init_cache`.
+        """
+        encoded = self.encode(input_ids, attention_mask)
+        cache = self.init_cache(encoded, attention_mask, length=length, beams=beams)
+        rows = input_ids.shape[0] * beams
+        start = jnp.full(rows, self.config.decoder_start_token_id, jnp.int32)
+        return start, cache
+
     def init_cache(
         self,
         encoded: Array,
@@ -214,17 +262,16 @@ class T5(Part):
           beams: K, how many sequences are decoded for each row of `encoded`.
 
         Returns:
-          `beams`: each block's past keys and values, two of `[B*K, H, L, D]`;
+          `beams`: each block's past keys and values, two of `[B*K, H, L, D]` (with
+          scanned layers two of `[B*K, layers, H, L, D]`);
           `shared`: what does not depend on the beam, cross-attention's keys and values
           among it, computed here once.
         """
         c = self.config
         mask = None if attention_mask is None else mask_bias(attention_mask)
-        past = jnp.zeros(
-            (encoded.shape[0] * beams, c.num_heads, length, c.d_kv), self.dtype
-        )
+        shape = (encoded.shape[0] * beams, c.num_heads, length, c.d_kv)
         return {
-            "beams": [(past, past) for _ in range(c.num_decoder_layers or 0)],
+            "beams": self.empty(c.num_decoder_layers or 0, shape),
             "shared": {
                 "index": jnp.zeros((), jnp.int32),
                 "bias": self.decoder.offset_bias(length, length),
@@ -247,7 +294,7 @@ class T5(Part):
         """
         shared, past = cache["shared"], cache["beams"]
         index, T = shared["index"], decoder_input_ids.shape[1]
-        length = past[0][0].shape[2]
+        length = jax.tree.leaves(past)[0].shape[-2]
         x, past = self.decoder(
             self.shared(decoder_input_ids),
             spread_bias(shared["bias"], index + jnp.arange(T), length),
@@ -266,37 +313,3 @@ class T5(Part):
         if self.config.tie_word_embeddings:
             return self.shared.attend(x)
         return self.lm_head(x)
-
-
-def generation(model: T5) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return what `jlora.models.generate_with` takes for a T5."""
-
-    def encode(
-        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
-    ) -> tuple[Array, Cache]:
-        """Run the encoder; answer with the start tokens `[B*K]` and the cache."""
-        variables = {"params": params}
-        encoded: Any = model.apply(
-            variables, input_ids, attention_mask, method="encode"
-        )
-        cache: Any = model.apply(
-            variables,
-            encoded,
-            attention_mask,
-            length=length,
-            beams=beams,
-            method="init_cache",
-        )
-        rows = input_ids.shape[0] * beams
-        start = jnp.full(rows, model.config.decoder_start_token_id, jnp.int32)
-        return start, cache
-
-    def decode(params: Any, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Feed one token `[B*K]` each; return the logits `[B*K, V]` and the cache."""
-        stepped: Any = model.apply(
-            {"params": params}, tokens[:, None], cache, method="decode_step"
-        )
-        logits, cache = stepped
-        return logits[:, 0], cache
-
-    return encode, decode

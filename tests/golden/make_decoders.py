@@ -1,16 +1,14 @@
 """Make `golden/decoders`: tiny random decoders, and what transformers makes of them.
 
-    python tests/golden/make_decoders.py
+    python -m tests.golden.make_decoders
 
 Each folder holds a checkpoint as `save_pretrained` writes it, `io.safetensors` (inputs
-and logits) and `generated.json` (settings and tokens). They are made once, and again
-only where a case is added.
+and logits) and `generated.json` (settings and tokens).
 """
 
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
+
+from ._common import write_versions
 
 HERE = Path(__file__).parent / "decoders"
 VOCAB, EOS = 37, 1
@@ -52,12 +52,43 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,  # some waves are longer, some shorter
 }
 WINDOW = {"sliding_window": 4}
+# Caps that bend, and a scale that is not the heads' width.
+GEMMA = {**LLAMA, "head_dim": 6, "query_pre_attn_scalar": 11}
+GEMMA2 = {
+    **GEMMA,
+    **WINDOW,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 0.5,
+}
+GEMMA3 = {
+    **GEMMA,
+    **WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 200.0, "factor": 4.0},
+    },
+}
+QWEN_MOE = {
+    **LLAMA,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,  # which PyTorch wants to be a multiple of 4
+}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
     "llama": ("llama", {**LLAMA, "head_dim": 8, "rope_parameters": LLAMA3}),
     "mistral": ("mistral", {**LLAMA, **WINDOW}),
     "qwen2": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**LLAMA, "head_dim": 6}),
+    "gemma2": ("gemma2", GEMMA2),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 3}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**QWEN_MOE, "shared_expert_intermediate_size": 14, "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**QWEN_MOE, "head_dim": 6, "norm_topk_prob": True}),
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 # What is compared live only.
@@ -91,6 +122,45 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "gemma": ("gemma", {**LLAMA, "head_dim": 6, "hidden_act": "gelu"}),
+    "gemma2 untied, uncapped": (
+        "gemma2",
+        {
+            **GEMMA2,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+        },
+    ),
+    "gemma3 by its period": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            **WINDOW,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 0.5,
+        },
+    ),
+    "mixtral sliding, all experts": (
+        "mixtral",
+        {**LLAMA, **WINDOW, "num_local_experts": 3, "num_experts_per_tok": 3},
+    ),
+    "qwen2_moe half sliding": (
+        "qwen2_moe",
+        {
+            **QWEN_MOE,
+            **WINDOW,
+            "shared_expert_intermediate_size": 14,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+        },
+    ),
+    "qwen3_moe sliding": (
+        "qwen3_moe",
+        {**QWEN_MOE, **WINDOW, "use_sliding_window": True, "num_experts_per_tok": 1},
+    ),
 }
 
 
@@ -102,8 +172,11 @@ def random_decoder(form: str, seed: int) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
-            # Or a tied head would repeat its input.
-            spread = 0.15 if "embed_tokens" in name or "wte" in name else 0.35
+            spread = 0.35
+            if "embed_tokens" in name or "wte" in name:
+                # Or a tied head would repeat its input.
+                embedding = model.get_input_embeddings()
+                spread = 0.15 / getattr(embedding, "scalar_embed_scale", 1)
             value.add_(spread * torch.randn_like(value))
     _end_sometimes(model)
     return model
@@ -171,9 +244,11 @@ def generated(model: Any, batch: dict[str, np.ndarray], **how: Any) -> list[list
 
 
 def main() -> None:
-    """Write every file."""
+    """Write the files of every form that has none; remove its folder to make it anew."""
     HERE.mkdir(exist_ok=True)
     for seed, form in enumerate(FORMS):
+        if (HERE / form).exists():
+            continue
         model, batch = random_decoder(form, seed), inputs(seed)
         model.save_pretrained(HERE / form)
         save_file(
@@ -185,12 +260,7 @@ def main() -> None:
         ]
         text = ",\n".join(json.dumps(case) for case in cases)
         (HERE / form / "generated.json").write_text(f"[\n{text}\n]\n")
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    write_versions(HERE)
 
 
 if __name__ == "__main__":

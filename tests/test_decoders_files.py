@@ -442,6 +442,8 @@ def test_old_and_new_keys_of_scaling_say_the_same():
         ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}},
          "where 'full_attention'"),
         ({"model_type": "gemma", "sliding_window": 8}, "sliding_window"),
+        ({"model_type": "gemma2", "sliding_window_pattern": 6}, "pattern"),
+        ({"model_type": "llama", "rope_local_base_freq": 1e4}, "rope_local"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "8 experts"),
         ({"model_type": "mixtral", "num_local_experts": 0}, "num_experts"),
         ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter"),

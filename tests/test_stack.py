@@ -151,6 +151,31 @@ def test_shardings_go_along():
     assert jlora.stack_layers(like)["w"]["kernel"].sharding == got
 
 
+def test_kernels_of_three_axes_are_not_taken_for_stacks():
+    """Heads of one layer, as many as it has inputs; and square matrices of PyTorch's."""
+    heads = {"query": {"kernel": jnp.ones((4, 4, 2)), "bias": jnp.ones((4, 2))}}
+    tree = {"attn": heads, "norm": {"scale": jnp.ones(4)}}
+    (t,) = jlora.lorafy(tree, 1, ["query"])["attn"]["query"]["kernel"].adapters.values()
+    assert (t.a_only, t.b_only, t.both) == ((0,), (1, 2), ())
+    square = {
+        "query": {"weight": jnp.ones((4, 4))},
+        "value": {"weight": jnp.ones((4, 4))},
+    }
+    (t,) = jlora.lorafy(square, rank=1)["query"]["weight"].adapters.values()
+    assert (t.a_only, t.b_only, t.both) == ((1,), (0,), ())
+
+
+def test_norms_of_a_stack_are_no_kernels():
+    tree = {"norm": {"weight": jnp.ones((3, 5))}, "up": {"kernel": jnp.ones((3, 5, 7))}}
+    got = jlora.lorafy({"layers": tree}, rank=2, targets="all-linear")["layers"]
+    assert not jlora.is_node(got["norm"]["weight"])
+    (t,) = got["up"]["kernel"].adapters.values()
+    assert (t.a_only, t.b_only, t.both) == ((1,), (2,), (0,))
+    alone = {"up": {"kernel": jnp.ones((3, 5, 7))}}
+    with pytest.raises(ShapeError, match=r"batch_axes=\(0,\)"):
+        jlora.lorafy(alone, targets="all-linear", rank=2)
+
+
 def _other_rank():
     tree = layers()
     ranks = {r"enc/layers/1/attn/query": jlora.Target(rank=1), "query": jlora.Target()}

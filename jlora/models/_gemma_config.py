@@ -77,7 +77,8 @@ _KINDS = {
         centred=True,
     ),
 }
-_HARMLESS = ("cache_implementation", "sliding_window_size", "sliding_window_pattern")
+_GEMMA3_ALONE = ("sliding_window_pattern", "rope_local_base_freq")
+_HARMLESS = ("cache_implementation", "sliding_window_size", *_GEMMA3_ALONE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,14 @@ class GemmaConfig(LlamaConfig):
     @classmethod
     def _corrected(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Take the first release's "gelu" for what it was trained with."""
-        if config.get("hidden_act") == "gelu" and config.get("model_type") == "gemma":
+        name = config.get("model_type")
+        for key in _GEMMA3_ALONE:
+            if name != "gemma3_text" and config.get(key) is not None:
+                raise CheckpointError(
+                    f"{name} config: {key} is {config[key]!r}, which only a "
+                    "gemma3_text reads.\nTake it out, or change model_type."
+                )
+        if config.get("hidden_act") == "gelu" and name == "gemma":
             return {**config, "hidden_act": "gelu_pytorch_tanh"}
         return config
 

@@ -94,7 +94,6 @@ _WRITTEN_ANEW = (
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
-    "rope_local_base_freq",
     "use_sliding_window",
 )
 

@@ -139,3 +139,35 @@ def test_the_logits_are_never_whole():
 def test_shapes_that_do_not_fit(h, w, y, says):
     with pytest.raises(jlora.ShapeError, match=says):
         linear_cross_entropy(jnp.ones(h), jnp.ones(w), jnp.zeros(y, jnp.int32))
+
+
+CONFIGS = {
+    "t5": {"model_type": "t5", "d_model": 6, "d_ff": 7, "d_kv": 3, "num_heads": 2,
+           "num_layers": 1, "vocab_size": V, "tie_word_embeddings": True},
+    "t5 untied": {"model_type": "t5", "d_model": 6, "d_ff": 7, "d_kv": 3, "num_heads": 2,
+                  "num_layers": 1, "vocab_size": V, "tie_word_embeddings": False},
+    "gpt2": {"model_type": "gpt2", "n_embd": 6, "n_head": 2, "n_layer": 1,
+             "n_positions": 11, "vocab_size": V},
+    "llama": {"model_type": "llama", "hidden_size": 8, "intermediate_size": 7,
+              "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": V},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_features_of_the_models(name, dtype):
+    from jlora.models._families import FAMILIES
+
+    config = CONFIGS[name]
+    family = FAMILIES[config["model_type"]]
+    model = family.model(config=family.config.from_dict(config), dtype=dtype)
+    ids = jnp.array([[3, 5, 7, 2], [4, 1, 0, 0]])
+    args = (ids, ids != 0, *([ids[:, :3]] if name.startswith("t5") else []))
+    variables = model.init(jax.random.key(0), *args)
+    labels = jnp.arange(ids.shape[0] * args[-1].shape[1]).reshape(2, -1)
+    hidden, kernel = model.apply(variables, *args, method="features")
+    assert hidden.dtype == kernel.dtype == dtype
+    got = linear_cross_entropy(hidden, kernel, labels)
+    want = cross_entropy(model.apply(variables, *args), labels)
+    rtol = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(got, want, rtol=rtol)

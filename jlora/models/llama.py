@@ -197,6 +197,16 @@ class Llama(Decoder):
         """[B, T, d] -> the logits [B, T, V]."""
         return soft_cap(super().head(x), self.config.logit_cap)
 
+    def head_kernel(self) -> Array:
+        """Return the head's kernel `[d, V]`, where no cap follows it."""
+        if self.config.logit_cap is not None:
+            raise StructureError(
+                f"{self.config.model_type} caps its logits at {self.config.logit_cap}, "
+                "so its head is more than a product.\nTake the logits: call the model, "
+                "and jlora.train.cross_entropy."
+            )
+        return super().head_kernel()
+
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of layers, G and D."""
         c = self.config

@@ -256,6 +256,8 @@ def _axes(path: str, leaf: Any, target: Target, survey: Any) -> _Axes:
         return _Axes((0,), (1, 2), ())
     if ndim == 3 and name == "kernel" and owner == "out":
         return _Axes((0, 1), (2,), ())
+    if _paths.is_experts(path, ndim):
+        return _Axes((ndim - 2,), (ndim - 1,), tuple(range(ndim - 2)))
     raise ShapeError(
         f"the kernel {path!r} {tuple(leaf.shape)} has {ndim} axes, and its name does "
         "not tell which are inputs.\nLet jlora find out, lorafy(params, "

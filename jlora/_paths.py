@@ -53,6 +53,15 @@ def module_of(path: str) -> str:
     return path.rpartition("/")[0]
 
 
+def is_experts(path: str, ndim: int) -> bool:
+    """Whether it is a stack of experts' kernels `[..., E, in, out]`, by its name.
+
+    >>> is_experts("layers/0/mlp/experts/gate_up_proj", 3)
+    True
+    """
+    return ndim > 2 and module_of(path).rpartition("/")[2] == "experts"
+
+
 @dataclasses.dataclass(frozen=True)
 class Hit:
     """One entry's hit on one leaf.

@@ -156,8 +156,9 @@ def _kernels_of(
     def is_kernel(hit: Hit) -> bool:
         if survey is not None:
             return survey.is_kernel(hit.path)
+        ndim = _ndim(leaves[hit.path]) - (hit.path in stacked)
         named = hit.whole or hit.path.rpartition("/")[2] in _paths.KERNEL_NAMES
-        return named and _ndim(leaves[hit.path]) - (hit.path in stacked) > 1
+        return (named and ndim > 1) or _paths.is_experts(hit.path, ndim)
 
     kernels = [hit for hit in hits if is_kernel(hit)]
     if kernels:

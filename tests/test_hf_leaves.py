@@ -111,6 +111,18 @@ def test_a_leaf_falls_back_into_its_tensors(experts):
     assert shapes == {(F // 2, N)}
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_large_tensors_are_copied_in_parts(tmp_path, transposed, dtype):
+    value = np.random.default_rng(0).normal(size=(2003, 1999)).astype(np.float32)
+    save_file({"w": value}, tmp_path / "model.safetensors")
+    want = (value.T if transposed else value).astype(dtype)
+    assert want.nbytes > _leaves._LARGE
+    source = Tensor("w", transposed)
+    got = _leaves.read(TensorFolder(tmp_path), source, want.shape, dtype, None)
+    np.testing.assert_array_equal(got, want)
+
+
 def test_unaligned_tensors_are_read(tmp_path):
     """The format does not ask for headers that end on a multiple of four bytes."""
     header = b'{"w":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'

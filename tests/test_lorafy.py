@@ -385,3 +385,17 @@ def test_every_segment_and_suffix_of_a_path_matches_it(parts, start):
     assert match_regex(path.replace("/", r"\."), path)
     assert match_entry(path + "x", path) is None
     assert generalise(generalise(path)) == generalise(path)
+
+
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_experts_have_an_adapter_each(layers):
+    shape = (*layers, 3, 5, 7)
+    params = {
+        "mlp": {"experts": {"up_proj": jnp.ones(shape)}, "gate": jnp.ones((5, 3))}
+    }
+    for targets in (["experts"], ["experts/up_proj"], ["up_proj"]):
+        tree = jlora.lorafy(params, 2, targets)
+        t = tree["mlp"]["experts"]["up_proj"].adapters[""]
+        assert t.a.shape == (*layers, 3, 5, 2)
+        assert t.b.shape == (*layers, 3, 2, 7)
+        assert not jlora.is_node(tree["mlp"]["gate"])

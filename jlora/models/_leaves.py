@@ -6,6 +6,8 @@ tensors are copied into it one after the other out of mapped files.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ Shardings = Any  # see `shardings_of`
 
 _ALIGNED = 64  # bytes: XLA takes such memory as it is
 _ROWS = 16  # of float32, that is a cache line of a column
+_LARGE = 2**22  # bytes, from which on threads are worth their start
 
 
 def read(
@@ -95,6 +98,23 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(into: np.ndarray, view: np.ndarray, transposed: bool) -> None:
+    """Copy and cast, on all processors; NumPy lets go of Python's lock meanwhile."""
+    axis = into.ndim - 1 if transposed else 0
+    if into.nbytes < _LARGE:
+        _copy_part(into, view, transposed)
+        return
+    threads = os.cpu_count() or 1
+    # Whole bands for each, or two would write to one cache line.
+    each = -(-into.shape[axis] // (threads * _ROWS)) * _ROWS
+    parts = [
+        (slice(None),) * axis + (slice(i, i + each),)
+        for i in range(0, into.shape[axis], each)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda p: _copy_part(into[p], view[p], transposed), parts))
+
+
+def _copy_part(into: np.ndarray, view: np.ndarray, transposed: bool) -> None:
     """Copy and cast; a transposed view a few of the file's rows at a time.
 
     NumPy alone writes a transpose one element a cache line, six times as slow, and

@@ -26,8 +26,8 @@ from jlora import checkpoint
 from jlora.models import shift_right
 from jlora.train import (
     TrainState,
-    cross_entropy,
     evaluate,
+    linear_cross_entropy,
     make_eval_step,
     make_train_step,
 )
@@ -65,15 +65,19 @@ class Progress:
 
 
 def loss_fn(model: Any, params: Tree, batch: Arrays, key: Any = None) -> Any:
-    """Return the sum of the labels' losses, and their number."""
+    """Return the sum of the labels' losses, and their number.
+
+    The logits are never made as a whole: they are the largest array of the step.
+    """
     labels = batch["labels"]
-    logits = model.apply(
+    hidden, kernel = model.apply(
         {"params": params},
         batch["input_ids"],
         batch["attention_mask"],
         shift_right(labels, model.config),
+        method="features",
     )
-    return cross_entropy(logits, labels)
+    return linear_cross_entropy(hidden, kernel, labels)
 
 
 def total_steps(s: Settings, epoch: int) -> int:

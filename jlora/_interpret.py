@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -34,16 +35,37 @@ class Replay:
         default_factory=collections.Counter, compare=False, repr=False
     )
 
+    _programs: _Programs = dataclasses.field(
+        default_factory=lambda: _Programs(), compare=False, repr=False
+    )
+
     def use_number(self, path: str) -> int:
         """How often this leaf has been used so far in this replay."""
         self._uses[path] += 1
         return self._uses[path]
 
+    def products_of(self, eqn: Eqn) -> list[tuple[Eqn, Any]]:
+        """The products with the same left operand, and their right ones if known."""
+        program = self._programs.running[-1]
+        products = program.products().get(eqn.invars[0], [])
+        return [(e, program.env.get(e.invars[1])) for e in products]
+
+    def shared(self) -> dict[Any, Any]:
+        """What rules keep for later equations of the program that is running."""
+        return self._programs.running[-1].shared
+
     def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """Run a jaxpr; operands and results may be low-rank."""
+        self._programs.running.append(_Program(_compat.open_jaxpr(jaxpr)[0]))
+        try:
+            return self._replay(jaxpr, args)
+        finally:
+            self._programs.running.pop()
+
+    def _replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         bare, consts = _compat.open_jaxpr(jaxpr)
         last_use, live = _lifetimes(bare)
-        env: dict[Any, Any] = {}
+        env = self._programs.running[-1].env
         env.update(zip(bare.constvars, consts, strict=True))
         env.update(zip(bare.invars, args, strict=True))
 
@@ -78,6 +100,39 @@ class Replay:
             _say_once(node.path, eqn.primitive.name)
         dense = [x.merged() if isinstance(x, LowRank) else x for x in operands]
         return _compat.rebind(eqn, dense)
+
+
+@dataclasses.dataclass
+class _Program:
+    """A jaxpr that is being replayed.
+
+    Attributes:
+      bare: its equations.
+      env: the values of its variables, as far as they are known and still needed.
+      shared: what rules keep for later equations.
+    """
+
+    bare: Any
+    env: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _products: dict[Any, list[Eqn]] | None = None
+
+    def products(self) -> dict[Any, list[Eqn]]:
+        """The products by their left operand's variable."""
+        if self._products is None:
+            self._products = {}
+            for eqn in self.bare.eqns:
+                left = eqn.invars[0] if eqn.primitive.name == "dot_general" else None
+                if left is not None and not isinstance(left, _compat.Literal):
+                    self._products.setdefault(left, []).append(eqn)
+        return self._products
+
+
+class _Programs(threading.local):
+    """The programs that a thread is replaying, the innermost last."""
+
+    def __init__(self) -> None:
+        self.running: list[_Program] = []
 
 
 def _lifetimes(bare: Any) -> tuple[dict[int, list[Any]], list[bool]]:

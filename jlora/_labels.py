@@ -18,6 +18,7 @@ from jlora import _compat
 
 Array = Any  # jax.Array, or a ShapeDtypeStruct in an abstract tree
 Dims = tuple[int, ...]
+Label = Any  # an int names a kernel dimension, ("x", i) an axis that only x has
 
 RANK = -1
 

@@ -49,21 +49,35 @@ def cross_entropy(
     >>> float(total / count) == float(jnp.log(4.0)), int(count)
     (True, 2)
     """
-    if logits.shape[:-1] != labels.shape:
+    check_labels("logits", logits, labels, mask)
+    weight = weights_of(labels, mask)
+    counted = weight != 0
+    safe = jnp.where(counted, labels, 0)
+    nll = _nll(logits, safe, counted, float(label_smoothing), float(z_loss))
+    return jnp.sum(nll * weight), jnp.sum(weight)
+
+
+def check_labels(name: str, array: Array, labels: Array, mask: Array | None) -> None:
+    """Refuse labels and masks of other shapes than the array's without its last axis.
+
+    Raises:
+      ShapeError: so.
+    """
+    if array.shape[:-1] != labels.shape:
         raise ShapeError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not "
-            "fit: labels have the logits' shape without its last axis, the classes."
+            f"{name} {tuple(array.shape)} and labels {tuple(labels.shape)} do not fit: "
+            f"labels have the shape of {name} without its last axis."
         )
     if mask is not None and mask.shape != labels.shape:
         raise ShapeError(
             f"the mask {tuple(mask.shape)} has another shape than the labels "
             f"{tuple(labels.shape)}.\nPass one weight a label."
         )
-    weight = (labels >= 0 if mask is None else mask).astype(jnp.float32)
-    counted = weight != 0
-    safe = jnp.where(counted, labels, 0)
-    nll = _nll(logits, safe, counted, float(label_smoothing), float(z_loss))
-    return jnp.sum(nll * weight), jnp.sum(weight)
+
+
+def weights_of(labels: Array, mask: Array | None) -> Array:
+    """What each label counts, float32: the mask, or 1 where it is not below 0."""
+    return (labels >= 0 if mask is None else mask).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -34,6 +34,7 @@ from jlora._evaluation import evaluate as evaluate
 from jlora._evaluation import make_eval_step as make_eval_step
 from jlora._gradients import AxisName, GradientSettings, LossFn, gradients
 from jlora._interpret import OnMissing
+from jlora._linear_loss import linear_cross_entropy as linear_cross_entropy
 from jlora._losses import cross_entropy as cross_entropy
 from jlora._state import TrainState as TrainState
 from jlora._state import replicate as replicate

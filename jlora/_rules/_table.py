@@ -23,6 +23,12 @@ class Run(Protocol):
     def use_number(self, path: str) -> int:
         """How often this leaf has been used so far; a dropout mask for each use."""
 
+    def products_of(self, eqn: Eqn) -> list[tuple[Eqn, Any]]:
+        """The products with the same left operand, and their right ones if known."""
+
+    def shared(self) -> dict[Any, Any]:
+        """What rules keep for later equations of the program that is running."""
+
 
 Rule = Callable[[Run, Eqn, list[Any]], Any]
 

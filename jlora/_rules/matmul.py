@@ -20,11 +20,10 @@ from jlora import _compat
 from jlora._adapter import Adapter
 from jlora._compat import Eqn, rebind
 from jlora._errors import ShapeError
-from jlora._labels import Array, Dims, contract, spread, widen
+from jlora._labels import RANK, Array, Dims, Label, contract, spread, widen
 from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
-
-Label = Any  # an int names a kernel dimension, ("x", i) an axis that only x has
+from jlora._rules.shared import shared_inputs
 
 
 @rule("dot_general")
@@ -51,9 +50,10 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     out = _base_product(eqn, w, x, w_left, gain, labels, order)
     if out is NotImplemented:
         return NotImplemented
-    for adapter in w.adapters.values():
-        dropped = drop_inputs(run, w, adapter, x)
-        term = _term(w, adapter, dropped, labels, wc, order, out.shape, w_left, params)
+    lows = {} if w_left or batch[0] else shared_inputs(run, eqn, w, x, labels, wc)
+    for name, adapter in w.adapters.items():
+        low = _low(run, w, adapter, x, labels, wc, w_left, params, lows.get(name))
+        term = _term(w, adapter, low, wc, order, out.shape, w_left, params)
         out = out + _compat.sharded_like(term.astype(out.dtype), out)
     return [out]
 
@@ -80,23 +80,45 @@ def gained(
     return (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
-def _term(
-    w: LowRank, t: Adapter, x: Array, labels: list[Label], contracted: Sequence[int],
-    order: list[Label], shape: Sequence[int], w_left: bool, params: dict[str, Any],
-) -> Array:  # fmt: skip
-    """`s·(x·A)·B` with its axes in `order`, padded to the whole output `shape`."""
+def _low(
+    run: Run, w: LowRank, t: Adapter, x: Array, labels: list[Label],
+    contracted: Sequence[int], w_left: bool, params: dict[str, Any],
+    made: Array | None,
+) -> tuple[Array, tuple[Label, ...]]:  # fmt: skip
+    """`s·x·A` and its labels, from x·A where that is `made` already."""
+    dtype = x.dtype
+    x = drop_inputs(run, w, t, x)
     x, labels = _window(w, t, x, labels)
     x, labels = _sum_absent(t, x, labels, contracted)
-    first, second = (t.a, t.a_dims), (t.b, t.b_dims)
-    if set(contracted) & set(t.b_only):
-        first, second = second, first
+    first, second = _factors(t, contracted)
     # Where the kernel is stacked and summed over the stack, that sum waits for the
     # second product: both factors need the stack's index.
     gone = {d for d in contracted if d not in second[1]}
     keep = {n for n in (*labels, *first[1]) if n not in gone}
-    low, low_labels = _product(x, labels, *first, w, keep, w_left, params)
+    if made is None:
+        low, low_labels = _product(x, labels, *first, w, keep, w_left, params)
+    else:
+        low, low_labels = made, (*(n for n in labels if n not in contracted), RANK)
     low = low * spread(t.scale, t.s_dims, low_labels).astype(low.dtype)
-    low = low.astype(x.dtype)  # [..., r]
+    return low.astype(dtype), low_labels
+
+
+def _factors(
+    t: Adapter, contracted: Sequence[int]
+) -> tuple[tuple[Array, Dims], tuple[Array, Dims]]:
+    """The factor that x meets first, and the other; `b` first where W is transposed."""
+    factors = (t.a, t.a_dims), (t.b, t.b_dims)
+    return factors[::-1] if set(contracted) & set(t.b_only) else factors
+
+
+def _term(
+    w: LowRank, t: Adapter, low: tuple[Array, tuple[Label, ...]],
+    contracted: Sequence[int], order: list[Label], shape: Sequence[int], w_left: bool,
+    params: dict[str, Any],
+) -> Array:  # fmt: skip
+    """`(s·x·A)·B` with its axes in `order`, padded to the whole output `shape`."""
+    low, low_labels = low
+    second = _factors(t, contracted)[1]
     low, low_labels = _product(low, low_labels, *second, w, set(order), w_left, params)
     starts = [_start(t, n) if n in low_labels else None for n in order]
     return widen(spread(low, low_labels, order), starts, shape)

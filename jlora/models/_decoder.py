@@ -192,6 +192,50 @@ class Decoder(Part):
         Raises:
           ShapeError: more tokens than the model has positions.
         """
+        return self.head(
+            self._last(input_ids, attention_mask, position_ids, deterministic)
+        )
+
+    def features(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array]:
+        """Return what goes into the head, and the head's kernel.
+
+        `jlora.train.linear_cross_entropy` takes the two, and spares the logits. The
+        arguments are those of `__call__`.
+
+        Returns:
+          `[B, T, d]` and `[d, V]`, both in `dtype`.
+
+        Raises:
+          ShapeError: more tokens than the model has positions.
+          StructureError: the head is more than a product.
+        """
+        x = self._last(input_ids, attention_mask, position_ids, deterministic)
+        return x, self.head_kernel()
+
+    def head_kernel(self) -> Array:
+        """Return the head's kernel `[d, V]`; a tied one is the embedding's transpose.
+
+        Raises:
+          StructureError: the head is more than a product.
+        """
+        if self.config.tie_word_embeddings:
+            return self.embedding().embedding.T.astype(self.dtype)
+        return self.lm_head.get_variable("params", "kernel").astype(self.dtype)
+
+    def _last(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None,
+        position_ids: Array | None,
+        deterministic: bool,
+    ) -> Array:
+        """Return `[B, T, d]` after the last norm, of whole sequences."""
         self.check_room(input_ids.shape[1])
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
@@ -202,7 +246,7 @@ class Decoder(Part):
             )
         positions = positions_of(mask) if position_ids is None else position_ids
         place = Place(positions, 0, mask)
-        return self.head(self.hidden(input_ids, place, None, deterministic)[0])
+        return self.hidden(input_ids, place, None, deterministic)[0]
 
     def prefill(
         self,

@@ -205,6 +205,16 @@ class Llama(Decoder):
         head = ("lm_head.T",) if self.config.tie_word_embeddings else ()
         return {"model/embed_tokens": ("model.embed_tokens", *head)}
 
+    def head_kernel(self) -> Array:
+        """Return the head's kernel `[d, V]`, where no cap follows it."""
+        if self.config.logit_cap is not None:
+            raise StructureError(
+                f"{self.config.model_type} caps its logits at {self.config.logit_cap}, "
+                "so its head is more than a product.\nTake the logits: call the model, "
+                "and jlora.train.cross_entropy."
+            )
+        return super().head_kernel()
+
     def cache_shape(self) -> tuple[int, int, int]:
         """Return the number of layers, G and D."""
         c = self.config

@@ -173,13 +173,61 @@ class T5(Part):
         Raises:
           ShapeError: `decoder_input_ids` is missing.
         """
+        return self.head(
+            self._last(
+                input_ids,
+                attention_mask,
+                decoder_input_ids,
+                decoder_attention_mask,
+                deterministic,
+            )
+        )
+
+    def features(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        decoder_input_ids: Array | None = None,
+        decoder_attention_mask: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array]:
+        """Return what goes into the head, and the head's kernel.
+
+        `jlora.train.linear_cross_entropy` takes the two, and spares the logits. The
+        arguments are those of `__call__`.
+
+        Returns:
+          `[B, T, d]` and `[d, V]`, both in `dtype`.
+
+        Raises:
+          ShapeError: `decoder_input_ids` is missing.
+        """
+        x = self._last(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask,
+            deterministic,
+        )  # fmt: skip
+        if self.config.tie_word_embeddings:
+            kernel = self.shared.embedding.T
+        else:
+            kernel = self.lm_head.get_variable("params", "kernel")
+        return self.into_head(x), kernel.astype(self.dtype)
+
+    def _last(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None,
+        decoder_input_ids: Array | None,
+        decoder_attention_mask: Array | None,
+        deterministic: bool,
+    ) -> Array:
+        """Return the decoder's output `[B, T, d]`, of whole sequences."""
         if decoder_input_ids is None:
             raise ShapeError(
                 "T5 needs decoder_input_ids [B, T] beside input_ids "
                 f"{input_ids.shape}.\nIn training pass shift_right(labels, config)."
             )
         encoded = self.encode(input_ids, attention_mask, deterministic)
-        return self.decode(
+        return self._decoded(
             decoder_input_ids,
             encoded,
             attention_mask,
@@ -217,6 +265,24 @@ class T5(Part):
           decoder_attention_mask: `[B, T]`.
           deterministic: as in `__call__`.
         """
+        return self.head(
+            self._decoded(
+                decoder_input_ids,
+                encoded,
+                attention_mask,
+                decoder_attention_mask,
+                deterministic,
+            )
+        )
+
+    def _decoded(
+        self,
+        decoder_input_ids: Array,
+        encoded: Array,
+        attention_mask: Array | None,
+        decoder_attention_mask: Array | None,
+        deterministic: bool,
+    ) -> Array:
         T = decoder_input_ids.shape[1]
         bias = spread_bias(self.decoder.offset_bias(T, T), np.arange(T), T)
         if decoder_attention_mask is not None:
@@ -228,7 +294,7 @@ class T5(Part):
             self.decoder.cross_keys_values(encoded),
             None if attention_mask is None else mask_bias(attention_mask),
         )
-        return self.head(x)
+        return x
 
     def prefill(
         self,
@@ -316,10 +382,14 @@ class T5(Part):
         )
         return self.head(x), {"beams": past, "shared": {**shared, "index": index + T}}
 
+    def into_head(self, x: Array) -> Array:
+        """Scale `[B, T, d]` as a tied head of v1.0 wants it."""
+        scaled = self.config.scale_decoder_outputs
+        return x * self.config.d_model**-0.5 if scaled else x
+
     def head(self, x: Array) -> Array:
         """[B, T, d] -> the logits [B, T, V]."""
-        if self.config.scale_decoder_outputs:
-            x = x * self.config.d_model**-0.5
+        x = self.into_head(x)
         if self.config.tie_word_embeddings:
             return self.shared.attend(x)
         return self.lm_head(x)

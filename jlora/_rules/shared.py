@@ -1,0 +1,79 @@
+"""Products that share their input: x·[A_q | A_k | A_v] in one pass over x.
+
+Down-projections are narrow, so each costs little more than reading x, forward for the
+product and backward for `dA`. The kernels of a layer's query, key and value stand in
+one jaxpr before the first of them is used, so the first product makes the low-rank
+inputs of all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from jax import lax
+
+from jlora._adapter import Adapter
+from jlora._compat import Eqn
+from jlora._labels import RANK, Array, Label, align, contract
+from jlora._lowrank import LowRank
+from jlora._rules._table import Run
+
+
+def shared_inputs(
+    run: Run, eqn: Eqn, w: LowRank, x: Array, labels: Sequence[Label],
+    contracted: Sequence[int],
+) -> dict[str, Array]:  # fmt: skip
+    """x·A by the adapter's name, axes of x first, where another product has use of x.
+
+    Empty for adapters that stand alone, and for those that need an x of their own.
+    """
+    kept = run.shared()
+    if id(eqn) not in kept:
+        members = [
+            (id(e), name, t)
+            for e, other in run.products_of(eqn)
+            if isinstance(other, LowRank) and _alike(eqn, w, e, other)
+            for name, t in other.adapters.items()
+            if _takes_x(t, other, contracted)
+        ]
+        kept[id(eqn)] = {}
+        if len(members) > 1:
+            # Slices of one kernel have one A, which is taken once.
+            factors = {id(t.a): t for _, _, t in members}
+            lows = _products(eqn, list(factors.values()), w, x, labels, contracted)
+            found = dict(zip(factors, lows, strict=True))
+            for number, name, t in members:
+                kept.setdefault(number, {})[name] = found[id(t.a)]
+    return kept[id(eqn)]
+
+
+def _alike(eqn: Eqn, w: LowRank, other_eqn: Eqn, other: LowRank) -> bool:
+    """Whether both contract the same axes of x, in the same precision and dtype."""
+    names = ("dimension_numbers", "precision", "preferred_element_type")
+    same = all(eqn.params[n] == other_eqn.params[n] for n in names)
+    return same and w.dtype == other.dtype
+
+
+def _takes_x(t: Adapter, w: LowRank, contracted: Sequence[int]) -> bool:
+    """Whether the term is x·A·B with x as it is."""
+    whole = all(t.full(d, w.shape[d]) for d in contracted)
+    return whole and {*t.a_dims} == {*contracted, RANK} and t.key is None
+
+
+def _products(
+    eqn: Eqn, terms: list[Adapter], w: LowRank, x: Array, labels: Sequence[Label],
+    contracted: Sequence[int],
+) -> list[Array]:  # fmt: skip
+    """One product with all factors side by side, cut into each adapter's own."""
+    order = [*contracted, RANK]
+    side_by_side = [align(t.a.astype(w.dtype), t.a_dims, order) for t in terms]
+    factor = lax.concatenate(side_by_side, len(contracted))
+    params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
+    low, _ = contract(x, labels, factor, order, (), **params)
+    ends = list(itertools.accumulate(t.rank for t in terms))
+    starts = [0, *ends[:-1]]
+    return [
+        lax.slice_in_dim(low, start, end, axis=-1)
+        for start, end in zip(starts, ends, strict=True)
+    ]

@@ -1,0 +1,173 @@
+"""The head and the cross entropy in one, against the two apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tools import assert_close
+
+import jlora
+from jlora.train import cross_entropy, linear_cross_entropy
+
+V, D = 23, 7
+
+
+def batch(dtype=jnp.float32, shape=(2, 5)):
+    keys = jax.random.split(jax.random.key(1), 4)
+    hidden = jax.random.normal(keys[0], (*shape, D), dtype)
+    kernel = jax.random.normal(keys[1], (D, V), dtype)
+    labels = jax.random.randint(keys[2], shape, 0, V).at[0, 1].set(-100)
+    return hidden, kernel, labels
+
+
+def apart(hidden, kernel, labels, mask=None, **settings):
+    logits = jnp.einsum(
+        "...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32
+    )
+    return cross_entropy(logits, labels, mask, **settings)
+
+
+SETTINGS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"label_smoothing": 0.2, "z_loss": 0.1},
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 23, 2048])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_value_and_both_gradients(chunk, settings):
+    hidden, kernel, labels = batch()
+
+    def loss(f, **own):
+        def mean(h, w):
+            total, count = f(h, w, labels, **settings, **own)
+            return total / count
+
+        return jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(hidden, kernel)
+
+    got, want = loss(linear_cross_entropy, chunk=chunk), loss(apart)
+    assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_one_gradient_alone_and_weights():
+    hidden, kernel, labels = batch()
+    mask = jax.random.uniform(jax.random.key(5), labels.shape) * (labels >= 0)
+    for argnum in (0, 1):
+        got, want = (
+            jax.grad(lambda *x: f(*x, labels, mask)[0], argnums=argnum)(hidden, kernel)
+            for f in (linear_cross_entropy, apart)
+        )
+        assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
+    hidden, kernel, labels = batch(jnp.bfloat16)
+    f = lambda g: jax.value_and_grad(lambda h: g(h, kernel, labels)[0])(hidden)
+    (got, dgot), (want, dwant) = f(linear_cross_entropy), f(apart)
+    assert got.dtype == jnp.float32
+    assert dgot.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+    np.testing.assert_allclose(
+        dgot.astype(np.float32), dwant.astype(np.float32), rtol=3e-2, atol=2e-2
+    )
+
+
+def test_what_is_not_counted_may_hold_anything():
+    hidden, kernel, labels = batch()
+    hidden = hidden.at[0, 1].set(jnp.nan)
+    f = lambda h, w: linear_cross_entropy(h, w, labels)[0]
+    value, grads = jax.value_and_grad(f, argnums=(0, 1))(hidden, kernel)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert not np.any(grads[0][0, 1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapted_heads(tied):
+    hidden, kernel, labels = batch()
+    params = {"head": {"embedding": kernel.T} if tied else {"kernel": kernel}}
+    tree = jlora.lorafy(params, 2, ["head"])
+    half, frozen = jlora.split(tree)
+    half = jax.tree.map(
+        lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), half
+    )
+
+    def loss(f):
+        def plain(p, h):
+            head = p["head"]["embedding"].T if tied else p["head"]["kernel"]
+            return f(h, head, labels)[0]
+
+        return lambda half, h: jlora.lora(plain)(jlora.combine(half, frozen), h)
+
+    got, want = (
+        jax.jit(jax.value_and_grad(loss(f), argnums=(0, 1)))(half, hidden)
+        for f in (linear_cross_entropy, apart)
+    )
+    assert_close(got, want, rtol=5e-5, atol=1e-5)
+
+
+def test_vmap():
+    hidden, kernel, labels = batch()
+    stack = jnp.stack([hidden, -hidden])
+    got = jax.vmap(
+        jax.grad(lambda h: linear_cross_entropy(h, kernel, labels, chunk=6)[0])
+    )(stack)
+    want = jax.vmap(jax.grad(lambda h: apart(h, kernel, labels)[0]))(stack)
+    assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_the_logits_are_never_whole():
+    n, d, v = 64, 16, 4096
+    hidden, kernel = jnp.ones((n, d)), jnp.ones((d, v))
+    labels = jnp.zeros((n,), jnp.int32)
+    f = jax.jit(
+        jax.value_and_grad(
+            lambda h: linear_cross_entropy(h, kernel, labels, chunk=256)[0]
+        )
+    )
+    temp = f.lower(hidden).compile().memory_analysis().temp_size_in_bytes
+    assert temp < n * v * 4 / 4
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "y", "says"),
+    [((2, 7), (6, 5), (2,), "do not fit"), ((2, 7), (7, 5), (3,), "without its last axis"),
+     ((2, 7), (7,), (2,), "do not fit")],
+)  # fmt: skip
+def test_shapes_that_do_not_fit(h, w, y, says):
+    with pytest.raises(jlora.ShapeError, match=says):
+        linear_cross_entropy(jnp.ones(h), jnp.ones(w), jnp.zeros(y, jnp.int32))
+
+
+CONFIGS = {
+    "t5": {"model_type": "t5", "d_model": 6, "d_ff": 7, "d_kv": 3, "num_heads": 2,
+           "num_layers": 1, "vocab_size": V, "tie_word_embeddings": True},
+    "t5 untied": {"model_type": "t5", "d_model": 6, "d_ff": 7, "d_kv": 3, "num_heads": 2,
+                  "num_layers": 1, "vocab_size": V, "tie_word_embeddings": False},
+    "gpt2": {"model_type": "gpt2", "n_embd": 6, "n_head": 2, "n_layer": 1,
+             "n_positions": 11, "vocab_size": V},
+    "llama": {"model_type": "llama", "hidden_size": 8, "intermediate_size": 7,
+              "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": V},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_features_of_the_models(name, dtype):
+    from jlora.models._families import FAMILIES
+
+    config = CONFIGS[name]
+    family = FAMILIES[config["model_type"]]
+    model = family.model(config=family.config.from_dict(config), dtype=dtype)
+    ids = jnp.array([[3, 5, 7, 2], [4, 1, 0, 0]])
+    args = (ids, ids != 0, *([ids[:, :3]] if name.startswith("t5") else []))
+    variables = model.init(jax.random.key(0), *args)
+    labels = jnp.arange(ids.shape[0] * args[-1].shape[1]).reshape(2, -1)
+    hidden, kernel = model.apply(variables, *args, method="features")
+    assert hidden.dtype == kernel.dtype == dtype
+    got = linear_cross_entropy(hidden, kernel, labels)
+    want = cross_entropy(model.apply(variables, *args), labels)
+    rtol = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(got, want, rtol=rtol)

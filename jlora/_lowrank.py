@@ -29,9 +29,30 @@ from jlora._errors import UnmergedError
 from jlora._labels import Array, Dims, spread
 
 
+class _OnBase:
+    """What a node with a frozen base is to code that asks an array's questions."""
+
+    base: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's shape."""
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The kernel's dtype; what is trained has their own."""
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The kernel's number of dimensions."""
+        return len(self.base.shape)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LowRank:
+class LowRank(_OnBase):
     """A kernel `base` with adapters on it.
 
     Attributes:
@@ -44,21 +65,6 @@ class LowRank:
     base: Array
     adapters: Mapping[str, Adapter]
     path: str = ""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The kernel's shape."""
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The kernel's dtype; adapters have their own."""
-        return self.base.dtype
-
-    @property
-    def ndim(self) -> int:
-        """The kernel's number of dimensions."""
-        return len(self.base.shape)
 
     def map(self, base: Array, f: Callable[[Adapter], Adapter | None]) -> LowRank:
         """A new base, and every adapter changed by `f` (None drops it)."""
@@ -200,7 +206,7 @@ class Full:
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(_OnBase):
     """A table of which some rows are trained as they are, new tokens say.
 
     Attributes:
@@ -216,16 +222,6 @@ class Rows:
     rows: Array
     indices: tuple[int, ...]
     path: str = ""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The table's shape."""
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The table's dtype."""
-        return self.base.dtype
 
     def lowrank(self) -> LowRank:
         """The same value as a low-rank node: selected rows, times what they change."""

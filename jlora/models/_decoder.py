@@ -196,13 +196,7 @@ class Decoder(Part):
             self._last(input_ids, attention_mask, position_ids, deterministic)
         )
 
-    def features(
-        self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
-        position_ids: Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Array, Array]:
+    def features(self, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
         """Return what goes into the head, and the head's kernel.
 
         `jlora.train.linear_cross_entropy` takes the two, and spares the logits. The
@@ -215,8 +209,7 @@ class Decoder(Part):
           ShapeError: more tokens than the model has positions.
           StructureError: the head is more than a product.
         """
-        x = self._last(input_ids, attention_mask, position_ids, deterministic)
-        return x, self.head_kernel()
+        return self._last(*args, **kwargs), self.head_kernel()
 
     def head_kernel(self) -> Array:
         """Return the head's kernel `[d, V]`; a tied one is the embedding's transpose.
@@ -231,9 +224,9 @@ class Decoder(Part):
     def _last(
         self,
         input_ids: Array,
-        attention_mask: Array | None,
-        position_ids: Array | None,
-        deterministic: bool,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
     ) -> Array:
         """Return `[B, T, d]` after the last norm, of whole sequences."""
         self.check_room(input_ids.shape[1])

@@ -183,14 +183,7 @@ class T5(Part):
             )
         )
 
-    def features(
-        self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
-        decoder_input_ids: Array | None = None,
-        decoder_attention_mask: Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Array, Array]:
+    def features(self, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
         """Return what goes into the head, and the head's kernel.
 
         `jlora.train.linear_cross_entropy` takes the two, and spares the logits. The
@@ -202,10 +195,7 @@ class T5(Part):
         Raises:
           ShapeError: `decoder_input_ids` is missing.
         """
-        x = self._last(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask,
-            deterministic,
-        )  # fmt: skip
+        x = self._last(*args, **kwargs)
         if self.config.tie_word_embeddings:
             kernel = self.shared.embedding.T
         else:
@@ -215,10 +205,10 @@ class T5(Part):
     def _last(
         self,
         input_ids: Array,
-        attention_mask: Array | None,
-        decoder_input_ids: Array | None,
-        decoder_attention_mask: Array | None,
-        deterministic: bool,
+        attention_mask: Array | None = None,
+        decoder_input_ids: Array | None = None,
+        decoder_attention_mask: Array | None = None,
+        deterministic: bool = True,
     ) -> Array:
         """Return the decoder's output `[B, T, d]`, of whole sequences."""
         if decoder_input_ids is None:

@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     made["generate"].add_argument("--beams", nargs="+", type=int, default=[1, 4])
     made["generate"].add_argument("--tokens", type=int, default=64, help="new ones")
     text = made["text"]
-    text.add_argument("--data", metavar="DIR", help="holds train.de[.gz], train.en[.gz]")
+    text.add_argument(
+        "--data", metavar="DIR", help="holds train.de[.gz], train.en[.gz]"
+    )
     text.add_argument("--sentences", type=int, default=1024, help="a pass (1024)")
     text.add_argument("--batch", type=int, default=32)
     text.add_argument("--buckets", type=int, default=3)

@@ -55,6 +55,19 @@ _TINY: Mapping[str, Config] = {
         "vocab_size": 96,
     },
 }  # fmt: skip
+# What `jlora.lorafy`'s roles are called in each family; GPT-2's queries, keys and
+# values are thirds of one kernel.
+NAMES: Mapping[str, Mapping[str, str]] = {
+    "t5": {
+        "query": "q", "key": "k", "value": "v", "out": "o", "gate": "wi_0",
+        "up": "wi_1", "down": "wo",
+    },
+    "gpt2": {"out": "c_proj", "up": "c_fc", "down": "c_proj"},
+    "llama": {
+        "query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj",
+        "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+    },
+}  # fmt: skip
 DEPTH_KEYS = {
     "t5": ("num_layers", "num_decoder_layers"),
     "gpt2": ("n_layer",),
@@ -116,11 +129,18 @@ class Case:
     def title(self) -> str:
         """What it is called in tables."""
         lengths = f"{self.source}/{self.target}" if self.target else f"{self.source}"
-        targets = (
-            self.targets if isinstance(self.targets, str) else " ".join(self.targets)
-        )
-        model = self.shape.rpartition("-")[0]
-        return f"{model} {self.batch}x{lengths}, {self.dtype}, r{self.rank}, {targets}"
+        sizes = f"{self.model} {self.batch}x{lengths}, {self.dtype}"
+        return f"{sizes}, r{self.rank}, {self.targets_text}"
+
+    @property
+    def model(self) -> str:
+        """The shape's name without its batch."""
+        return self.shape.rpartition("-")[0]
+
+    @property
+    def targets_text(self) -> str:
+        """The targets as one string."""
+        return self.targets if isinstance(self.targets, str) else " ".join(self.targets)
 
 
 def case(

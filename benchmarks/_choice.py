@@ -8,14 +8,21 @@ from typing import Any
 
 from benchmarks._cases import Case, case
 
+# A shape, a rank, and targets (`None` is query and value).
+Default = tuple[str, int, Sequence[str] | None]
 
-def cases(options: Any, cpu: Sequence[str], gpu: Sequence[str]) -> list[Case]:
-    """Return every combination of shape, targets and rank that was asked for.
 
-    `cpu` and `gpu` are the shapes where `--shape` names none.
+def cases(options: Any, cpu: Sequence[Default], gpu: Sequence[Default]) -> list[Case]:
+    """Return what was asked for: the defaults, or every combination of what is given.
+
+    Where `--rank` or `--targets` stand without `--shape`, they go for each shape of
+    the defaults.
     """
-    shapes = options.shape or (gpu if options.gpu else cpu)
-    grid = itertools.product(shapes, options.targets or [None], options.rank or [8])
+    defaults = gpu if options.gpu else cpu
+    grid: Any = defaults
+    if options.shape or options.rank or options.targets:
+        shapes = options.shape or dict.fromkeys(shape for shape, _, _ in defaults)
+        grid = itertools.product(shapes, options.rank or [8], options.targets or [None])
     return [
         case(
             shape,
@@ -27,7 +34,7 @@ def cases(options: Any, cpu: Sequence[str], gpu: Sequence[str]) -> list[Case]:
             target=options.target_length,
             dtype=options.dtype,
         )
-        for shape, targets, rank in grid
+        for shape, rank, targets in grid
     ]
 
 
@@ -38,7 +45,5 @@ def described(one: Case) -> dict[str, Any]:
         "shape": one.shape,
         "dtype": one.dtype,
         "rank": one.rank,
-        "targets": one.targets
-        if isinstance(one.targets, str)
-        else " ".join(one.targets),
+        "targets": one.targets_text,
     }

@@ -6,10 +6,9 @@ take at the measured rate of a large matmul is a bound no implementation reaches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks._cases import Case
+from benchmarks._cases import NAMES, Case
 
 
 class Product(NamedTuple):
@@ -37,8 +36,11 @@ def flops(case: Case, *, full: bool = False) -> float:
         base = 2.0 * p.tokens * p.i * p.o
         # Full fine-tuning trains the embedding, which is below the first layers.
         total += 3 * base if full else base * (1 if p.first else 2)
-        if not full and adapted(p.role, case.targets):
-            down, up = 2.0 * p.tokens * case.rank * p.i, 2.0 * p.tokens * case.rank * p.o
+        if not full and adapted(p.role, case):
+            down, up = (
+                2.0 * p.tokens * case.rank * p.i,
+                2.0 * p.tokens * case.rank * p.o,
+            )
             total += 3 * up + (2 if p.first else 3) * down
     return total
 
@@ -48,16 +50,16 @@ def bytes_moved(case: Case) -> float:
     width = 2 if case.dtype == "bfloat16" else 4
     base = sum(p.i * p.o * (1 if p.first else 2) for p in products(case)) * width
     trained = sum(
-        case.rank * (p.i + p.o)
-        for p in products(case)
-        if adapted(p.role, case.targets)
+        case.rank * (p.i + p.o) for p in products(case) if adapted(p.role, case)
     )
     return base + trained * 4 * 2 * 3  # factors and AdamW's two moments, in and out
 
 
-def adapted(role: str, targets: Sequence[str] | str) -> bool:
+def adapted(role: str, case: Case) -> bool:
     """Return whether a layer of that role carries an adapter."""
-    return role != "head" if targets == "all-linear" else role in targets
+    if case.targets == "all-linear":
+        return role != "head"
+    return bool({role, NAMES[case.family].get(role)} & set(case.targets))
 
 
 def products(case: Case) -> list[Product]:
@@ -115,7 +117,7 @@ def _gpt2(case: Case) -> list[Product]:
         else:
             out += [Product(r, n, d, d, i == 0) for r in ("query", "key", "value")]
         out.append(Product("out", n, d, d))
-        out += [Product("c_fc", n, d, 4 * d), Product("down", n, 4 * d, d)]
+        out += [Product("up", n, d, 4 * d), Product("down", n, 4 * d, d)]
     return out
 
 

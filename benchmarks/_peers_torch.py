@@ -17,19 +17,14 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks._cases import Case
+from benchmarks._cases import NAMES, Case
+from benchmarks import text
 from benchmarks._batch import HEAD_STD, batch_of
 
 MODELS = {
     "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-}
-# What `jlora.lorafy`'s roles are called in each family.
-NAMES = {
-    "t5": {"query": "q", "key": "k", "value": "v", "out": "o"},
-    "gpt2": {},
-    "llama": {r: f"{r[0]}_proj" for r in ("query", "key", "value", "out")},
 }
 KINDS = ("PEFT", "PEFT, torch.compile", "loralib", "torch full")
 
@@ -74,6 +69,42 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+class Padded:
+    """Passes over real text in random batches, each padded to its longest."""
+
+    def __init__(self, case: Mapping[str, Any], file: str, size: int) -> None:
+        self.sentences, self.size = text.read(file), size
+        self.training = Training(case, "PEFT")
+        self.rng, self.used = np.random.default_rng(0), 0
+        start = time.perf_counter()
+        self.step()
+        self.facts = {
+            "first_pass_s": time.perf_counter() - start,
+            "padding": 1 - self.sentences.tokens / self.used,
+        }
+
+    def step(self) -> None:
+        """Train on every sentence once."""
+        order, self.used = self.rng.permutation(len(self.sentences.sources)), 0
+        for start in range(0, len(order), self.size):
+            rows = order[start : start + self.size]
+            batch = self.batch(rows)
+            self.used += batch["input_ids"].size + batch["labels"].size
+            self.training.train(on_device(batch))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return a batch as `DataCollatorForSeq2Seq` makes it."""
+        sources = [self.sentences.sources[i] for i in rows]
+        ids = text.padded(sources, text.PAD)
+        return {
+            "input_ids": ids,
+            "attention_mask": text.padded([np.ones_like(x) for x in sources], 0),
+            "labels": text.padded([self.sentences.targets[i] for i in rows], -100),
+        }
 
 
 class Matmul:

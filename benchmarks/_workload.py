@@ -66,10 +66,14 @@ class Workload:
             return ids, mask
         return ids, mask, models.shift_right(batch["labels"], self.config)
 
+    def totals(self, params: Tree, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Summed cross entropy of the plain model, and the number of labels."""
+        logits = self.model.apply({"params": params}, *self.inputs(batch))
+        return jlora.train.cross_entropy(logits, batch["labels"])
+
     def loss(self, params: Tree, batch: Mapping[str, Any]) -> Any:
         """Mean cross entropy of the plain model."""
-        logits = self.model.apply({"params": params}, *self.inputs(batch))
-        total, count = jlora.train.cross_entropy(logits, batch["labels"])
+        total, count = self.totals(params, batch)
         return total / count
 
     def lorafied(self, survey: bool = False) -> Tree:

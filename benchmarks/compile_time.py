@@ -15,6 +15,8 @@ from benchmarks._choice import cases, described
 from benchmarks._race import call
 from benchmarks._workers import WorkerError
 
+CPU = (("t5-small-8x64", 8, None),)
+GPU = (("llama-1b-2x2048", 8, None),)
 STAGES = ("trace", "lower", "compile", "all")
 COLUMNS = (
     "case", "depth", "scan_layers", "stage", "plain_s", "jlora_s", "ratio", "error"
@@ -24,7 +26,7 @@ COLUMNS = (
 def main(options: Any) -> list[_results.Row]:
     """Measure, print a table, save."""
     rows, about = [], {}
-    for one in cases(options, ["t5-small-8x64"], ["llama-1b-2x2048"]):
+    for one in cases(options, CPU, GPU):
         for depth in options.depths or [None]:
             deep = one if depth is None else _at_depth(one, depth, options)
             arguments = {
@@ -32,9 +34,15 @@ def main(options: Any) -> list[_results.Row]:
                 "scan_layers": options.scan_layers,
                 "repeats": options.repeats,
             }
-            head = {**described(deep), "depth": depth, "scan_layers": options.scan_layers}
+            head = {
+                **described(deep),
+                "depth": depth,
+                "scan_layers": options.scan_layers,
+            }
             try:
-                found, worker = call("benchmarks.compile_time:measure", arguments, options)
+                found, worker = call(
+                    "benchmarks.compile_time:measure", arguments, options
+                )
             except WorkerError as error:
                 rows.append({**head, "error": str(error)})
                 continue

@@ -12,14 +12,19 @@ from benchmarks import _results
 from benchmarks._choice import cases, described
 from benchmarks._race import call
 
+CPU = (
+    ("t5-small-8x64", 8, None),
+    ("t5-small-8x64", 8, ["all-linear"]),
+    ("gpt2-4x128", 8, None),
+)
+GPU = (("llama-1b-2x2048", 8, None),)
 COLUMNS = ("case", "format", "bytes", "bytes_of_factors", "overhead")
 
 
 def main(options: Any) -> list[_results.Row]:
     """Measure, print a table, save."""
     rows, about = [], {}
-    shapes = ["t5-small-8x64", "t5-base-8x64", "gpt2-4x128"]
-    for one in cases(options, shapes, ["llama-1b-2x2048"]):
+    for one in cases(options, CPU, GPU):
         arguments = {"case": dataclasses.asdict(one)}
         found, worker = call("benchmarks.files:measure", arguments, options)
         about |= worker

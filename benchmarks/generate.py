@@ -11,6 +11,8 @@ from benchmarks._cases import Case
 from benchmarks._choice import cases, described
 from benchmarks._race import Entry, race
 
+CPU = (("t5-small-8x64", 8, None), ("gpt2-4x128", 8, None))
+GPU = (("t5-base-32x512", 8, None),)
 OWN = ("jlora", "merged")
 COLUMNS = ("case", "contender", "beams", "tokens_per_s", "median_ms", "to_merged",
            "to_peft", "error")  # fmt: skip
@@ -19,7 +21,7 @@ COLUMNS = ("case", "contender", "beams", "tokens_per_s", "median_ms", "to_merged
 def main(options: Any) -> list[_results.Row]:
     """Measure, print a table, save."""
     rows, about = [], {}
-    for one in cases(options, ["t5-small-8x64", "gpt2-4x128"], ["t5-base-32x512"]):
+    for one in cases(options, CPU, GPU):
         for beams in options.beams:
             tokens = min(options.tokens, 4) if options.quick else options.tokens
             names = options.contenders or (*OWN, "PEFT")

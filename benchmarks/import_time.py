@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import _results
 from benchmarks._workers import ROOT
 
+COLUMNS = ("import", "median_s")
 CODE = """
 import time
 start = time.perf_counter()
@@ -39,6 +40,6 @@ def main(options: Any) -> list[_results.Row]:
     counted = seconds[1:] or seconds
     jax, jlora = (statistics.median(column) for column in zip(*counted, strict=True))
     rows = [{"import": "jax", "median_s": jax}, {"import": "jlora", "median_s": jlora}]
-    print(_results.table(rows, ["import", "median_s"]))
+    print(_results.table(rows, COLUMNS))
     _results.save(options, {}, rows)
     return rows

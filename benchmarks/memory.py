@@ -9,6 +9,8 @@ from benchmarks._choice import cases, described
 from benchmarks._race import race
 from benchmarks.step_time import peer, training
 
+CPU = (("t5-small-8x64", 8, None),)
+GPU = (("t5-base-32x512", 8, None),)
 OWN = (
     "by hand", "jlora", "jlora, optax.masked", "jlora, masked, clipped",
     "full fine-tuning",
@@ -24,7 +26,7 @@ def main(options: Any) -> list[_results.Row]:
     """Run a few steps of each contender in a worker of its own; print and save."""
     rows, about = [], {}
     options.repeats = min(options.repeats, 3)
-    for one in cases(options, ["t5-small-8x64"], ["t5-base-32x512"]):
+    for one in cases(options, CPU, GPU):
         own = options.contenders or OWN
         names = ["PEFT", "full"] if options.peers is None else options.peers
         entries = [training(one, n, group=n) for n in own]

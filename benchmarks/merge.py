@@ -11,16 +11,17 @@ from benchmarks._choice import cases, described
 from benchmarks._race import Entry, race
 from benchmarks.step_time import COPY, copy_rate
 
+CPU = (("t5-base-8x64", 8, ["all-linear"]),)
+GPU = (("llama-1b-2x2048", 8, ["all-linear"]),)
 COLUMNS = ("case", "contender", "median_ms", "gbytes", "gbytes_per_s",
            "copy_gbytes_per_s", "share_of_bandwidth", "error")  # fmt: skip
 
 
 def main(options: Any) -> list[_results.Row]:
     """Measure, print a table, save."""
-    options.targets = options.targets or [["all-linear"]]
     rows, about = [], {}
     size = 2**20 if options.quick else 2**32 if options.gpu else 2**29
-    for one in cases(options, ["t5-base-8x64"], ["llama-1b-2x2048"]):
+    for one in cases(options, CPU, GPU):
         arguments = {"case": dataclasses.asdict(one)}
         merge = Entry("jlora", "benchmarks.merge:Merge", arguments)
         copy = Entry(COPY, "benchmarks._runners:Copy", {"size": size})

@@ -11,8 +11,17 @@ from benchmarks._cases import Case
 from benchmarks._choice import cases, described
 from benchmarks._race import Entry, Race, race
 
-CPU = ("t5-small-8x64", "t5-small-16x128", "gpt2-4x128")
-GPU = ("t5-base-32x512", "llama-1b-2x2048")
+CPU = (
+    ("t5-small-8x64", 8, None),
+    ("t5-small-8x64", 8, ["all-linear"]),
+    ("t5-small-16x128", 8, None),
+    ("gpt2-4x128", 8, None),
+)
+GPU = (
+    ("t5-base-32x512", 8, None),
+    ("llama-1b-2x2048", 8, None),
+    ("llama-1b-2x2048", 16, ["all-linear"]),
+)
 OWN = ("floor", "by hand", "jlora", "naive W+sAB", "full fine-tuning")
 TORCH = {
     "PEFT": "PEFT",
@@ -98,9 +107,7 @@ def rows_of(one: Case, result: Race) -> list[_results.Row]:
     ]
 
 
-def figures(
-    one: Case, result: Race, name: str, rate: float | None
-) -> dict[str, Any]:
+def figures(one: Case, result: Race, name: str, rate: float | None) -> dict[str, Any]:
     """Return what is known of a contender; nothing of one that failed."""
     if name not in result.times:
         return {}

@@ -14,6 +14,7 @@ COMMANDS = {
     "step_time": "milliseconds of a training step, against the floor and the peers",
     "compile_time": "seconds to trace, lower and compile; the first step",
     "memory": "a step's memory: XLA's account, and the peak of a process or device",
+    "load": "seconds and peak memory of reading a checkpoint, beside transformers",
     "generate": "generated tokens a second",
     "merge": "bytes a second of folding adapters in, against a copy",
     "files": "bytes of a saved adapter",
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--results", metavar="DIR", help="read here, write beside")
             continue
         _add_run(one)
-        if name not in ("import_time", "lorafy", "text"):
+        if name not in ("import_time", "load", "lorafy", "text"):
             _add_case(one)
     for name in ("step_time", "text", "generate", "memory"):
         made[name].add_argument(
@@ -75,8 +76,13 @@ def _add_run(one: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=10, help="rounds that count (10)")
     add("--warmup", type=int, default=2, help="rounds before (2)")
     add("--env", choices=list(ENVIRONMENTS), default="default", help="of all workers")
-    add("--python", nargs="*", default=[], metavar="GROUP=PATH",
-        help="another interpreter for a worker, such as lorax=/venv/bin/python")  # fmt: skip
+    add(
+        "--python",
+        nargs="*",
+        default=[],
+        metavar="GROUP=PATH",
+        help="another interpreter for a worker, such as PEFT=/venv/bin/python",
+    )
     add("--results", metavar="DIR", help="where to save (benchmarks/results)")
     add("--name", help="of the file (the command's)")
     add("--in-process", action="store_true", help="no worker processes: to debug")

@@ -48,7 +48,7 @@ def halves(trainable: Tree, frozen: Tree, loss: Callable[..., Any]) -> Contender
 
 
 def transformed(work: Workload) -> Contender:
-    """jlora's function transform."""
+    """Jlora's function transform."""
     return adapter_step(work, jlora.lora(work.loss))
 
 

@@ -16,7 +16,7 @@ Tree = Any
 
 
 def qwix(work: Workload) -> Contender:
-    """qwix intercepts the products inside Flax modules.
+    """Qwix intercepts the products inside Flax modules.
 
     Source: github.com/google/qwix, `qwix/_src/providers/lora.py`.
     """
@@ -48,7 +48,7 @@ def qwix(work: Workload) -> Contender:
 
 
 def quax(work: Workload) -> Contender:
-    """quax dispatches on an array type that stands for `W + A·B`; it has no alpha.
+    """Quax dispatches on an array type that stands for `W + A·B`; it has no alpha.
 
     Source: github.com/patrick-kidger/quax, `quax/examples/lora`.
     """
@@ -76,7 +76,7 @@ def quax(work: Workload) -> Contender:
 
 
 def lorax(work: Workload) -> Contender:
-    """lorax interprets the program as jlora does; its last release is of 2024.
+    """Lorax interprets the program as jlora does; its last release is of 2024.
 
     It fails at its import on every JAX that jlora runs on. The error is in the tables.
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks._cases import NAMES, Case
 from benchmarks import text
 from benchmarks._batch import HEAD_STD, batch_of
+from benchmarks._cases import NAMES, Case
 
 MODELS = {
     "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
@@ -118,7 +118,7 @@ class Matmul:
 
     def step(self) -> None:
         """Multiply once."""
-        self.x @ self.y  # noqa: B018 - its time is what counts
+        self.x @ self.y
         if self.x.is_cuda:
             torch.cuda.synchronize()
 

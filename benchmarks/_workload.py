@@ -76,23 +76,21 @@ class Workload:
         total, count = self.totals(params, batch)
         return total / count
 
-    def lorafied(self, survey: bool = False) -> Tree:
-        """The parameters with adapters; with `survey` for kernels stacked by scan."""
+    def lorafied(self) -> Tree:
+        """The parameters with adapters."""
         case = self.case
         head = ["lm_head"] if "lm_head" in self.params else []
-        found = jlora.survey(self.loss, self.params, self.batch) if survey else None
         return jlora.lorafy(
             self.params,
             case.rank,
             case.targets,
             alpha=case.alpha,
             exclude=head if case.targets == "all-linear" else [],
-            survey=found,
         )
 
     def first_layers(self) -> list[str]:
         """Return the module paths of the first adapted layers."""
-        nodes = [x for x in jax.tree.leaves(self.lorafied(), is_leaf=jlora.is_node)]
+        nodes = jax.tree.leaves(self.lorafied(), is_leaf=jlora.is_node)
         adapted = [
             x.path.rpartition("/")[0] for x in nodes if isinstance(x, jlora.LowRank)
         ]

@@ -68,7 +68,7 @@ def measure(case: Mapping[str, Any], scan_layers: bool, repeats: int) -> Any:
 
     fields = {"scan_layers": True} if scan_layers else {}
     work = Workload(Case(**case), **fields)
-    tree = work.lorafied(survey=scan_layers)
+    tree = work.lorafied()
     trainable, frozen = jlora.split(tree)
     adapted, kernels = jlora.lora(work.loss), _kernels(tree)
 

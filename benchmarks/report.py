@@ -45,9 +45,11 @@ def _section(name: str, result: Mapping[str, Any], folder: pathlib.Path) -> str:
     about = f"""
 ## {name}
 
-{(command.__doc__ or "").splitlines()[0]} {machine["processor"]}, device
-{machine["device"]}, {machine["date"]}, commit {machine["commit"]}, environment
-{environment["name"]}, load {machine["load"]:.1f}; Python {machine["python"]}, {versions}.
+{(command.__doc__ or "").splitlines()[0]}
+
+- on {machine["processor"]}, device {machine["device"]}, load {machine["load"]:.1f}
+- at {machine["date"]}, commit {machine["commit"]}, environment {environment["name"]}
+- with Python {machine["python"]}{", " if versions else ""}{versions}
 """
     parts = [about, _results.table(result["rows"], command.COLUMNS), ""]
     if result["command"] == "sweep":

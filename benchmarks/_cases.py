@@ -43,14 +43,14 @@ LLAMA_1B: Config = {
 # What `--quick` makes of each family. Widths stay apart, so that a mix-up shows.
 _TINY: Mapping[str, Config] = {
     "t5": {
-        "d_model": 24, "d_ff": 40, "d_kv": 8, "num_heads": 2, "num_layers": 2,
-        "num_decoder_layers": 2, "vocab_size": 96,
+        "d_model": 24, "d_ff": 40, "d_kv": 8, "num_heads": 2, "num_layers": 1,
+        "num_decoder_layers": 1, "vocab_size": 96,
     },
     "gpt2": {
-        "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 96,
+        "n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 96,
     },
     "llama": {
-        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "vocab_size": 96,
     },

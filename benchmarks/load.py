@@ -77,7 +77,8 @@ DTYPES = ("float32", "bfloat16")
 
 def main(options: Any) -> list[_results.Row]:
     """Write a random checkpoint, load it in turns, print a table, save."""
-    missing = {n: why for n in CONTENDERS if (why := _missing(n)) is not None}
+    names = options.contenders or list(CONTENDERS)
+    missing = {n: why for n in names if (why := _missing(n)) is not None}
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as place:
         tiny, folder = pathlib.Path(place) / "tiny", pathlib.Path(place) / "model"
@@ -86,12 +87,12 @@ def main(options: Any) -> list[_results.Row]:
         size = (folder / "model.safetensors").stat().st_size
         for _ in range(options.repeats):
             for dtype in DTYPES:
-                for name in [n for n in CONTENDERS if n not in missing]:
+                for name in [n for n in names if n not in missing]:
                     once = run(name, dtype, tiny, folder, options.env)
                     runs.setdefault(f"{name} {dtype}", []).append(once)
     rows = []
     for dtype in DTYPES:
-        for name in CONTENDERS:
+        for name in names:
             once = runs.get(f"{name} {dtype}")
             figures = summarised(once) if once else {"error": missing[name]}
             rows.append(

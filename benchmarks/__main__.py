@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks._cases import SHAPES
 from benchmarks._workers import ENVIRONMENTS
+
+BUSY = 0.4  # load a core, before a run
 
 COMMANDS = {
     "step_time": "milliseconds of a training step, against the floor and the peers",
@@ -109,6 +113,14 @@ def main(argv: Sequence[str] | None = None) -> Any:
     """Parse the command line and run one benchmark; return its rows."""
     options = parser().parse_args(argv)
     options.quick = getattr(options, "quick", False) or getattr(options, "dry", False)
+    options.load = os.getloadavg()[0]
+    if options.load > BUSY * (os.cpu_count() or 1) and not options.quick:
+        print(
+            f"The machine is busy (load {options.load:.1f}). PyTorch's threads spin "
+            "while they wait and lose several times what JAX's do: figures of this "
+            "run compare nothing.",
+            file=sys.stderr,
+        )
     return importlib.import_module(f"benchmarks.{options.command}").main(options)
 
 

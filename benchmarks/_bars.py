@@ -56,6 +56,7 @@ def _rows(bar: Bar, results: Results) -> Iterator[dict[str, Any]]:
             "denominator": figure.below,
             "met": met,
             "environment": environment,
+            "load": results[name]["machine"]["load"],
             "file": name,
         }
     if not found:

@@ -41,7 +41,7 @@ LLAMA_1B: Config = {
 }  # fmt: skip
 
 # What `--quick` makes of each family. Widths stay apart, so that a mix-up shows.
-_TINY: Mapping[str, Config] = {
+TINY: Mapping[str, Config] = {
     "t5": {
         "d_model": 24, "d_ff": 40, "d_kv": 8, "num_heads": 2, "num_layers": 1,
         "num_decoder_layers": 1, "vocab_size": 96,
@@ -166,7 +166,7 @@ def case(
     config = dict(chosen.config)
     family = config["model_type"]
     if quick:
-        config |= _TINY[family]
+        config |= TINY[family]
         small = {"batch": 2, "source": 8, "target": 7 if chosen.target else 0}
         chosen = dataclasses.replace(chosen, **small)
         rank = min(rank, 4)

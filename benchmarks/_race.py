@@ -35,12 +35,14 @@ class Race:
 
     Attributes:
       times: milliseconds of every round, by contender.
+      cpu: milliseconds of the processor in every round, all threads together.
       facts: what each runner found out, by contender.
       errors: of contenders that could not do the work.
       about: each group's device, versions and peak memory.
     """
 
     times: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    cpu: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     errors: dict[str, str] = dataclasses.field(default_factory=dict)
     about: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -80,7 +82,8 @@ def race(entries: Sequence[Entry], options: Any) -> Race:
                 if took is None:
                     running.remove(entry)
                 elif number >= options.warmup:
-                    out.times.setdefault(entry.name, []).append(took)
+                    out.times.setdefault(entry.name, []).append(took["ms"])
+                    out.cpu.setdefault(entry.name, []).append(took["cpu_ms"])
         for entry in running:
             worker = workers[entry.group]
             out.facts[entry.name] = worker.ask(do="facts", name=entry.name)
@@ -110,10 +113,11 @@ def _open(worker: Any, e: Entry, out: Race) -> bool:
     return True
 
 
-def _step(worker: Any, e: Entry, out: Race) -> float | None:
+def _step(worker: Any, e: Entry, out: Race) -> dict[str, float] | None:
     try:
-        return float(worker.ask(do="step", name=e.name))
+        return worker.ask(do="step", name=e.name)
     except WorkerError as error:
         out.errors[e.name] = str(error)
         out.times.pop(e.name, None)
+        out.cpu.pop(e.name, None)
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import pathlib
 import platform
 import subprocess
@@ -19,7 +18,7 @@ REQUIRED = ("command", "machine", "environment", "options", "rows")
 Row = dict[str, Any]
 
 
-def machine(about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def machine(about: Mapping[str, Mapping[str, Any]], load: float) -> dict[str, Any]:
     """Return what a figure was measured on and with."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     head = subprocess.run(git, capture_output=True, text=True)
@@ -31,7 +30,7 @@ def machine(about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": devices[0] if devices else "cpu",
         "processor": _processor(),
-        "load": os.getloadavg()[0],
+        "load": load,  # when the run began
         "python": platform.python_version(),
         "versions": dict(sorted(versions.items())),
         "commit": head.stdout.strip() or None,
@@ -59,7 +58,7 @@ def save(
     )  # fmt: skip
     result = {
         "command": options.command,
-        "machine": machine(about),
+        "machine": machine(about, options.load),
         "environment": {"name": options.env, **ENVIRONMENTS[options.env]},
         "options": {k: v for k, v in sorted(vars(options).items()) if k != "results"},
         "rows": list(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -38,17 +39,20 @@ class Workload:
     Attributes:
       case: what is measured.
       model: the Flax module.
-      params: random parameters in the case's dtype.
+      params: random parameters in the case's dtype; with `abstract` their shapes.
       batch: arrays by name.
     """
 
-    def __init__(self, case: Case, **fields: Any) -> None:
+    def __init__(self, case: Case, *, abstract: bool = False, **fields: Any) -> None:
         make, config = MODELS[case.family]
         self.case, dtype = case, jnp.dtype(case.dtype).type
         self.config = config.from_dict(case.config)
         self.model = make(self.config, dtype=dtype, param_dtype=dtype, **fields)
         self.batch = {k: jnp.asarray(v) for k, v in batch_of(case).items()}
-        self.params = jax.jit(self.init)(jax.random.key(0))
+        make_params = functools.partial(jax.eval_shape, self.init)
+        if not abstract:
+            make_params = jax.jit(self.init)
+        self.params = make_params(jax.random.key(0))
 
     def init(self, key: Any) -> Tree:
         """Return random parameters; the head, where it is its own, at `HEAD_STD`."""

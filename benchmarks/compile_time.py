@@ -33,6 +33,7 @@ def main(options: Any) -> list[_results.Row]:
                 "case": dataclasses.asdict(deep),
                 "scan_layers": options.scan_layers,
                 "repeats": options.repeats,
+                "run": depth is None,
             }
             head = {
                 **described(deep),
@@ -60,14 +61,18 @@ def _at_depth(one: Case, depth: int, options: Any) -> Case:
                 depth=depth, target=target, **sizes)  # fmt: skip
 
 
-def measure(case: Mapping[str, Any], scan_layers: bool, repeats: int) -> Any:
-    """Return a row for each stage, and one of the first step; runs in a worker."""
+def measure(
+    case: Mapping[str, Any], scan_layers: bool, repeats: int, run: bool
+) -> list[dict[str, Any]]:
+    """Return a row for each stage, with `run` the first step too; runs in a worker.
+
+    Without `run` there are no parameters, only their shapes.
+    """
     import jlora
-    from benchmarks._contenders import bases
     from benchmarks._workload import Workload
 
     fields = {"scan_layers": True} if scan_layers else {}
-    work = Workload(Case(**case), **fields)
+    work = Workload(Case(**case), abstract=not run, **fields)
     tree = work.lorafied()
     trainable, frozen = jlora.split(tree)
     adapted, kernels = jlora.lora(work.loss), _kernels(tree)
@@ -80,13 +85,15 @@ def measure(case: Mapping[str, Any], scan_layers: bool, repeats: int) -> Any:
 
     # As much of the plain function is differentiated as has adapters on it.
     contenders = {
-        "plain": (plain, (kernels, bases(tree), work.batch)),
+        "plain": (plain, (kernels, work.params, work.batch)),
         "jlora": (lorafied, (trainable, frozen, work.batch)),
     }
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, (f, arguments) in contenders.items():
             seconds[name].append(_stages(f, arguments))
+    if not run:
+        return list(_rows(seconds))
     first = {name: _first(f, arguments) for name, (f, arguments) in contenders.items()}
     return [*_rows(seconds), *_first_rows(first)]
 

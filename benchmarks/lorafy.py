@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import _results
-from benchmarks._cases import _TINY, T5_XXL
+from benchmarks._cases import T5_XXL, TINY
 from benchmarks._race import Entry, race
 
 COLUMNS = ("model", "parameters", "targets", "adapters", "median_s", "error")
@@ -46,7 +46,7 @@ class Lorafy:
 
         from jlora import models
 
-        config = {**T5_XXL, **(_TINY["t5"] if quick else {})}
+        config = {**T5_XXL, **(TINY["t5"] if quick else {})}
         model = models.T5(models.T5Config.from_dict(config))
         ids = jnp.zeros((1, 1), jnp.int32)
         made = jax.eval_shape(model.init, jax.random.key(0), ids, None, ids)

@@ -15,13 +15,16 @@ Written by `python -m benchmarks report` from the files in [{folder}]({folder});
 edit. Contenders of a table took turns, round by round, in one run; ratios are medians
 of the rounds' ratios. `to_roofline` is the step's time over that of the operations it
 cannot do without ([_needed.py](_needed.py)) at the rate of a large matmul measured
-in the same run. A contender that could not do the work stands with its error.
+in the same run. `load` is the machine's before the run: on a busy one PyTorch's
+spinning threads lose several times what JAX's do. A contender that could not do the
+work stands with its error.
 
 ## Bars
 
 """
 BARS = (
-    "figure", "bar", "value", "met", "numerator", "denominator", "environment", "file"
+    "figure", "bar", "value", "met", "numerator", "denominator", "environment", "load",
+    "file",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from typing import Any
 
 from benchmarks import _needed, _results
@@ -33,9 +34,9 @@ PEERS = ("PEFT", "loralib", *JAX)
 MATMULS = {"matmul": "_runners", "matmul, PyTorch": "_peers_torch"}
 COPY = "copy"
 COLUMNS = (
-    "case", "contender", "median_ms", "min_ms", "to_floor", "to_by_hand", "to_peft",
-    "to_compile", "full_to_this", "xla_gflop", "to_roofline", "share_of_peak",
-    "first_step_s", "trainable", "loss", "error",
+    "case", "contender", "median_ms", "min_ms", "cpu_ms", "to_floor", "to_by_hand",
+    "to_peft", "to_compile", "full_to_this", "xla_gflop", "to_roofline",
+    "share_of_peak", "first_step_s", "trainable", "loss", "error",
 )  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def figures(one: Case, result: Race, name: str, rate: float | None) -> dict[str,
     return {
         "median_ms": median,
         "min_ms": min(result.times[name]),
+        "cpu_ms": statistics.median(result.cpu[name]),
         "to_floor": result.ratio(name, "floor"),
         "to_by_hand": result.ratio(name, "by hand"),
         "to_peft": result.ratio(name, "PEFT"),

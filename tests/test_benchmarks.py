@@ -23,7 +23,7 @@ TINY = ["--quick", "--repeats", "2", "--warmup", "0", "--in-process"]
 GPT = ["--shape", "gpt2-4x128"]
 RUNS = {
     "step_time": [*GPT, "--peers"],
-    "compile_time": [*GPT, "--depths", "1", "--repeats", "1"],
+    "compile_time": [*GPT, "--repeats", "1"],
     "memory": [*GPT, "--contenders", "jlora", "full fine-tuning", "--peers"],
     "load": ["--contenders", "jlora", "--repeats", "1"],
     "generate": [*GPT, "--contenders", "jlora", "merged", "--beams", "2"],
@@ -91,6 +91,7 @@ def test_step_time_compares_each_with_each(results):
     for name in ("jlora", "naive W+sAB", "floor"):  # one model, one batch, B is zero
         assert by_name[name]["loss"] == pytest.approx(by_name["by hand"]["loss"], 1e-5)
     assert len(ours["all_ms"]) == 2
+    assert ours["cpu_ms"] > 0
     assert ours["share_of_peak"] == pytest.approx(1 / ours["to_roofline"])
 
 
@@ -259,6 +260,15 @@ def test_needed_flops_are_what_xla_counts(targets):
         counted = lowered.cost_analysis()["flops"]
         needed = _needed.flops(one, full=full)
         assert needed < counted < 1.06 * needed  # elementwise work comes on top
+
+
+def test_depths_are_compiled_from_shapes_and_failures_are_rows():
+    run = ["compile_time", *TINY[:-1], "--repeats", "1", "--in-process", *GPT]
+    rows = main([*run, "--depths", "2", "3"])
+    assert [row["depth"] for row in rows] == [2] * 4 + [3] * 4
+    assert {row["stage"] for row in rows} == {"trace", "lower", "compile", "all"}
+    (row,) = main([*run, "--targets", "nothing"])
+    assert row["error"].startswith("TargetError")
 
 
 # -- PyTorch's side --------------------------------------------------------------------

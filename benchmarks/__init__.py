@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks --help`."""
+"""Benchmarks: `python -m benchmarks --help`, figures in RESULTS.md."""

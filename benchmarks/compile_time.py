@@ -1,30 +1,81 @@
-"""What the transform adds to tracing and compiling a step."""
+"""What the transform adds to tracing and compiling a step, and the first step."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
+from benchmarks import _results
+from benchmarks._cases import Case, case
+from benchmarks._choice import cases, described
+from benchmarks._race import call
+from benchmarks._workers import WorkerError
 
-import jlora
-from benchmarks import _measure
-from benchmarks._t5 import Size, Workload, bases, tiny
+CPU = (("t5-small-8x64", 8, None),)
+GPU = (("llama-1b-2x2048", 8, None),)
+STAGES = ("trace", "lower", "compile", "all")
+COLUMNS = (
+    "case", "depth", "scan_layers", "stage", "plain_s", "jlora_s", "ratio", "error"
+)  # fmt: skip
 
 
-def main(args: Any) -> None:
+def main(options: Any) -> list[_results.Row]:
     """Measure, print a table, save."""
-    size = Size(config=tiny()) if args.quick else Size()
-    work = Workload(size)
+    rows, about = [], {}
+    for one in cases(options, CPU, GPU):
+        for depth in options.depths or [None]:
+            deep = one if depth is None else _at_depth(one, depth, options)
+            arguments = {
+                "case": dataclasses.asdict(deep),
+                "scan_layers": options.scan_layers,
+                "repeats": options.repeats,
+                "run": depth is None,
+            }
+            head = {
+                **described(deep),
+                "depth": depth,
+                "scan_layers": options.scan_layers,
+            }
+            try:
+                found, worker = call(
+                    "benchmarks.compile_time:measure", arguments, options
+                )
+            except WorkerError as error:
+                rows.append({**head, "error": str(error)})
+                continue
+            about |= worker
+            rows += [{**head, **row} for row in found]
+    print(_results.table(rows, COLUMNS))
+    _results.save(options, about, rows)
+    return rows
+
+
+def _at_depth(one: Case, depth: int, options: Any) -> Case:
+    sizes = {"batch": one.batch, "source": one.source, "dtype": one.dtype}
+    target = one.target or None
+    return case(one.shape, rank=one.rank, targets=one.targets, quick=options.quick,
+                depth=depth, target=target, **sizes)  # fmt: skip
+
+
+def measure(
+    case: Mapping[str, Any], scan_layers: bool, repeats: int, run: bool
+) -> list[dict[str, Any]]:
+    """Return a row for each stage, with `run` the first step too; runs in a worker.
+
+    Without `run` there are no parameters, only their shapes.
+    """
+    import jlora
+    from benchmarks._workload import Workload
+
+    fields = {"scan_layers": True} if scan_layers else {}
+    work = Workload(Case(**case), abstract=not run, **fields)
     tree = work.lorafied()
     trainable, frozen = jlora.split(tree)
-    adapted = jlora.lora(work.loss)
-    plain_base = bases(tree)
-    # As much of the plain function is differentiated as has adapters on it.
-    kernels = {x.path: x.base for x in jax.tree.leaves(tree, is_leaf=jlora.is_node)
-               if jlora.is_node(x)}  # fmt: skip
+    adapted, kernels = jlora.lora(work.loss), _kernels(tree)
 
     def plain(kernels: Any, base: Any, batch: Any) -> Any:
         return work.loss(_with(base, kernels), batch)
@@ -32,25 +83,46 @@ def main(args: Any) -> None:
     def lorafied(trainable: Any, frozen: Any, batch: Any) -> Any:
         return adapted(jlora.combine(trainable, frozen), batch)
 
-    stages: dict[str, dict[str, list[float]]] = {}
-    for _ in range(args.repeats):
-        for name, f, arguments in (
-            ("plain", plain, (kernels, plain_base, work.batch)),
-            ("jlora", lorafied, (trainable, frozen, work.batch)),
-        ):
-            for stage, seconds in _stages(f, arguments).items():
-                stages.setdefault(stage, {}).setdefault(name, []).append(seconds)
-    rows = []
-    for stage, times in stages.items():
-        medians = [statistics.median(times[n]) for n in ("plain", "jlora")]
-        rows.append([stage, *medians, _measure.ratio(times, "jlora", "plain")])
-    _measure.print_table(rows, ["stage", "plain s", "jlora s", "ratio"])
-    if not args.quick:
-        print(_measure.save("compile_time", {"seconds": stages, "rows": rows}))
+    # As much of the plain function is differentiated as has adapters on it.
+    contenders = {
+        "plain": (plain, (kernels, work.params, work.batch)),
+        "jlora": (lorafied, (trainable, frozen, work.batch)),
+    }
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, (f, arguments) in contenders.items():
+            seconds[name].append(_stages(f, arguments))
+    if not run:
+        return list(_rows(seconds))
+    first = {name: _first(f, arguments) for name, (f, arguments) in contenders.items()}
+    return [*_rows(seconds), *_first_rows(first)]
+
+
+def _rows(seconds: Mapping[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
+    for stage in STAGES:
+        plain, ours = ([x[stage] for x in seconds[n]] for n in ("plain", "jlora"))
+        yield {
+            "stage": stage,
+            "plain_s": statistics.median(plain),
+            "jlora_s": statistics.median(ours),
+            "ratio": statistics.median(b / a for a, b in zip(plain, ours, strict=True)),
+        }
+
+
+def _first_rows(first: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    (plain, plain_again), (ours, ours_again) = first["plain"], first["jlora"]
+    yield {
+        "stage": "first step", "plain_s": plain, "jlora_s": ours, "ratio": ours / plain
+    }  # fmt: skip
+    yield {
+        "stage": "compilations after it", "plain_s": plain_again, "jlora_s": ours_again
+    }  # fmt: skip
 
 
 def _stages(f: Callable[..., Any], arguments: Any) -> dict[str, float]:
     """Seconds to trace, lower and compile the gradient, with nothing cached."""
+    import jax
+
     jax.clear_caches()
     step = jax.jit(jax.value_and_grad(lambda *a: f(*a)))
     start = time.perf_counter()
@@ -68,8 +140,53 @@ def _stages(f: Callable[..., Any], arguments: Any) -> dict[str, float]:
     }
 
 
+def _first(f: Callable[..., Any], arguments: Any) -> tuple[float, int]:
+    """Seconds of a first step, and how often other values compile it again."""
+    import jax
+
+    jax.clear_caches()
+    step = jax.jit(jax.value_and_grad(lambda *a: f(*a)))
+    start = time.perf_counter()
+    jax.block_until_ready(step(*arguments))
+    took = time.perf_counter() - start
+    others = [jax.tree.map(lambda x, k=k: x * k, arguments[0]) for k in (2, 3)]
+    with compilations() as count:
+        for other in others:
+            jax.block_until_ready(step(other, *arguments[1:]))
+    return took, len(count)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collect the programs that XLA compiles meanwhile."""
+    import jax
+
+    seen: list[str] = []
+    on = [True]
+
+    def note(event: str, seconds: float, **_: Any) -> None:
+        if on and event.endswith("backend_compile_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield seen
+    finally:
+        on.clear()  # listeners cannot be taken away one by one
+
+
+def _kernels(tree: Any) -> dict[str, Any]:
+    import jax
+
+    import jlora
+
+    nodes = jax.tree.leaves(tree, is_leaf=jlora.is_node)
+    return {x.path: x.base for x in nodes if jlora.is_node(x)}
+
+
 def _with(tree: Any, kernels: dict[str, Any]) -> Any:
     """The tree with some of its leaves replaced, by path."""
+    import jax
 
     def one(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -17,15 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _measure
+from benchmarks import _results, _workers
 from jlora import models
 
 # A child imports its library and warms it up on a tiny model first: what is measured
-# is the load, and not the import. The peak is Linux's VmHWM, begun anew before the
-# load: `ru_maxrss` cannot be, and a child inherits that of its parent. Seconds of the
-# processor tell what a busy machine hides.
+# is the load, and not the import. `ru_maxrss` is of the whole process; the peak of the
+# load alone is what Linux counts after `clear_refs`.
 CHILD = """
-import json, pathlib, sys, time
+import json, pathlib, resource, sys, time
 kind, dtype, tiny, folder = sys.argv[1:]
 {load}
 
@@ -34,16 +33,18 @@ def status(key):
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(key + ":"))
 
 load(tiny)
-pathlib.Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-start, cpu = time.perf_counter(), time.process_time()
+clear = pathlib.Path("/proc/self/clear_refs")
+before = None
+if clear.exists():
+    clear.write_text("5")
+    before = status("VmRSS")
+start = time.perf_counter()
 model, held = load(folder)
-print(json.dumps({
-    "seconds": time.perf_counter() - start,
-    "cpu_seconds": time.process_time() - cpu,
-    "peak": status("VmHWM") - before,
-    "model": held,
-}))
+seconds = time.perf_counter() - start
+ru_maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = None if before is None else status("VmHWM") - before
+print(json.dumps({"seconds": seconds, "peak": peak, "ru_maxrss": ru_maxrss,
+                  "model": held}))
 """
 JLORA = """
 import jax
@@ -69,40 +70,37 @@ def load(folder):
     return (model, touched), held
 """
 CONTENDERS = {"jlora": JLORA, "transformers": TORCH}
+COLUMNS = ("contender", "dtype", "file_mib", "median_s", "above_model_mib",
+           "above_to_model", "error")  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 
 
-def main(args: Any) -> None:
+def main(options: Any) -> list[_results.Row]:
     """Write a random checkpoint, load it in turns, print a table, save."""
-    missing = {n: why for n in CONTENDERS if (why := _missing(n)) is not None}
+    names = options.contenders or list(CONTENDERS)
+    missing = {n: why for n in names if (why := _missing(n)) is not None}
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as place:
         tiny, folder = pathlib.Path(place) / "tiny", pathlib.Path(place) / "model"
         write(tiny, quick=True)
-        write(folder, quick=args.quick)
+        write(folder, quick=options.quick)
         size = (folder / "model.safetensors").stat().st_size
-        for _ in range(args.repeats):
+        for _ in range(options.repeats):
             for dtype in DTYPES:
-                for name in [n for n in CONTENDERS if n not in missing]:
-                    once = run(name, dtype, tiny, folder)
+                for name in [n for n in names if n not in missing]:
+                    once = run(name, dtype, tiny, folder, options.env)
                     runs.setdefault(f"{name} {dtype}", []).append(once)
     rows = []
     for dtype in DTYPES:
-        for name in CONTENDERS:
-            what = f"{name} {dtype}"
-            rows.append([what, *summarised(runs[what])] if what in runs else
-                        [what, missing[name], "", "", ""])  # fmt: skip
-    header = ["loader", "s", "cpu s", "peak - model, MiB", "(peak - model) / model"]
-    _measure.print_table(rows, header)
-    if not args.quick:
-        result: dict[str, Any] = {
-            "file_bytes": size,
-            "file_dtype": "float32",
-            "versions": versions(),
-        }
-        result["load_average"] = os.getloadavg()
-        result |= {"rows": rows, "columns": header, "runs": runs, "missing": missing}
-        print(_measure.save("load", result))
+        for name in names:
+            once = runs.get(f"{name} {dtype}")
+            figures = summarised(once) if once else {"error": missing[name]}
+            rows.append(
+                {"contender": name, "dtype": dtype, "file_mib": size / 2**20, **figures}
+            )
+    print(_results.table(rows, COLUMNS))
+    _results.save(options, {"load": {"versions": versions()}}, rows)
+    return rows
 
 
 def write(folder: pathlib.Path, quick: bool) -> None:
@@ -123,25 +121,32 @@ def write(folder: pathlib.Path, quick: bool) -> None:
 
 
 def run(
-    name: str, dtype: str, tiny: pathlib.Path, folder: pathlib.Path
+    name: str, dtype: str, tiny: pathlib.Path, folder: pathlib.Path, env: str
 ) -> dict[str, Any]:
     """One load in a process of its own."""
     code = CHILD.replace("{load}", CONTENDERS[name])
     command = [sys.executable, "-c", code, name, dtype, str(tiny), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **_workers.ENVIRONMENTS[env]},
+    )
     if done.returncode:
         raise RuntimeError(f"{name} {dtype}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarised(runs: list[dict[str, Any]]) -> list[float]:
-    """Medians: seconds, the processor's, MiB above the model, and in units of it."""
-    wall, cpu, peak = (
-        statistics.median(run[key] for run in runs)
-        for key in ("seconds", "cpu_seconds", "peak")
-    )
-    model = runs[0]["model"]
-    return [wall, cpu, (peak - model) / 2**20, (peak - model) / model]
+def summarised(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians: seconds, MiB above the model, and that in units of the model."""
+    above = [(run["peak"] or run["ru_maxrss"]) - run["model"] for run in runs]
+    extra = statistics.median(above)
+    return {
+        "median_s": statistics.median(run["seconds"] for run in runs),
+        "above_model_mib": extra / 2**20,
+        "above_to_model": extra / runs[0]["model"],
+        "all": runs,
+    }
 
 
 def _missing(name: str) -> str | None:
@@ -153,7 +158,7 @@ def _missing(name: str) -> str | None:
 def versions() -> dict[str, str]:
     """Of what took part."""
     found = {}
-    for name in ("safetensors", "torch", "transformers"):
+    for name in ("jax", "safetensors", "torch", "transformers"):
         if importlib.util.find_spec(name) is not None:
             found[name] = importlib.metadata.version(name)
     return found

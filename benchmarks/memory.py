@@ -1,67 +1,68 @@
-"""Device memory of a step, by XLA's own account: split, masked, full."""
+"""Memory of a step: XLA's account of the program, and the peak of a worker."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
-import optax
+from benchmarks import _results
+from benchmarks._choice import cases, described
+from benchmarks._race import race
+from benchmarks.step_time import peer, training
 
-import jlora
-from benchmarks import _measure
-from benchmarks._t5 import Size, Workload, tiny
+CPU = (("t5-small-8x64", 8, None),)
+GPU = (("t5-base-32x512", 8, None),)
+OWN = (
+    "by hand", "jlora", "jlora, optax.masked", "jlora, masked, clipped",
+    "full fine-tuning",
+)  # fmt: skip
+COLUMNS = (
+    "case", "contender", "arguments_mib", "outputs_mib", "aliased_mib",
+    "temporary_mib", "peak_mib", "to_full", "rss_mib", "device_mib", "xla_gflop",
+    "error",
+)  # fmt: skip
 
-COLUMNS = ("arguments", "outputs", "aliased", "temporary", "peak")
+
+def main(options: Any) -> list[_results.Row]:
+    """Run a few steps of each contender in a worker of its own; print and save."""
+    rows, about = [], {}
+    options.repeats = min(options.repeats, 3)
+    for one in cases(options, CPU, GPU):
+        own = options.contenders or OWN
+        names = ["PEFT", "full"] if options.peers is None else options.peers
+        entries = [training(one, n, group=n) for n in own]
+        found = []
+        for entry in [*entries, *(peer(one, n) for n in names)]:
+            result = race([entry], options)
+            worker = result.about.get(entry.group, {})
+            about[worker.get("device", "")] = worker
+            facts = result.facts.get(entry.name, {})
+            found.append(
+                {
+                    **described(one),
+                    "contender": entry.name,
+                    **_mib(facts.get("xla_bytes", {})),
+                    **_mib({n: worker.get(f"{n}_bytes") for n in ("rss", "device")}),
+                    "xla_gflop": facts.get("xla_gflop"),
+                    "error": result.errors.get(entry.name),
+                }
+            )
+        rows += _against_full(found)
+    print(_results.table(rows, COLUMNS))
+    _results.save(options, about, rows)
+    return rows
 
 
-def main(args: Any) -> None:
-    """Compile, print a table, save. Nothing runs."""
-    work = Workload(Size(config=tiny()) if args.quick else Size())
-    contenders = {
-        "jlora, split": work.jlora(),
-        "jlora, optax.masked": masked(work),
-        "jlora, masked, global norm inside": masked(work, clip=True),
-        "full fine-tuning": work.full(),
-    }
-    rows, flops = {}, {}
-    for name, (step, state, frozen) in contenders.items():
-        jitted = jax.jit(step, donate_argnums=0)
-        compiled = jitted.lower(state, frozen, work.batch).compile()
-        rows[name] = _bytes(compiled.memory_analysis())
-        flops[name] = compiled.cost_analysis()["flops"] / 1e9
-    table = [
-        [n, *(f"{r[c] / 2**20:,.1f}" for c in COLUMNS), flops[n]]
-        for n, r in rows.items()
+def _mib(sizes: dict[str, int | None]) -> dict[str, float | None]:
+    return {f"{n}_mib": None if x is None else x / 2**20 for n, x in sizes.items()}
+
+
+def _against_full(rows: list[_results.Row]) -> list[_results.Row]:
+    """Add each contender's share of what full fine-tuning needs, by XLA's account."""
+    peaks = {row["contender"]: row.get("peak_mib") for row in rows}
+    full = peaks.get("full fine-tuning")
+    if not full:
+        return rows
+    return [
+        {**row, "to_full": row["peak_mib"] / full if row.get("peak_mib") else None}
+        for row in rows
     ]
-    _measure.print_table(table, ["step", *(f"{c} MiB" for c in COLUMNS), "GFLOP"])
-    if not args.quick:
-        print(_measure.save("memory", {"bytes": rows, "gflop": flops}))
-
-
-def masked(work: Workload, clip: bool = False) -> Any:
-    """Train the whole tree through `optax.masked`, as optax's users know it."""
-    tree = work.lorafied()
-    tx = optax.adamw(1e-4)
-    if clip:
-        tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
-    tx = optax.masked(tx, jlora.trainable_mask(tree))
-    loss = jlora.lora(work.loss)
-
-    def step(state: Any, frozen: Any, batch: Any) -> Any:
-        params, opt_state = state
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return step, (tree, tx.init(tree)), ()
-
-
-def _bytes(analysis: Any) -> dict[str, int]:
-    sizes = {
-        "arguments": analysis.argument_size_in_bytes,
-        "outputs": analysis.output_size_in_bytes,
-        "aliased": analysis.alias_size_in_bytes,
-        "temporary": analysis.temp_size_in_bytes,
-    }
-    peak = sizes["arguments"] + sizes["outputs"] + sizes["temporary"] - sizes["aliased"]
-    return {**sizes, "peak": peak}

@@ -1,0 +1,49 @@
+"""From the command line to cases."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks._cases import Case, case
+
+# A shape, a rank, and targets (`None` is query and value).
+Default = tuple[str, int, Sequence[str] | None]
+
+
+def cases(options: Any, cpu: Sequence[Default], gpu: Sequence[Default]) -> list[Case]:
+    """Return what was asked for: the defaults, or every combination of what is given.
+
+    Where `--rank` or `--targets` stand without `--shape`, they go for each shape of
+    the defaults.
+    """
+    defaults = gpu if options.gpu else cpu
+    grid: Any = defaults
+    if options.shape or options.rank or options.targets:
+        shapes = options.shape or dict.fromkeys(shape for shape, _, _ in defaults)
+        grid = itertools.product(shapes, options.rank or [8], options.targets or [None])
+    return [
+        case(
+            shape,
+            rank=rank,
+            targets=targets,
+            quick=options.quick,
+            batch=options.batch,
+            source=options.length,
+            target=options.target_length,
+            dtype=options.dtype,
+        )
+        for shape, rank, targets in grid
+    ]
+
+
+def described(one: Case) -> dict[str, Any]:
+    """Return a case as columns of a row."""
+    return {
+        "case": one.title,
+        "shape": one.shape,
+        "dtype": one.dtype,
+        "rank": one.rank,
+        "targets": one.targets_text,
+    }

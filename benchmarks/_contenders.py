@@ -80,7 +80,9 @@ def by_hand(work: Workload) -> Contender:
 def full(work: Workload) -> Contender:
     """Full fine-tuning; parameters in float32 whatever the model computes in."""
     params = jax.tree.map(lambda x: x.astype(jnp.float32), work.params)
-    return halves(params, (), lambda params, _, batch: work.loss(params, batch))
+    return halves(
+        params, (), lambda params, _, batch: work.loss_of_logits(params, batch)
+    )
 
 
 def floor(work: Workload) -> Contender:

@@ -122,9 +122,10 @@ class _Program:
         if self._products is None:
             self._products = {}
             for eqn in self.bare.eqns:
-                left = eqn.invars[0] if eqn.primitive.name == "dot_general" else None
-                if left is not None and not isinstance(left, _compat.Literal):
-                    self._products.setdefault(left, []).append(eqn)
+                is_product = eqn.primitive.name == "dot_general"
+                known = not any(isinstance(v, _compat.Literal) for v in eqn.invars)
+                if is_product and known:
+                    self._products.setdefault(eqn.invars[0], []).append(eqn)
         return self._products
 
 

@@ -16,7 +16,6 @@ from jlora._errors import CheckpointError
 from jlora._fingerprint import Fingerprint, leaf_print
 from jlora._lowrank import Full, LowRank, Rows, is_node
 from jlora._paths import path_str
-from jlora._rules.layout import factor_spec
 
 Tree = Any
 Check = Literal["values", "shapes"]
@@ -104,19 +103,6 @@ def make_adapter(
 
 def _tuples(x: Any) -> Any:
     return tuple(_tuples(y) for y in x) if isinstance(x, list) else x
-
-
-def placed(adapter: Adapter, leaf: Any) -> Adapter:
-    """An abstract adapter, sharded along with its kernel."""
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return adapter
-
-    def one(x: Any, dims: Any) -> tuple[Any, Any]:
-        spec = factor_spec(sharding.spec, dims)
-        return sharded(x, NamedSharding(sharding.mesh, spec)), dims
-
-    return adapter.map(one)
 
 
 def sharded(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

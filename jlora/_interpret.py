@@ -34,7 +34,6 @@ class Replay:
     _uses: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter, compare=False, repr=False
     )
-
     _programs: _Programs = dataclasses.field(
         default_factory=lambda: _Programs(), compare=False, repr=False
     )
@@ -56,18 +55,18 @@ class Replay:
 
     def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """Run a jaxpr; operands and results may be low-rank."""
-        self._programs.running.append(_Program(_compat.open_jaxpr(jaxpr)[0]))
+        bare, consts = _compat.open_jaxpr(jaxpr)
+        env: dict[Any, Any] = {}
+        env.update(zip(bare.constvars, consts, strict=True))
+        env.update(zip(bare.invars, args, strict=True))
+        self._programs.running.append(_Program(bare, env))
         try:
-            return self._replay(jaxpr, args)
+            return self._run(bare, env)
         finally:
             self._programs.running.pop()
 
-    def _replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-        bare, consts = _compat.open_jaxpr(jaxpr)
+    def _run(self, bare: Any, env: dict[Any, Any]) -> list[Any]:
         last_use, live = _lifetimes(bare)
-        env = self._programs.running[-1].env
-        env.update(zip(bare.constvars, consts, strict=True))
-        env.update(zip(bare.invars, args, strict=True))
 
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, _compat.Literal) else env[atom]
@@ -113,7 +112,7 @@ class _Program:
     """
 
     bare: Any
-    env: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    env: dict[Any, Any]
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     _products: dict[Any, list[Eqn]] | None = None
 

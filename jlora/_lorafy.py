@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from jlora import _init, _paths
 from jlora._adapter import Adapter, new_adapter
@@ -19,7 +18,7 @@ from jlora._labels import Dims
 from jlora._lowrank import Full, LowRank, is_node
 from jlora._paths import Hit, path_str
 from jlora._resolve import bias_of
-from jlora._rules.layout import factor_spec
+from jlora._rules.layout import placed_adapter
 from jlora._targets import (
     Bias,
     Choice,
@@ -199,7 +198,7 @@ def _make_adapter(
         magnitude=wide if variant.dora else None, bias=wide if variant.bias else None,
         dropout=settings.dropout, rslora=variant.rslora, role=choice.hit.role,
     )  # fmt: skip
-    abstract = _with_shardings(adapter, leaf)
+    abstract = placed_adapter(adapter, leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return abstract
 
@@ -305,22 +304,6 @@ def _part_window(
 def _adapter_name(hit: Hit) -> str:
     """Slices of a fused kernel are told apart by role; else there is one adapter."""
     return hit.role or "" if hit.part is not None else ""
-
-
-def _with_shardings(adapter: Adapter, leaf: Any) -> Adapter:
-    """The abstract adapter, sharded along with a kernel on a named mesh."""
-    sharding = (
-        None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    )
-    if not isinstance(sharding, NamedSharding):
-        return adapter
-
-    def one(x: Any, dims: Dims) -> tuple[Any, Dims]:
-        spec = factor_spec(sharding.spec, dims)
-        placed = NamedSharding(sharding.mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), dims
-
-    return adapter.map(one)
 
 
 def _check_rank(path: str, rank: Any, ins: Dims, outs: Dims) -> int:

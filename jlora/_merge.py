@@ -12,9 +12,9 @@ import numpy as np
 from jax import lax
 
 from jlora._errors import NonFiniteError, StructureError
-from jlora._lowrank import Full, LowRank, Rows, is_node, same_structure
+from jlora._lowrank import LowRank, Rows, is_node, same_structure
 from jlora._paths import path_str
-from jlora._resolve import bias_terms
+from jlora._resolve import bias_terms, plain_leaf
 
 Tree = Any
 
@@ -98,8 +98,7 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
         name = path_str(path)
         if name in merged:
             return merged[name][0]
-        x = x.value if isinstance(x, Full) else x
-        return (x + biases[name]).astype(x.dtype) if name in biases else x
+        return plain_leaf(x, biases.get(name))
 
     out = [jax.tree_util.tree_map_with_path(dense, tree, is_leaf=is_node)]
     if report:

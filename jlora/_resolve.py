@@ -41,6 +41,11 @@ def _plain(x: Any, bias: Array | None) -> Any:
         return x.map(x.base, lambda t: dataclasses.replace(t, bias=None))
     if isinstance(x, Rows):
         return x.lowrank()
+    return plain_leaf(x, bias)
+
+
+def plain_leaf(x: Any, bias: Array | None) -> Any:
+    """A leaf or fully trained leaf as an array, with what adapters add to it."""
     x = x.value if isinstance(x, Full) else x
     return x if bias is None else (x + bias).astype(x.dtype)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from jlora._errors import ShapeError, TargetError
+from jlora._labels import RANK
 from jlora._lowrank import Rows
-from jlora._rules.layout import factor_spec
+from jlora._rules.layout import placed
 from jlora._targets import Leaves, check_float, matches
 
 
@@ -64,10 +64,5 @@ def make_rows(path: str, leaf: Any, indices: tuple[int, ...], dtype: Any) -> Row
 
 def abstract_rows(leaf: Any, count: int, dtype: Any) -> jax.ShapeDtypeStruct:
     """The shape of that many rows, sharded as the table is along their width."""
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        spec = factor_spec(sharding.spec, (-1, 1))
-        sharding = NamedSharding(sharding.mesh, spec)
-    else:
-        sharding = None
-    return jax.ShapeDtypeStruct((count, leaf.shape[1]), dtype, sharding=sharding)
+    shape = jax.ShapeDtypeStruct((count, leaf.shape[1]), dtype)
+    return placed(shape, (RANK, 1), leaf)

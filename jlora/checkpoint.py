@@ -29,7 +29,6 @@ from jlora._adapter_files import (
     make_adapter,
     named_factors,
     nodes,
-    placed,
     sharded,
 )
 from jlora._fingerprint import Fingerprint as Fingerprint
@@ -38,6 +37,7 @@ from jlora._lowrank import Full, LowRank, Rows
 from jlora._merge import MergeReport, merge
 from jlora._partition import trainable_mask
 from jlora._paths import path_str
+from jlora._rules.layout import placed_adapter
 from jlora._run_files import Checkpoints as Checkpoints
 from jlora._run_files import restore_state as restore_state
 from jlora._run_files import save_state as save_state
@@ -113,7 +113,8 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
     }
     template: dict[str, Any] = {}
     for entry in config["adapters"]:
-        adapter = placed(make_adapter(place, entry, shapes), bases.get(entry["path"]))
+        shape = make_adapter(place, entry, shapes)
+        adapter = placed_adapter(shape, bases.get(entry["path"]))
         template.update(named_factors(entry["path"], entry["name"], adapter))
     for name in config["full"]:
         own = shapes[f"{name}/full"]

@@ -395,6 +395,25 @@ def factor_spec(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
     return PartitionSpec(*(parts[d] if 0 <= d < len(parts) else None for d in dims))
 
 
+def placed(x: Any, dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a factor that lies along `dims` of a kernel, sharded as it is.
+
+    A kernel that is on no named mesh, or is traced, gives a shape without sharding.
+    """
+    traced = isinstance(leaf, jax.core.Tracer)
+    sharding = None if traced else getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, factor_spec(sharding.spec, dims))
+    else:
+        sharding = None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def placed_adapter(adapter: Adapter, leaf: Any) -> Adapter:
+    """An abstract adapter, sharded along with its kernel."""
+    return adapter.map(lambda x, dims: (placed(x, dims, leaf), dims))
+
+
 @rule("all_gather", "all_gather_invariant")
 def all_gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Gathering a sharded kernel gathers the factors that span that dimension."""

@@ -9,6 +9,9 @@ import peft_nets
 import pytest
 from peft_nets import D, E, V
 
+import jlora
+import jlora.peft
+
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -51,9 +54,9 @@ class Net(torch.nn.Module):
         return self.head(torch.tanh(x).permute(0, 2, 1, 3).flatten(2))
 
 
-def net(seed=0):
+def net(seed=0, make=Net):
     torch.manual_seed(seed)
-    model = Net().eval()
+    model = make().eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
@@ -111,3 +114,41 @@ def same_tensors(x, y):
     for (p, a), (q, b) in zip(*pairs, strict=True):
         assert p == q
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), p
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor(ids)).numpy()
+
+
+def goes_round(
+    make, settings, apply, ids, least, tmp_path, record_property, derived=True
+):
+    """PEFT's adapter gives PEFT's logits here, merged too, and goes back the same.
+
+    `least` is how much the adapter must change of the base's logits at least. With
+    `derived` it goes back once more, under the configuration that the tree tells.
+    """
+    theirs = peft_model(make(), **settings)
+    want = logits_of(theirs, ids)
+    assert np.max(np.abs(want - logits_of(make(), ids))) > least
+    peft_save(theirs, tmp_path / "theirs")
+    base = tree_of(make())
+    tree = jlora.peft.load(tmp_path / "theirs", base)
+    note(record_property, "in", jlora.lora(apply)(tree, ids), want)
+    note(record_property, "merged", apply(jlora.merge(tree), ids), want)
+
+    config = jlora.peft.read_config(tmp_path / "theirs")
+    jlora.peft.save(tmp_path / "ours", tree, config=config)
+    assert config_of(tmp_path / "ours") == config_of(tmp_path / "theirs")
+    same_tensors(jlora.peft.load(tmp_path / "ours", base), tree)
+    again = logits_of(peft_load(make(), tmp_path / "ours"), ids)
+    note(record_property, "out", again, want)
+
+    if not derived:
+        return
+    flat = config.get("fan_in_fan_out")
+    jlora.peft.save(tmp_path / "derived", tree, fan_in_fan_out=flat)
+    same_tensors(jlora.peft.load(tmp_path / "derived", base), tree)
+    again = logits_of(peft_load(make(), tmp_path / "derived"), ids)
+    note(record_property, "derived", again, want)

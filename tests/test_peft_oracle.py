@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_live
 import pytest
 from peft_live import (
     CLOSE,
-    config_of,
+    goes_round,
+    logits_of,
     note,
     peft,
     peft_load,
@@ -62,11 +64,7 @@ class Net(torch.nn.Module):
 
 
 def net(seed=0):
-    torch.manual_seed(seed)
-    model = Net().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return peft_live.net(seed, Net)
 
 
 def apply(p, ids):
@@ -86,8 +84,7 @@ IDS = np.array([[1, 5, 2, 12], [0, 3, 3, 7]])
 
 
 def torch_logits(model, ids=IDS):
-    with torch.no_grad():
-        return model(torch.tensor(ids)).numpy()
+    return logits_of(model, ids)
 
 
 PEFT_CASES = {
@@ -127,28 +124,8 @@ PEFT_CASES = {
 
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_pefts_adapter_here_and_back(case, tmp_path, record_property):
-    theirs = peft_model(net(), **PEFT_CASES[case])
-    want = torch_logits(theirs)
-    assert np.max(np.abs(want - torch_logits(net()))) > 0.1
-    peft_save(theirs, tmp_path / "theirs")
-    base = tree_of(net())
-    tree = jlora.peft.load(tmp_path / "theirs", base)
-    note(record_property, "in", jlora.lora(apply)(tree, IDS), want)
-    note(record_property, "merged", apply(jlora.merge(tree), IDS), want)
-
-    config = jlora.peft.read_config(tmp_path / "theirs")
-    jlora.peft.save(tmp_path / "ours", tree, config=config)
-    assert config_of(tmp_path / "ours") == config_of(tmp_path / "theirs")
-    same_tensors(jlora.peft.load(tmp_path / "ours", base), tree)
-    note(
-        record_property, "out", torch_logits(peft_load(net(), tmp_path / "ours")), want
-    )
-
-    flat = config.get("fan_in_fan_out")
-    jlora.peft.save(tmp_path / "derived", tree, fan_in_fan_out=flat)
-    same_tensors(jlora.peft.load(tmp_path / "derived", base), tree)
-    again = torch_logits(peft_load(net(), tmp_path / "derived"))
-    note(record_property, "derived", again, want)
+    settings = PEFT_CASES[case]
+    goes_round(net, settings, apply, IDS, 0.1, tmp_path, record_property)
 
 
 T = jlora.Target

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 from peft_live import (
-    config_of,
+    goes_round,
+    logits_of,
     net,
     note,
     peft_load,
@@ -24,8 +25,7 @@ pytestmark = pytest.mark.oracle
 
 
 def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS)).numpy()
+    return logits_of(model, IDS)
 
 
 def test_the_two_nets_are_one():
@@ -67,29 +67,11 @@ PEFT_CASES = {
 @pytest.mark.parametrize("case", PEFT_CASES)
 @pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
 def test_pefts_adapter_here_and_back(case, tmp_path, record_property):
-    theirs = peft_model(net(), **PEFT_CASES[case])
-    want = torch_logits(theirs)
-    assert np.max(np.abs(want - torch_logits(net()))) > 0.05
-    peft_save(theirs, tmp_path / "theirs")
-    base = tree_of(net())
-    tree = jlora.peft.load(tmp_path / "theirs", base)
-    note(record_property, "in", jlora.lora(apply)(tree, IDS), want)
-    note(record_property, "merged", apply(jlora.merge(tree), IDS), want)
-
-    config = jlora.peft.read_config(tmp_path / "theirs")
-    jlora.peft.save(tmp_path / "ours", tree, config=config)
-    assert config_of(tmp_path / "ours") == config_of(tmp_path / "theirs")
-    same_tensors(jlora.peft.load(tmp_path / "ours", base), tree)
-    again = torch_logits(peft_load(net(), tmp_path / "ours"))
-    note(record_property, "out", again, want)
-
-    if "weight" in case:
-        return  # a tree does not tell that PEFT adapted the parameter
-    flat = config.get("fan_in_fan_out")
-    jlora.peft.save(tmp_path / "derived", tree, fan_in_fan_out=flat)
-    same_tensors(jlora.peft.load(tmp_path / "derived", base), tree)
-    again = torch_logits(peft_load(net(), tmp_path / "derived"))
-    note(record_property, "derived", again, want)
+    goes_round(
+        net, PEFT_CASES[case], apply, IDS, 0.05, tmp_path, record_property,
+        # A tree does not tell that PEFT adapted the parameter.
+        derived="weight" not in case,
+    )  # fmt: skip
 
 
 class Stored(torch.nn.Module):

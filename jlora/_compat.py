@@ -8,7 +8,8 @@ tested with JAX 0.10, 0.11 and 0.12.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ Eqn = Any
 Jaxpr = Any  # a closed jaxpr; since 0.11 JAX has only one class for both
 
 Literal = jex.Literal
+Primitive = jex.Primitive
 
 # The names under which releases have known one primitive.
 REMAT = ("checkpoint", "remat", "remat2")
@@ -36,9 +38,24 @@ def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
 
 def rebind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
     """Run one equation as it stands on other operands."""
+    if not eqn.primitive.multiple_results and not eqn.effects:
+        try:
+            return [_inlined(eqn.primitive, tuple(eqn.params.items()))(*args)]
+        except TypeError:  # a parameter that has no hash
+            pass
     params = eqn.primitive.get_bind_params(eqn.params)
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@functools.lru_cache(maxsize=1024)
+def _inlined(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Any:
+    """The primitive as a jitted function that leaves no trace of being one.
+
+    JAX keeps the derivative of a jitted function, and takes that of a bare primitive
+    apart again each time it meets it; `jax.numpy` is jitted for the same reason.
+    """
+    return jax.jit(lambda *args: primitive.bind(*args, **dict(params)), inline=True)
 
 
 def source_of(eqn: Eqn) -> str:
@@ -178,7 +195,13 @@ def shard_map_parts(eqn: Eqn) -> ShardMap:
 
 def varying_axes(x: Any) -> frozenset[Any]:
     """The manual mesh axes over which x differs (empty outside shard_map)."""
-    return frozenset(getattr(jax.typeof(x), "vma", frozenset()))
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def varying(x: Any, axes: Iterable[Any]) -> Any:
+    """X as a value that differs over those manual mesh axes too."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def reshard(x: Any, sharding: Any) -> Any:
@@ -191,6 +214,22 @@ def explicit_specs(x: Any, labels: Sequence[Any]) -> dict[Any, Any]:
     sharding = getattr(jax.typeof(x), "sharding", None)
     spec = tuple(getattr(sharding, "spec", ()))
     return dict(zip(labels, spec, strict=False))
+
+
+def is_explicit(x: Any) -> bool:
+    """Whether x lies on a mesh of which some axes are explicit."""
+    return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def default_precision() -> Any:
+    """What `jax.default_matmul_precision` sets here."""
+    return getattr(jax.config, "jax_default_matmul_precision", None)
+
+
+def dot_aval(x: Any, y: Any, **params: Any) -> Any:
+    """Shape, dtype, sharding and varying axes of `lax.dot_general`'s result."""
+    aval, _ = jax.lax.dot_general_p.abstract_eval(x, y, out_sharding=None, **params)
+    return aval
 
 
 def sharded_like(x: Any, like: Any) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._compat import varying_axes
+from jlora._compat import varying
 from jlora._errors import ShapeError
 from jlora._interpret import OnMissing
 from jlora._lowrank import Full, LowRank, Rows, is_node
@@ -134,9 +134,7 @@ def _reunite(microbatch: list[Any], shared: Any) -> Any:
 
 
 def _varying(x: Array, axis: AxisName) -> Array:
-    names = (axis,) if isinstance(axis, str) else axis
-    missing = tuple(n for n in names if n not in varying_axes(x))
-    return lax.pcast(x, missing, to="varying") if missing else x
+    return varying(x, (axis,) if isinstance(axis, str) else axis)
 
 
 def _at_least_f32(x: Array) -> Array:

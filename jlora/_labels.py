@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora import _compat
+from jlora._product import factor_product
 
 Array = Any  # jax.Array, or a ShapeDtypeStruct in an abstract tree
 Dims = tuple[int, ...]
@@ -51,7 +52,9 @@ def contract(
         # remains keeps its sharding, the contracted axes are summed over the mesh.
         both = {**specs[1], **{n: s for n, s in specs[0].items() if s}}
         dot_params["out_sharding"] = PartitionSpec(*(both.get(n) for n in labels))
-    return lax.dot_general(x, y, numbers, **dot_params), labels
+    if _compat.is_explicit(x) or _compat.is_explicit(y):
+        return lax.dot_general(x, y, numbers, **dot_params), labels
+    return factor_product(x, y, numbers, **dot_params), labels
 
 
 def align(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax import nnx
-from tools import TOL, assert_close, equations, randomise
+from tools import TOL, assert_close, products, randomise
 
 import jlora
 
@@ -181,7 +181,7 @@ def test_bfloat16_net_is_not_promoted():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     tree = jlora.lorafy(params, rank=2, targets=["attn", "query"])
     jaxpr = jax.make_jaxpr(jlora.lora(f))(tree, x.astype(jnp.bfloat16))
-    dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    dots = products(jaxpr)
     assert {str(v.aval.dtype) for e in dots for v in e.invars} == {"bfloat16"}
 
 

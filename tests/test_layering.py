@@ -12,7 +12,7 @@ import jlora
 PACKAGE = pathlib.Path(jlora.__file__).parent
 # A module may import from its own line and from those above it.
 LAYERS = [
-    ["_errors", "_compat"],
+    ["_errors", "_compat", "_product"],
     ["_paths", "_labels", "_adapter", "_dora", "_lowrank"],
     ["_init", "_rules"],
     ["_interpret", "_partition", "_resolve"],

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tools import assert_close, equations, randomise
+from tools import assert_close, equations, products, randomise
 
 import jlora
 import jlora.train as jt
@@ -299,7 +299,7 @@ def test_mixed_precision_computes_in_bfloat16_and_updates_in_float32():
     step = jt.make_train_step(loss, tx, compute_dtype=jnp.bfloat16)
     jaxpr = jax.make_jaxpr(step)(state, make_batch())
     assert all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in seen)
-    dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    dots = products(jaxpr)
     assert {v.aval.dtype for e in dots for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
     state, _ = run(step, state)
     floats = jax.tree.leaves((state.trainable, state.opt_state[0].mu, state.frozen))

@@ -52,6 +52,12 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+def products(jaxpr):
+    """The equations that multiply matrices: JAX's own, and those with a factor."""
+    names = ("dot_general", "factor_product")
+    return [e for e in equations(jaxpr) if e.primitive.name in names]
+
+
 def result_shapes(f, *args, skip=("stop_gradient",)):
     """The shapes of all arrays that f's program forms, inner programs included."""
     jaxpr = jax.make_jaxpr(f)(*args)

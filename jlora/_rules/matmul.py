@@ -99,16 +99,21 @@ def _low(
         low, low_labels = _product(x, labels, *first, w, keep, w_left, params)
     else:
         low, low_labels = made, (*(n for n in labels if n not in contracted), RANK)
-    low = low * spread(t.scale, t.s_dims, low_labels).astype(low.dtype)
     return low.astype(dtype), low_labels
 
 
 def _factors(
     t: Adapter, contracted: Sequence[int]
 ) -> tuple[tuple[Array, Dims], tuple[Array, Dims]]:
-    """The factor that x meets first, and the other; `b` first where W is transposed."""
-    factors = (t.a, t.a_dims), (t.b, t.b_dims)
-    return factors[::-1] if set(contracted) & set(t.b_only) else factors
+    """The factor that x meets first, and the other; `b` first where W is transposed.
+
+    The first has the scale in it: factors are smaller than x·A.
+    """
+    factors = [(t.a, t.a_dims), (t.b, t.b_dims)]
+    (first, dims), second = (
+        factors[::-1] if set(contracted) & set(t.b_only) else factors
+    )
+    return (first * spread(t.scale, t.s_dims, dims), dims), second
 
 
 def _term(

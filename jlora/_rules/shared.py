@@ -8,14 +8,13 @@ inputs of all.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from jax import lax
 
 from jlora._adapter import Adapter
 from jlora._compat import Eqn
-from jlora._labels import RANK, Array, Label, align, contract
+from jlora._labels import RANK, Array, Label, align, contract, spread
 from jlora._lowrank import LowRank
 from jlora._rules._table import Run
 
@@ -24,7 +23,7 @@ def shared_inputs(
     run: Run, eqn: Eqn, w: LowRank, x: Array, labels: Sequence[Label],
     contracted: Sequence[int],
 ) -> dict[str, Array]:  # fmt: skip
-    """x·A by the adapter's name, axes of x first, where another product has use of x.
+    """`s·x·A` by the adapter's name, axes of x first, where other products use x too.
 
     Empty for adapters that stand alone, and for those that need an x of their own.
     """
@@ -40,19 +39,28 @@ def shared_inputs(
         kept[id(eqn)] = {}
         if len(members) > 1:
             # Slices of one kernel have one A, which is taken once.
-            factors = {id(t.a): t for _, _, t in members}
-            lows = _products(eqn, list(factors.values()), w, x, labels, contracted)
-            found = dict(zip(factors, lows, strict=True))
+            terms = {_factor(t): t for _, _, t in members}
+            lows = _products(eqn, list(terms.values()), w, x, labels, contracted)
+            found = dict(zip(terms, lows, strict=True))
             for number, name, t in members:
-                kept.setdefault(number, {})[name] = found[id(t.a)]
+                kept.setdefault(number, {})[name] = found[_factor(t)]
     return kept[id(eqn)]
 
 
 def _alike(eqn: Eqn, w: LowRank, other_eqn: Eqn, other: LowRank) -> bool:
-    """Whether both contract the same axes of x, in the same precision and dtype."""
+    """Whether both contract the same axes of x, in the same precision and dtype.
+
+    And are of one layer: an encoder's output has a use in every layer of the decoder,
+    and a split into as many parts is as many programs more to compile.
+    """
     names = ("dimension_numbers", "precision", "preferred_element_type")
     same = all(eqn.params[n] == other_eqn.params[n] for n in names)
-    return same and w.dtype == other.dtype
+    return same and w.dtype == other.dtype and _layer(w) == _layer(other)
+
+
+def _layer(w: LowRank) -> list[str]:
+    """The path of the module that holds a kernel's module."""
+    return w.path.split("/")[:-2]
 
 
 def _takes_x(t: Adapter, w: LowRank, contracted: Sequence[int]) -> bool:
@@ -61,19 +69,21 @@ def _takes_x(t: Adapter, w: LowRank, contracted: Sequence[int]) -> bool:
     return whole and {*t.a_dims} == {*contracted, RANK} and t.key is None
 
 
+def _factor(t: Adapter) -> tuple[int, int]:
+    """What tells one scaled A from another."""
+    return id(t.a), id(t.scale)
+
+
 def _products(
     eqn: Eqn, terms: list[Adapter], w: LowRank, x: Array, labels: Sequence[Label],
     contracted: Sequence[int],
 ) -> list[Array]:  # fmt: skip
-    """One product with all factors side by side, cut into each adapter's own."""
+    """One product with all scaled A side by side, cut into each adapter's own."""
     order = [*contracted, RANK]
-    side_by_side = [align(t.a.astype(w.dtype), t.a_dims, order) for t in terms]
+    scaled = [(t.a * spread(t.scale, t.s_dims, t.a_dims), t.a_dims) for t in terms]
+    side_by_side = [align(a.astype(w.dtype), dims, order) for a, dims in scaled]
     factor = lax.concatenate(side_by_side, len(contracted))
     params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
     low, _ = contract(x, labels, factor, order, (), **params)
-    ends = list(itertools.accumulate(t.rank for t in terms))
-    starts = [0, *ends[:-1]]
-    return [
-        lax.slice_in_dim(low, start, end, axis=-1)
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    # A split's gradient is one concatenation; those of slices are padded and summed.
+    return list(lax.split(low, [t.rank for t in terms], axis=low.ndim - 1))

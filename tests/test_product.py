@@ -1,0 +1,105 @@
+"""The product with a factor: `dot_general` in all but the order of its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from tools import assert_close, equations
+
+from jlora._product import factor_product
+
+# Shapes and dimension numbers: contracted axes, batch axes.
+CASES = {
+    "x·A": ((2, 3, 5), (5, 7), ((2,), (0,)), ((), ())),
+    "transposed factor": ((2, 3, 5), (7, 5), ((2,), (1,)), ((), ())),
+    "inner axis first": ((5, 2, 3), (5, 7), ((0,), (0,)), ((), ())),
+    "factor left": ((5, 7), (2, 3, 5), ((0,), (2,)), ((), ())),
+    "two inner axes": ((2, 3, 5, 7), (7, 11, 5), ((2, 3), (2, 0)), ((), ())),
+    "batch": ((3, 2, 5), (5, 3, 7), ((2,), (0,)), ((0,), (1,))),
+}
+BOTH = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def operands(case):
+    keys = jax.random.split(jax.random.key(5))
+    return [jax.random.normal(k, s) for k, s in zip(keys, case[:2], strict=True)]
+
+
+def pair(case):
+    numbers = case[2:]
+    return (
+        lambda x, y: jnp.sin(factor_product(x, y, numbers)),
+        lambda x, y: jnp.sin(lax.dot_general(x, y, numbers)),
+    )
+
+
+def derivatives(f):
+    """Value, gradients, and forward over reverse mode, compiled as one."""
+    loss = lambda x, y: jnp.sum(f(x, y) ** 2)
+    grad = jax.grad(loss, argnums=(0, 1))
+    return lambda x, y: (f(x, y), grad(x, y), jax.jvp(grad, (x, y), (y.sum() * x, y)))
+
+
+@BOTH
+def test_value_and_derivatives(case):
+    args = operands(case)
+    got, want = (jax.jit(derivatives(f))(*args) for f in pair(case))
+    assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("axes", [(0, None), (None, -1), (-1, 1)], ids=str)
+def test_vmap(case, axes):
+    args = [
+        x if axis is None else jnp.stack([x, 2 * x, -x], axis)
+        for x, axis in zip(operands(case), axes, strict=True)
+    ]
+    got, want = (jax.jit(jax.vmap(derivatives(f), axes))(*args) for f in pair(case))
+    assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_narrow_operand_comes_first():
+    """XLA transposes a first operand that is contracted over its leading axes."""
+    x, a, b = (jnp.ones(s) for s in ((2, 3, 11), (11, 2), (2, 13)))
+
+    def f(a, b):
+        low = factor_product(x, a, (((2,), (0,)), ((), ())))
+        return jnp.sum(jnp.sin(factor_product(low, b, (((2,), (0,)), ((), ())))))
+
+    jaxpr = jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(a, b)
+    backward = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    sizes = [tuple(v.aval.shape for v in e.invars) for e in backward]
+    assert sorted(sizes) == [
+        ((2, 3, 2), (2, 3, 11)),  # dAᵀ = dlowᵀ·x
+        ((2, 3, 2), (2, 3, 13)),  # dB = lowᵀ·dy
+        ((2, 3, 13), (2, 13)),  # dlow: both as they lie
+    ]
+
+
+def test_precision_is_that_of_the_call():
+    x = jnp.ones((2, 3))
+    with jax.default_matmul_precision("float32"):
+        jaxpr = jax.make_jaxpr(lambda x: factor_product(x, x, (((1,), (1,)), ((), ()))))
+        (eqn,) = jaxpr(x).eqns
+    assert eqn.params["precision"] == "float32"
+
+
+def test_dtypes():
+    x, y = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 5), jnp.bfloat16)
+    f = lambda x, y: factor_product(
+        x, y, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    out, back = jax.vjp(f, x, y)
+    assert out.dtype == jnp.float32
+    assert [g.dtype for g in back(out)] == [jnp.bfloat16] * 2
+
+
+def test_in_shard_map_operands_may_vary_differently():
+    devices = jax.devices()[:2]
+    mesh = jax.sharding.Mesh(np.array(devices), ("d",))
+    p = jax.sharding.PartitionSpec
+    f = lambda x, y: factor_product(x, y, (((1,), (0,)), ((), ())))
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=(p("d"), p()), out_specs=p("d"))
+    x, y = jnp.arange(12.0).reshape(4, 3), jnp.ones((3, 5))
+    np.testing.assert_allclose(jax.jit(mapped)(x, y), x @ y)

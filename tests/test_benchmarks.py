@@ -299,13 +299,14 @@ def test_real_text_and_generation_beside_peft(corpus):
     assert [row["contender"] for row in rows] == [
         "jlora",
         "PEFT",
+        "PEFT, grouped by length",
         "jlora",
         "merged",
         "PEFT",
     ]
     assert not any(row["error"] for row in rows)
     assert rows[0]["to_peft"] > 0
-    assert rows[0]["compilations"] <= 3
+    assert rows[0]["compilations"] <= rows[0]["steps"] == 2
 
 
 @pytest.mark.oracle

@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import _results
 from benchmarks._cases import case
+from benchmarks._choice import contenders
 from benchmarks._race import Entry, call, race
 from benchmarks._workers import ROOT
 
@@ -81,11 +82,11 @@ def main(options: Any) -> list[_results.Row]:
     batch = 4 if options.quick else options.batch
     with tempfile.TemporaryDirectory() as folder:
         file = str(pathlib.Path(folder, "sentences.npz"))
-        arguments = {"data": options.data, "count": count, "file": file}
-        tokens, about = call("benchmarks.text:prepare", arguments, options)
         arguments = {"case": dataclasses.asdict(one), "file": file, "size": batch}
         every = _entries(arguments, options.buckets)
-        names = options.contenders or [e.name for e in every]
+        names = contenders(options, [e.name for e in every])
+        arguments = {"data": options.data, "count": count, "file": file}
+        tokens, about = call("benchmarks.text:prepare", arguments, options)
         result = race([e for e in every if e.name in names], options)
     rows = []
     for name in names:

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--sentences", type=int, default=1024, help="a pass (1024)")
     text.add_argument("--batch", type=int, default=32)
-    text.add_argument("--buckets", type=int, default=3)
+    text.add_argument("--buckets", type=int, default=6)
     made["sweep"].add_argument(
         "--axes",
         nargs="+",

@@ -38,6 +38,18 @@ def cases(options: Any, cpu: Sequence[Default], gpu: Sequence[Default]) -> list[
     ]
 
 
+def contenders(options: Any, known: Sequence[str]) -> list[str]:
+    """Return what `--contenders` says, or all that a command knows."""
+    names = list(options.contenders or known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(
+            f"{options.command}: no contender {', '.join(unknown)}; there are "
+            f"{', '.join(known)}"
+        )
+    return names
+
+
 def described(one: Case) -> dict[str, Any]:
     """Return a case as columns of a row."""
     return {

@@ -35,6 +35,9 @@ class Training:
 
     def __init__(self, case: Mapping[str, Any], contender: str) -> None:
         work = workload(case)
+        if contender not in CONTENDERS:
+            known = ", ".join(CONTENDERS)
+            raise ValueError(f"no contender {contender!r}; there are {known}")
         step, state, self.frozen = CONTENDERS[contender](work)
         self.batch = work.batch
         start = time.perf_counter()

@@ -99,7 +99,10 @@ class Matmul:
 
 
 class Copy:
-    """One pass over a large array, in place: the bandwidth that memory has at best."""
+    """One pass over a large array, in place: the bandwidth that memory has at best.
+
+    Memory that is new costs more: on a CPU each page is handed out when first written.
+    """
 
     def __init__(self, size: int) -> None:
         self.x = jnp.zeros(size // 4, jnp.float32)

@@ -168,8 +168,8 @@ def matmul_rate(result: Race) -> float | None:
     return max(rates, default=None)
 
 
-def copy_rate(result: Race) -> float | None:
+def copy_rate(result: Race, name: str = COPY) -> float | None:
     """Return the copy's GB a second, read and written, the median of the rounds."""
-    if COPY not in result.times:
+    if name not in result.times:
         return None
-    return result.facts[COPY]["bytes_moved"] / 1e6 / result.median(COPY)
+    return result.facts[name]["bytes_moved"] / 1e6 / result.median(name)

@@ -33,9 +33,16 @@ def cases(options: Any, cpu: Sequence[Default], gpu: Sequence[Default]) -> list[
             source=options.length,
             target=options.target_length,
             dtype=options.dtype,
+            model_fields=model_fields(options),
         )
         for shape, rank, targets in grid
     ]
+
+
+def model_fields(options: Any) -> dict[str, Any]:
+    """Return the fields of our Flax modules that the command line sets."""
+    names = ("scan_layers", "remat")
+    return {name: True for name in names if getattr(options, name)}
 
 
 def contenders(options: Any, known: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from benchmarks._choice import cases, described
 from benchmarks._race import race
 from benchmarks.step_time import chosen, peer, training
 
-CPU = (("t5-small-8x64", 8, None),)
+CPU = (("t5-small-8x64", 8, None), ("t5-base-8x64", 8, None))
 GPU = (("t5-base-32x512", 8, None),)
 OWN = (
     "by hand", "jlora", "jlora, optax.masked", "jlora, masked, clipped",

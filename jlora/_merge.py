@@ -171,7 +171,8 @@ def _is_finite(x: Array) -> Array:
     """
     dims = tuple(range(x.ndim))
     x, zero = lax.optimization_barrier((x, jnp.zeros(x.shape[-1:], x.dtype)))
-    products, _ = contract(x, dims, zero, dims[-1:], keep=())
+    # In full precision: TF32 would round the largest numbers up to infinity.
+    products, _ = contract(x, dims, zero, dims[-1:], keep=(), precision="highest")
     return jnp.all(products == 0)
 
 

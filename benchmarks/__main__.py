@@ -53,7 +53,6 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--peers", nargs="*", help="PEFT compile loralib qwix quax lorax")
     made["memory"].add_argument("--peers", nargs="*", help="as for step_time")
     made["compile_time"].add_argument("--depths", nargs="+", type=int, metavar="N")
-    made["compile_time"].add_argument("--scan-layers", action="store_true")
     made["generate"].add_argument("--beams", nargs="+", type=int, default=[1, 4])
     made["generate"].add_argument("--tokens", type=int, default=64, help="new ones")
     text = made["text"]
@@ -62,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--sentences", type=int, default=1024, help="a pass (1024)")
     text.add_argument("--batch", type=int, default=32)
-    text.add_argument("--buckets", type=int, default=3)
+    text.add_argument("--buckets", type=int, default=6)
     made["sweep"].add_argument(
         "--axes",
         nargs="+",
@@ -107,6 +106,8 @@ def _add_case(one: argparse.ArgumentParser) -> None:
     add("--length", type=int, help="tokens of the source")
     add("--target-length", type=int, help="tokens of the target, where there is one")
     add("--dtype", choices=["float32", "bfloat16"])
+    add("--scan-layers", action="store_true", help="in our models")
+    add("--remat", action="store_true", help="in our models")
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

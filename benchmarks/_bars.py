@@ -121,17 +121,21 @@ def _text(rows: Sequence[Row]) -> Found | None:
     return Found(ours["to_peft"], *sides)
 
 
-def _memory(rows: Sequence[Row]) -> Found | None:
+def _memory(shape: str, **fields: Any) -> Callable[[Sequence[Row]], Found | None]:
     """The device's peak where it tells one, else XLA's account."""
-    title = case("t5-base-32x512").title
-    ours, full = (
-        _row(rows, case=title, contender=n) for n in ("jlora", "full fine-tuning")
-    )
-    if ours is None or full is None:
-        return None
-    column = "device_mib" if ours.get("device_mib") else "peak_mib"
-    sides = (f"{x[column]:,.0f} MiB" for x in (ours, full))
-    return Found(ours[column] / full[column], *sides)
+    title = case(shape, model_fields=fields).title
+
+    def find(rows: Sequence[Row]) -> Found | None:
+        ours, full = (
+            _row(rows, case=title, contender=n) for n in ("jlora", "full fine-tuning")
+        )
+        if ours is None or full is None:
+            return None
+        column = "device_mib" if ours.get("device_mib") else "peak_mib"
+        sides = (f"{x[column]:,.0f} MiB" for x in (ours, full))
+        return Found(ours[column] / full[column], *sides)
+
+    return find
 
 
 def _compile(rows: Sequence[Row]) -> Found | None:
@@ -186,6 +190,12 @@ def _cpu_bars() -> Iterator[Bar]:
     )
     yield Bar("full / jlora, T5-small", "step_time", "cpu", True, 1.75,
               _step(small, "full_to_this", "full fine-tuning"))  # fmt: skip
+    memory = ("memory", "cpu", False, 0.33)
+    lean = {"scan_layers": True, "remat": True}
+    yield Bar("memory, LoRA / full, T5-base 8x64/64, float32", *memory,
+              _memory("t5-base-8x64"))  # fmt: skip
+    yield Bar("the same, layers scanned and recomputed", *memory,
+              _memory("t5-base-8x64", **lean))  # fmt: skip
 
 
 def _gpu_bars() -> Iterator[Bar]:
@@ -198,8 +208,8 @@ def _gpu_bars() -> Iterator[Bar]:
     yield Bar("jlora / floor, Llama 1B, all-linear r16, bfloat16", *step, 1.1, wide)
     yield Bar("share of the matmul's rate, Llama 1B, 2048 tokens", "step_time", "gpu",
               True, 0.55, _peak(llama, "share_of_peak"))  # fmt: skip
-    yield Bar("device memory, LoRA / full, T5-base", "memory", "gpu", False, 0.33,
-              _memory)  # fmt: skip
+    yield Bar("memory, LoRA / full, T5-base 32x512, bfloat16", "memory", "gpu", False,
+              0.33, _memory(base))  # fmt: skip
 
 
 def _other_bars() -> Iterator[Bar]:

@@ -108,6 +108,7 @@ class Case:
       targets: as `jlora.lorafy` takes them; `"all-linear"` leaves the head out, as
         PEFT does.
       dtype: of base and computation. Adapters are float32.
+      model_fields: of our Flax modules, such as `scan_layers`; peers have none.
     """
 
     shape: str
@@ -119,6 +120,7 @@ class Case:
     alpha: float
     targets: Sequence[str] | str
     dtype: str
+    model_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -130,7 +132,11 @@ class Case:
         """What it is called in tables."""
         lengths = f"{self.source}/{self.target}" if self.target else f"{self.source}"
         sizes = f"{self.model} {self.batch}x{lengths}, {self.dtype}"
-        return f"{sizes}, r{self.rank}, {self.targets_text}"
+        fields = [
+            name if value is True else f"{name} {value}"
+            for name, value in self.model_fields.items()
+        ]
+        return ", ".join([sizes, f"r{self.rank}", self.targets_text, *fields])
 
     @property
     def model(self) -> str:
@@ -150,6 +156,7 @@ def case(
     targets: Sequence[str] | str | None = None,
     quick: bool = False,
     depth: int | None = None,
+    model_fields: Mapping[str, Any] | None = None,
     **sizes: Any,
 ) -> Case:
     """Return a case.
@@ -160,6 +167,7 @@ def case(
       targets: `None` is query and value, for GPT-2 the fused kernel that holds them.
       quick: shrink everything.
       depth: another number of layers.
+      model_fields: as `Case` has them.
       **sizes: `batch`, `source`, `target`, `dtype`; `None` keeps the shape's own.
     """
     chosen = SHAPES[shape]
@@ -180,5 +188,5 @@ def case(
         targets = "all-linear"
     return Case(
         shape, config, chosen.batch, chosen.source, chosen.target, rank, 2.0 * rank,
-        targets, chosen.dtype,
+        targets, chosen.dtype, dict(model_fields or {}),
     )  # fmt: skip

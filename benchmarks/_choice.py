@@ -33,9 +33,28 @@ def cases(options: Any, cpu: Sequence[Default], gpu: Sequence[Default]) -> list[
             source=options.length,
             target=options.target_length,
             dtype=options.dtype,
+            model_fields=model_fields(options),
         )
         for shape, rank, targets in grid
     ]
+
+
+def model_fields(options: Any) -> dict[str, Any]:
+    """Return the fields of our Flax modules that the command line sets."""
+    names = ("scan_layers", "remat")
+    return {name: True for name in names if getattr(options, name)}
+
+
+def contenders(options: Any, known: Sequence[str]) -> list[str]:
+    """Return what `--contenders` says, or all that a command knows."""
+    names = list(options.contenders or known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(
+            f"{options.command}: no contender {', '.join(unknown)}; there are "
+            f"{', '.join(known)}"
+        )
+    return names
 
 
 def described(one: Case) -> dict[str, Any]:

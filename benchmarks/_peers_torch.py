@@ -10,12 +10,13 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+import transformers.trainer_pt_utils
 
 from benchmarks import text
 from benchmarks._batch import HEAD_STD, batch_of
@@ -72,31 +73,48 @@ class Training:
 
 
 class Padded:
-    """Passes over real text in random batches, each padded to its longest."""
+    """Passes over real text in batches that are each padded to their longest.
 
-    def __init__(self, case: Mapping[str, Any], file: str, size: int) -> None:
+    Batches are drawn at random, or `grouped`: of sources of about the same length, as
+    `Trainer` draws them with `train_sampling_strategy="group_by_length"`.
+    """
+
+    def __init__(
+        self, case: Mapping[str, Any], file: str, size: int, grouped: bool
+    ) -> None:
         self.sentences, self.size = text.read(file), size
+        self.grouped, self.rng = grouped, torch.Generator().manual_seed(0)
         self.training = Training(case, "PEFT")
-        self.rng, self.used = np.random.default_rng(0), 0
+        self.used = text.Used(self.sentences)
         start = time.perf_counter()
         self.step()
-        self.facts = {
-            "first_pass_s": time.perf_counter() - start,
-            "padding": 1 - self.sentences.tokens / self.used,
-        }
+        self.first = time.perf_counter() - start
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was found out by now."""
+        return {"first_pass_s": self.first, **self.used.facts}
 
     def step(self) -> None:
         """Train on every sentence once."""
-        order, self.used = self.rng.permutation(len(self.sentences.sources)), 0
+        order = self.order()
         for start in range(0, len(order), self.size):
-            rows = order[start : start + self.size]
-            batch = self.batch(rows)
-            self.used += batch["input_ids"].size + batch["labels"].size
+            batch = self.batch(order[start : start + self.size])
+            self.used.add(batch["input_ids"].size + batch["labels"].size)
             self.training.train(on_device(batch))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self.used.end()
 
-    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def order(self) -> list[int]:
+        """Return a pass's order."""
+        lengths = [len(x) for x in self.sentences.sources]
+        if self.grouped:
+            group = transformers.trainer_pt_utils.get_length_grouped_indices
+            return group(lengths, self.size, generator=self.rng)
+        return torch.randperm(len(lengths), generator=self.rng).tolist()
+
+    def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Return a batch as `DataCollatorForSeq2Seq` makes it."""
         sources = [self.sentences.sources[i] for i in rows]
         ids = text.padded(sources, text.PAD)

@@ -35,6 +35,9 @@ class Training:
 
     def __init__(self, case: Mapping[str, Any], contender: str) -> None:
         work = workload(case)
+        if contender not in CONTENDERS:
+            known = ", ".join(CONTENDERS)
+            raise ValueError(f"no contender {contender!r}; there are {known}")
         step, state, self.frozen = CONTENDERS[contender](work)
         self.batch = work.batch
         start = time.perf_counter()
@@ -96,7 +99,10 @@ class Matmul:
 
 
 class Copy:
-    """One pass over a large array, in place: the bandwidth that memory has at best."""
+    """One pass over a large array, in place: the bandwidth that memory has at best.
+
+    Memory that is new costs more: on a CPU each page is handed out when first written.
+    """
 
     def __init__(self, size: int) -> None:
         self.x = jnp.zeros(size // 4, jnp.float32)

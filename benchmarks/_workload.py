@@ -43,11 +43,13 @@ class Workload:
       batch: arrays by name.
     """
 
-    def __init__(self, case: Case, *, abstract: bool = False, **fields: Any) -> None:
+    def __init__(self, case: Case, *, abstract: bool = False) -> None:
         make, config = MODELS[case.family]
         self.case, dtype = case, jnp.dtype(case.dtype).type
         self.config = config.from_dict(case.config)
-        self.model = make(self.config, dtype=dtype, param_dtype=dtype, **fields)
+        self.model = make(
+            self.config, dtype=dtype, param_dtype=dtype, **case.model_fields
+        )
         self.batch = {k: jnp.asarray(v) for k, v in batch_of(case).items()}
         make_params = functools.partial(jax.eval_shape, self.init)
         if not abstract:

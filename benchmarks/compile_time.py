@@ -31,14 +31,13 @@ def main(options: Any) -> list[_results.Row]:
             deep = one if depth is None else _at_depth(one, depth, options)
             arguments = {
                 "case": dataclasses.asdict(deep),
-                "scan_layers": options.scan_layers,
                 "repeats": options.repeats,
                 "run": depth is None,
             }
             head = {
                 **described(deep),
                 "depth": depth,
-                "scan_layers": options.scan_layers,
+                "scan_layers": bool(one.model_fields.get("scan_layers")),
             }
             try:
                 found, worker = call(
@@ -55,15 +54,13 @@ def main(options: Any) -> list[_results.Row]:
 
 
 def _at_depth(one: Case, depth: int, options: Any) -> Case:
-    sizes = {"batch": one.batch, "source": one.source, "dtype": one.dtype}
+    same = ("rank", "targets", "model_fields", "batch", "source", "dtype")
+    kept: dict[str, Any] = {name: getattr(one, name) for name in same}
     target = one.target or None
-    return case(one.shape, rank=one.rank, targets=one.targets, quick=options.quick,
-                depth=depth, target=target, **sizes)  # fmt: skip
+    return case(one.shape, quick=options.quick, depth=depth, target=target, **kept)
 
 
-def measure(
-    case: Mapping[str, Any], scan_layers: bool, repeats: int, run: bool
-) -> list[dict[str, Any]]:
+def measure(case: Mapping[str, Any], repeats: int, run: bool) -> list[dict[str, Any]]:
     """Return a row for each stage, with `run` the first step too; runs in a worker.
 
     Without `run` there are no parameters, only their shapes.
@@ -71,8 +68,7 @@ def measure(
     import jlora
     from benchmarks._workload import Workload
 
-    fields = {"scan_layers": True} if scan_layers else {}
-    work = Workload(Case(**case), abstract=not run, **fields)
+    work = Workload(Case(**case), abstract=not run)
     tree = work.lorafied()
     trainable, frozen = jlora.split(tree)
     adapted, kernels = jlora.lora(work.loss), _kernels(tree)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import _results
 from benchmarks._cases import Case
-from benchmarks._choice import cases, described
+from benchmarks._choice import cases, contenders, described
 from benchmarks._race import Entry, race
 
 CPU = (("t5-small-8x64", 8, None), ("gpt2-4x128", 8, None))
@@ -24,7 +24,7 @@ def main(options: Any) -> list[_results.Row]:
     for one in cases(options, CPU, GPU):
         for beams in options.beams:
             tokens = min(options.tokens, 4) if options.quick else options.tokens
-            names = options.contenders or (*OWN, "PEFT")
+            names = contenders(options, (*OWN, "PEFT"))
             result = race([_entry(one, n, beams, tokens) for n in names], options)
             about |= result.about
             for name in names:

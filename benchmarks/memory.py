@@ -7,9 +7,9 @@ from typing import Any
 from benchmarks import _results
 from benchmarks._choice import cases, described
 from benchmarks._race import race
-from benchmarks.step_time import peer, training
+from benchmarks.step_time import chosen, peer, training
 
-CPU = (("t5-small-8x64", 8, None),)
+CPU = (("t5-small-8x64", 8, None), ("t5-base-8x64", 8, None))
 GPU = (("t5-base-32x512", 8, None),)
 OWN = (
     "by hand", "jlora", "jlora, optax.masked", "jlora, masked, clipped",
@@ -27,8 +27,7 @@ def main(options: Any) -> list[_results.Row]:
     rows, about = [], {}
     options.repeats = min(options.repeats, 3)
     for one in cases(options, CPU, GPU):
-        own = options.contenders or OWN
-        names = ["PEFT", "full"] if options.peers is None else options.peers
+        own, names = chosen(options, OWN, ("PEFT", "full"))
         entries = [training(one, n, group=n) for n in own]
         found = []
         for entry in [*entries, *(peer(one, n) for n in names)]:

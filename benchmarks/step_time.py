@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import _needed, _results
@@ -56,10 +57,7 @@ def main(options: Any) -> list[_results.Row]:
 
 def entries(one: Case, options: Any) -> list[Entry]:
     """Return the contenders that the command line asks for, and the peaks."""
-    own = options.contenders or OWN
-    peers = options.peers
-    if peers is None:
-        peers = ["PEFT", "compile"] if options.gpu else PEERS
+    own, peers = chosen(options, OWN, ("PEFT", "compile") if options.gpu else PEERS)
     size = 64 if options.quick else 8192 if options.gpu else 2048
     bytes_ = 2**20 if options.quick else 2**32 if options.gpu else 2**29
     return [
@@ -68,6 +66,21 @@ def entries(one: Case, options: Any) -> list[Entry]:
         *matmuls(one, size, torch="PEFT" in peers),
         Entry(COPY, "benchmarks._runners:Copy", {"size": bytes_}),
     ]
+
+
+def chosen(
+    options: Any, own: Sequence[str], peers: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return JAX's contenders and the peers, where nothing is said those given.
+
+    A peer may stand among `--contenders`; then it runs, with those of `--peers`.
+    """
+    names = options.contenders or own
+    named = [n for n in names if n in (*TORCH, *JAX)]
+    asked = options.peers
+    if asked is None:
+        asked = [] if named else peers
+    return [n for n in names if n not in named], [*dict.fromkeys([*named, *asked])]
 
 
 def matmuls(one: Case, size: int, *, torch: bool) -> list[Entry]:
@@ -155,8 +168,8 @@ def matmul_rate(result: Race) -> float | None:
     return max(rates, default=None)
 
 
-def copy_rate(result: Race) -> float | None:
+def copy_rate(result: Race, name: str = COPY) -> float | None:
     """Return the copy's GB a second, read and written, the median of the rounds."""
-    if COPY not in result.times:
+    if name not in result.times:
         return None
-    return result.facts[COPY]["bytes_moved"] / 1e6 / result.median(COPY)
+    return result.facts[name]["bytes_moved"] / 1e6 / result.median(name)

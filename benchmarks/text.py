@@ -1,8 +1,10 @@
 """Tokens of real text a second: jlora's length buckets against PEFT's padding.
 
-A pass trains on every sentence pair once. jlora's batches hold sentences of about the
-same length, in as many shapes as there are buckets, each compiled once; PEFT's are
-drawn at random and padded to their longest, as `transformers` collates them.
+A pass trains on every sentence pair once, in batches of the same number of sentences.
+jlora's hold sentences of about the same length, in as many shapes as there are buckets,
+each compiled once; they are the example's, [_batches.py](../examples/_batches.py).
+PEFT's are padded to their longest, as `transformers` collates them, and drawn at random
+as it does by default, or grouped by length as its `Trainer` does on request.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 
 from benchmarks import _results
 from benchmarks._cases import case
+from benchmarks._choice import contenders
 from benchmarks._race import Entry, call, race
 from benchmarks._workers import ROOT
 
@@ -25,9 +28,33 @@ LONGEST = 128
 VOCABULARY = 8000
 PAD, END = 0, 1
 COLUMNS = (
-    "case", "contender", "tokens_per_s", "to_peft", "median_ms", "tokens", "padding",
-    "compilations", "first_pass_s", "error",
+    "case", "contender", "tokens_per_s", "to_peft", "to_grouped", "median_ms", "tokens",
+    "steps", "padding", "compilations", "first_pass_s", "error",
 )  # fmt: skip
+GROUPED = "PEFT, grouped by length"
+
+
+class Used:
+    """Counts what passes over sentences take, padding included."""
+
+    def __init__(self, sentences: Sentences) -> None:
+        self.real, self.tokens, self.steps, self.passes = sentences.tokens, 0, 0, 0
+
+    def add(self, tokens: int) -> None:
+        """Count a batch."""
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
+
+    def end(self) -> None:
+        """Count a pass."""
+        self.passes += 1
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Steps a pass, and the part of all tokens that is padding."""
+        return {
+            "steps": self.steps // self.passes,
+            "padding": 1 - self.real * self.passes / self.tokens,
+        }
 
 
 class Sentences(NamedTuple):
@@ -55,26 +82,23 @@ def main(options: Any) -> list[_results.Row]:
     batch = 4 if options.quick else options.batch
     with tempfile.TemporaryDirectory() as folder:
         file = str(pathlib.Path(folder, "sentences.npz"))
+        arguments = {"case": dataclasses.asdict(one), "file": file, "size": batch}
+        every = _entries(arguments, options.buckets)
+        names = contenders(options, [e.name for e in every])
         arguments = {"data": options.data, "count": count, "file": file}
         tokens, about = call("benchmarks.text:prepare", arguments, options)
-        arguments = {"case": dataclasses.asdict(one), "file": file, "size": batch}
-        buckets = {"buckets": options.buckets}
-        entries = [
-            Entry("jlora", "benchmarks.text:Buckets", {**arguments, **buckets}),
-            Entry("PEFT", "benchmarks._peers_torch:Padded", arguments, "PEFT"),
-        ]
-        names = options.contenders or [e.name for e in entries]
-        result = race([e for e in entries if e.name in names], options)
+        result = race([e for e in every if e.name in names], options)
     rows = []
     for name in names:
         median = result.median(name)
-        back = result.ratio("PEFT", name)  # times, so the inverse of rates
         rows.append(
             {
                 "case": f"{one.model}, {count} pairs, batch {batch}",
                 "contender": name,
                 "tokens_per_s": None if median is None else 1e3 * tokens / median,
-                "to_peft": back,
+                # Times are the inverse of rates.
+                "to_peft": result.ratio("PEFT", name),
+                "to_grouped": result.ratio(GROUPED, name),
                 "median_ms": median,
                 "tokens": tokens,
                 **result.facts.get(name, {}),
@@ -84,6 +108,17 @@ def main(options: Any) -> list[_results.Row]:
     print(_results.table(rows, COLUMNS))
     _results.save(options, about | result.about, rows)
     return rows
+
+
+def _entries(arguments: Mapping[str, Any], buckets: int) -> list[Entry]:
+    padded = "benchmarks._peers_torch:Padded"
+    return [
+        Entry("jlora", "benchmarks.text:Buckets", {**arguments, "buckets": buckets}),
+        *(
+            Entry(name, padded, {**arguments, "grouped": name == GROUPED}, "PEFT")
+            for name in ("PEFT", GROUPED)
+        ),
+    ]
 
 
 def prepare(data: str, count: int, file: str) -> int:
@@ -172,14 +207,16 @@ class Buckets:
         self.state = jlora.train.TrainState.create(
             work.lorafied(), adamw(), jax.random.key(0)
         )
-        self.epoch, self.facts = 0, {}
+        self.epoch, self.used = 0, Used(sentences)
         start = time.perf_counter()
         self.step()
-        used = sum(size * sum(b.shape) for b in self.batches.plan())
-        self.facts = {
-            "first_pass_s": time.perf_counter() - start,
-            "padding": 1 - sentences.tokens / used,
-        }
+        self.first = time.perf_counter() - start
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was found out by now."""
+        compiled = {"compilations": self.train.cache_size()}
+        return {"first_pass_s": self.first, **self.used.facts, **compiled}
 
     def step(self) -> None:
         """Train on every sentence once."""
@@ -187,10 +224,11 @@ class Buckets:
 
         for batch in self.batches.plan(self.epoch):
             arrays = self.batches.arrays(batch)
+            self.used.add(arrays["input_ids"].size + arrays["labels"].size)
             self.state, metrics = self.train(self.state, arrays)
         jax.block_until_ready(metrics)
         self.epoch += 1
-        self.facts["compilations"] = self.train.cache_size()
+        self.used.end()
 
 
 def _first(folder: pathlib.Path, name: str) -> pathlib.Path:

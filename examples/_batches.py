@@ -14,6 +14,7 @@ from _data import Pair
 IGNORED = -100  # a label that the loss leaves out
 CHUNK = 10_000  # sentences that go to the tokenizer at once
 MULTIPLE = 4  # shapes are rounded up to it
+EDGES = 32  # lengths a side at which a bucket may end
 
 
 class Encoded(NamedTuple):
@@ -55,19 +56,52 @@ def encode(
 
 
 def shapes_for(splits: Sequence[Encoded], buckets: int) -> list[Shape]:
-    """Return at most so many shapes, each larger than the one before.
+    """Return at most so many shapes, of which each holds the one before.
 
-    The edges are quantiles of the lengths: each bucket holds 60 % of what the smaller
-    ones leave, since few sentences are very long, and the last holds everything.
+    An example goes to the first shape that holds both its sides. Of all such rows of
+    shapes this is the one that pads the examples to the fewest tokens, found by dynamic
+    programming; the last holds everything.
     """
     sides = [
         np.array([len(x) for split in splits for x in split[side]]) for side in (0, 1)
     ]
-    quantiles = [1 - 0.4 ** (i + 1) for i in range(buckets - 1)] + [1.0]
-    edges = [np.quantile(lengths, quantiles, method="higher") for lengths in sides]
-    rounded = [np.ceil(edge / MULTIPLE).astype(int) * MULTIPLE for edge in edges]
-    shapes = (Shape(int(s), int(t)) for s, t in zip(*rounded, strict=True))
-    return list(dict.fromkeys(shapes))
+    edges = [_edges(lengths) for lengths in sides]
+    counts = np.zeros([len(e) for e in edges])
+    np.add.at(counts, tuple(map(np.searchsorted, edges, sides)), 1)
+    # Of every pair of edges: how many examples it holds, and its tokens.
+    holds = counts.cumsum(0).cumsum(1).ravel()
+    pairs = np.stack(np.meshgrid(*edges, indexing="ij"), -1).reshape(-1, 2)
+    tokens = pairs.sum(1)
+    fits = (pairs[:, None] <= pairs).all(-1)  # [smaller, larger]
+    more = np.where(fits, (holds - holds[:, None]) * tokens, np.inf)
+    padded, before = holds * tokens, []
+    for _ in range(buckets - 1):
+        # A pair after itself adds nothing, so fewer shapes are among the choices.
+        after = padded[:, None] + more
+        before.append(after.argmin(0))
+        padded = after.min(0)
+    chain = [len(pairs) - 1]
+    for choice in reversed(before):
+        chain.append(choice[chain[-1]])
+    return [Shape(*pairs[i].tolist()) for i in dict.fromkeys(reversed(chain))]
+
+
+def _edges(lengths: np.ndarray) -> np.ndarray:
+    """Lengths at which a bucket may end: multiples of `MULTIPLE`, not too many.
+
+    Of more than `EDGES` half are spread over the examples and half over the lengths,
+    for the few long examples cost most.
+    """
+    edges = _round_up(lengths)
+    if len(edges) <= EDGES:
+        return edges
+    spread = np.linspace(0, 1, EDGES // 2)
+    by_count = np.quantile(lengths, spread, method="higher")
+    return np.union1d(_round_up(by_count), np.quantile(edges, spread, method="higher"))
+
+
+def _round_up(lengths: np.ndarray) -> np.ndarray:
+    return np.unique(np.ceil(lengths / MULTIPLE).astype(int) * MULTIPLE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,7 +183,7 @@ def parser(description: str) -> Parser:
         default="float32",
         help="what the model computes in; adapters stay float32 (float32)",
     )
-    add("--buckets", type=COUNT, default=3, help="shapes of batches (3)")
+    add("--buckets", type=COUNT, default=3, help="shapes of batches; more pad less (3)")
     add("--seed", type=NATURAL, default=0, help="adapters, data order, dropout (0)")
 
     add = p.add_argument_group("evaluation").add_argument

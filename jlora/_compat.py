@@ -36,16 +36,23 @@ def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
-def rebind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
-    """Run one equation as it stands on other operands."""
-    if not eqn.primitive.multiple_results and not eqn.effects:
-        try:
-            return [_inlined(eqn.primitive, tuple(eqn.params.items()))(*args)]
-        except TypeError:  # a parameter that has no hash
-            pass
+def rebind(eqn: Eqn, args: Sequence[Any], *, often: bool = False) -> list[Any]:
+    """Run one equation as it stands on other operands.
+
+    Where it is one of many alike, as `operation` tells them, its derivative is kept.
+    """
+    if often:
+        return [_inlined(*operation(eqn))(*args)]
     params = eqn.primitive.get_bind_params(eqn.params)
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def operation(eqn: Eqn) -> Any:
+    """Primitive and parameters, for equations of one result that only compute it."""
+    if eqn.primitive.multiple_results or eqn.effects:
+        return None
+    return eqn.primitive, tuple(eqn.params.items())
 
 
 @functools.lru_cache(maxsize=1024)

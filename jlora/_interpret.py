@@ -19,6 +19,8 @@ from jlora._errors import JloraWarning, UnsupportedOpError
 from jlora._lowrank import LowRank
 from jlora._rules import RULES
 
+OFTEN = 4  # layers that are not scanned repeat their operations
+
 OnMissing = Literal["error", "materialize"]
 
 
@@ -53,6 +55,11 @@ class Replay:
         """What rules keep for later equations of the program that is running."""
         return self._programs.running[-1].shared
 
+    def rebind(self, eqn: Eqn, args: Sequence[Any]) -> list[Any]:
+        """Run an equation of the running program as it stands on other operands."""
+        often = self._programs.running[-1].has_often(eqn)
+        return _compat.rebind(eqn, args, often=often)
+
     def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """Run a jaxpr; operands and results may be low-rank."""
         bare, consts = _compat.open_jaxpr(jaxpr)
@@ -84,7 +91,7 @@ class Replay:
 
     def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
         if not any(isinstance(x, LowRank) for x in operands):
-            return _compat.rebind(eqn, operands)
+            return self.rebind(eqn, operands)
         rule = RULES.get(eqn.primitive.name)
         results = NotImplemented if rule is None else rule(self, eqn, operands)
         if results is not NotImplemented:
@@ -98,7 +105,7 @@ class Replay:
         for node in nodes:
             _say_once(node.path, eqn.primitive.name)
         dense = [x.merged() if isinstance(x, LowRank) else x for x in operands]
-        return _compat.rebind(eqn, dense)
+        return self.rebind(eqn, dense)
 
 
 @dataclasses.dataclass
@@ -115,6 +122,14 @@ class _Program:
     env: dict[Any, Any]
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     _products: dict[Any, list[Eqn]] | None = None
+    _operations: collections.Counter[Any] | None = None
+
+    def has_often(self, eqn: Eqn) -> bool:
+        """Whether keeping what such equations have in common pays."""
+        if self._operations is None:
+            self._operations = collections.Counter(map(_hashed, self.bare.eqns))
+        operation = _hashed(eqn)
+        return operation is not None and self._operations[operation] >= OFTEN
 
     def products(self) -> dict[Any, list[Eqn]]:
         """The products by their left operand's variable."""
@@ -126,6 +141,16 @@ class _Program:
                 if is_product and known:
                     self._products.setdefault(eqn.invars[0], []).append(eqn)
         return self._products
+
+
+def _hashed(eqn: Eqn) -> Any:
+    """What is one operation, or None where that cannot be told."""
+    operation = _compat.operation(eqn)
+    try:
+        hash(operation)
+    except TypeError:
+        return None
+    return operation
 
 
 class _Programs(threading.local):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jlora._errors import NonFiniteError, StructureError
+from jlora._labels import Array, contract
 from jlora._lowrank import LowRank, Rows, is_node, same_structure
 from jlora._paths import path_str
 from jlora._resolve import bias_terms, plain_leaf
@@ -83,11 +84,11 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
     leaves = {path_str(path): x for path, x in pairs}
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
     biases = bias_terms(leaves)
-    merged = {path: _merge_node(_without_keys(x)) for path, x in nodes.items()}
+    merged = {path: _merge_node(_bare(x)) for path, x in nodes.items()}
     if not _is_tracing(merged):
-        stats = jax.device_get({path: stats for path, (_, stats) in merged.items()})
-        for path, values in stats.items():
-            _check_finite(path, nodes[path], values)
+        finite = jax.device_get({path: ok for path, (_, ok) in merged.items()})
+        for path in (path for path, ok in finite.items() if not ok):
+            _refuse(path, nodes[path])
     elif report:
         raise StructureError(
             "a merge report needs numbers, and inside jax.jit there are none yet.\n"
@@ -102,6 +103,9 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
 
     out = [jax.tree_util.tree_map_with_path(dense, tree, is_leaf=is_node)]
     if report:
+        # In a pass of its own, so that asking for a report changes no bit.
+        figures = {p: _figures(_bare(nodes[p]), x) for p, (x, _) in merged.items()}
+        stats = jax.device_get(figures)
         out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
     if undo:
         out.append(Undo(tree))
@@ -145,37 +149,72 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
 
 
 @jax.jit
-def _merge_node(w: LowRank | Rows) -> tuple[Any, dict[str, Any]]:
-    """The merged kernel or table, and the figures of its report."""
+def _merge_node(w: LowRank | Rows) -> tuple[Array, Array]:
+    """The merged kernel or table, and whether all of it is finite."""
     base = w.base.astype(jnp.float32)
     if isinstance(w, Rows):
         whole = dataclasses.replace(w, base=base).merged()  # the rows' own bits
-        delta = whole - base
     else:
-        delta = w.delta()
-        whole = base + delta
+        whole = base + w.delta()
     # XLA may keep a cast to bfloat16 and back in float32; an explicit rounding stays.
     info = jnp.finfo(w.dtype)
-    rounded = lax.reduce_precision(whole, info.nexp, info.nmant)
-    merged = rounded.astype(w.dtype)
+    merged = lax.reduce_precision(whole, info.nexp, info.nmant).astype(w.dtype)
+    return merged, _is_finite(merged)
+
+
+def _is_finite(x: Array) -> Array:
+    """Whether all of x is finite, in one pass: times zero, infinity and NaN are NaN.
+
+    A product with a vector runs in vectors on all cores. XLA's reduction of `isfinite`
+    on a CPU does neither, and takes as long as the merge. The barriers keep XLA from
+    knowing that the vector is zero, and from computing x a second time.
+    """
+    dims = tuple(range(x.ndim))
+    x, zero = lax.optimization_barrier((x, jnp.zeros(x.shape[-1:], x.dtype)))
+    # In full precision: TF32 would round the largest numbers up to infinity.
+    products, _ = contract(x, dims, zero, dims[-1:], keep=(), precision="highest")
+    return jnp.all(products == 0)
+
+
+@jax.jit
+def _figures(w: LowRank | Rows, merged: Array) -> dict[str, Array]:
+    """What a report says of a kernel that `_merge_node` merged."""
+    base, rounded = (x.astype(jnp.float32) for x in (w.base, merged))
+    if isinstance(w, Rows):
+        delta = dataclasses.replace(w, base=base).merged() - base
+    else:
+        delta = w.delta()
     error = (rounded - base) - delta
     moved = delta != 0
     same = moved & (merged == w.base)
-    return merged, {
-        "finite_base": jnp.all(jnp.isfinite(base)),
-        "finite": jnp.all(jnp.isfinite(merged)),
-        "delta": jnp.linalg.norm(delta.ravel()),
-        "error": jnp.linalg.norm(error.ravel()),
+    return {
+        "delta": _norm(delta),
+        "error": _norm(error),
         "max": jnp.max(jnp.abs(error)),
         "same": jnp.sum(same) / jnp.maximum(jnp.sum(moved), 1),
     }
 
 
-def _without_keys(w: LowRank | Rows) -> LowRank | Rows:
-    """Merging the tree of a dropout step is merging the tree."""
+def _norm(x: Array) -> Array:
+    # Of any number of axes, and without the reshape that explicit sharding refuses.
+    return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+
+def _bare(w: LowRank | Rows) -> LowRank | Rows:
+    """The node without what merging it does not depend on.
+
+    Kernels of one shape then share a program; with the path, which is static, each had
+    its own, and a first merge compiled for a minute. Dropout's keys do not matter.
+    """
+    w = dataclasses.replace(w, path="")
     if isinstance(w, Rows):
         return w
-    return w.map(w.base, lambda t: dataclasses.replace(t, key=None))
+    return w.map(w.base, lambda t: dataclasses.replace(t, **_IDLE))
+
+
+_IDLE: dict[str, Any] = {
+    "key": None, "bias": None, "dropout": 0.0, "rslora": False, "role": None
+}  # fmt: skip
 
 
 def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
@@ -183,10 +222,9 @@ def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
     return MergedLeaf(path, float(s["delta"]), lost, float(s["max"]), float(s["same"]))
 
 
-def _check_finite(path: str, w: LowRank | Rows, s: dict[str, Any]) -> None:
-    if s["finite"]:
-        return
-    where = "its base" if not s["finite_base"] else "its adapter or their sum"
+def _refuse(path: str, w: LowRank | Rows) -> NoReturn:
+    finite_base = jnp.all(jnp.isfinite(w.base))
+    where = "its adapter or their sum" if finite_base else "its base"
     raise NonFiniteError(
         f"the kernel {path!r} {w.shape} {w.dtype} cannot be merged: NaN or infinity in "
         f"{where}.\nNothing was merged. Check the checkpoint, or the training run that "

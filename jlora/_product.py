@@ -88,7 +88,10 @@ def _gradient(
     else:
         out = lax.dot_general(other, g, ((o_free, g_of_o), (ob, gb)), **rest)
         axes = [*wb, *wc, *w_free]
-    out = lax.transpose(out, [axes.index(n) for n in range(wanted.ndim)])
+    if axes != sorted(axes):
+        # Or XLA makes the transposed product at once, which on a CPU is the slow one.
+        out = lax.optimization_barrier(out)
+        out = lax.transpose(out, [axes.index(n) for n in range(wanted.ndim)])
     return out.astype(wanted.dtype)
 
 

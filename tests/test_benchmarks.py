@@ -189,6 +189,34 @@ def test_a_peer_that_cannot_start_stands_in_the_table(capsys, tmp_path):
     assert row in saved
 
 
+@pytest.mark.parametrize(
+    ("contenders", "peers", "want"),
+    [
+        (None, None, (["jlora"], ["PEFT", "qwix"])),
+        (["floor"], None, (["floor"], ["PEFT", "qwix"])),
+        (["floor", "PEFT"], None, (["floor"], ["PEFT"])),
+        (["floor", "PEFT"], ["quax", "PEFT"], (["floor"], ["PEFT", "quax"])),
+        (["floor"], [], (["floor"], [])),
+    ],
+)
+def test_a_peer_may_stand_among_the_contenders(contenders, peers, want):
+    asked = options(contenders=contenders, peers=peers)
+    assert step_time.chosen(asked, ("jlora",), ("PEFT", "qwix")) == want
+
+
+def test_contenders_that_nobody_knows(tmp_path):
+    run = ["step_time", *TINY, *GPT, "--contenders", "nothing", "--peers"]
+    (row,) = main([*run, "--results", str(tmp_path)])
+    assert row["error"].startswith(
+        "ValueError: no contender 'nothing'; there are floor"
+    )
+    for command in ("generate", "text"):
+        run = [command, *TINY, "--contenders", "nothing"]
+        data = ["--data", str(tmp_path)] if command == "text" else []
+        with pytest.raises(SystemExit, match=f"{command}: no contender nothing; there"):
+            main([*run, *data])
+
+
 def test_a_worker_that_dies_is_an_error_with_its_status():
     entry = Entry("PEFT", "nowhere:Nothing", {}, "PEFT")
     out = race([entry], options(in_process=False, python=["PEFT=/bin/false"]))
@@ -299,13 +327,14 @@ def test_real_text_and_generation_beside_peft(corpus):
     assert [row["contender"] for row in rows] == [
         "jlora",
         "PEFT",
+        "PEFT, grouped by length",
         "jlora",
         "merged",
         "PEFT",
     ]
     assert not any(row["error"] for row in rows)
     assert rows[0]["to_peft"] > 0
-    assert rows[0]["compilations"] <= 3
+    assert rows[0]["compilations"] <= rows[0]["steps"] == 2
 
 
 @pytest.mark.oracle

@@ -1,6 +1,7 @@
 """The translation example's reading, bucketing and data order."""
 
 import gzip
+import itertools
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jlora import DataError
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import _data
-from _batches import IGNORED, Batches, Encoded, encode, shapes_for
+from _batches import IGNORED, Batches, Encoded, Shape, encode, shapes_for
 from _data import Pair, Rows, source_of
 
 DE_EN = _data.direction("de-en")
@@ -284,13 +285,53 @@ def test_shapes_grow_and_hold_everything():
     assert all(length % 4 == 0 for shape in shapes for length in shape)
 
 
-def test_buckets_save_padding():
-    examples = encoded(2000)
-    padded = [
-        sum(16 * b.shape.source for b in Batches(examples, shapes, 16, 0).plan())
-        for shapes in (shapes_for([examples], 1), shapes_for([examples], 4))
-    ]
-    assert padded[1] < 0.85 * padded[0]
+def padded_tokens(examples, shapes):
+    bucket = Batches(examples, shapes, 16, 0).bucket
+    return sum(sum(shapes[i]) for i in bucket)
+
+
+def lengths_of(pairs):
+    sides = zip(*pairs, strict=True)
+    return Encoded(*([np.ones(n, np.int32) for n in side] for side in sides))
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 3])
+def test_no_other_shapes_pad_less(buckets):
+    rng = np.random.default_rng(1)
+    source = rng.integers(2, 22, 60)
+    examples = lengths_of(
+        zip(source, source // 2 + rng.integers(1, 9, 60), strict=True)
+    )
+    found = shapes_for([examples], buckets)
+    last = found[-1]
+    sides = [range(4, most + 1, 4) for most in last]
+    every = [Shape(*pair) for pair in itertools.product(*sides)]
+    chains = (
+        [*chain, last]
+        for chain in itertools.combinations(every, buckets - 1)
+        if all(one.target <= two.target for one, two in itertools.pairwise(chain))
+    )
+    fewest = min(padded_tokens(examples, chain) for chain in chains)
+    assert padded_tokens(examples, found) == fewest
+
+
+def test_shapes_follow_the_lengths():
+    # Most are short, and a few long ones are long on one side alone.
+    examples = lengths_of([(4, 4)] * 90 + [(8, 4)] * 9 + [(8, 40)])
+    assert shapes_for([examples], 3) == [(4, 4), (8, 4), (8, 40)]
+    assert shapes_for([examples], 9) == [(4, 4), (8, 4), (8, 40)]
+    assert shapes_for([examples], 1) == [(8, 40)]
+
+
+def test_shapes_of_many_lengths():
+    # 1,500 lengths a side: too many to try each pair.
+    rng = np.random.default_rng(0)
+    source = np.minimum(rng.lognormal(4.5, 1.0, 4000).astype(int) + 1, 6000)
+    examples = lengths_of(zip(source, source, strict=True))
+    shapes = shapes_for([examples], 8)
+    assert len(shapes) == 8
+    assert shapes[-1].source == -(-source.max() // 4) * 4
+    assert padded_tokens(examples, shapes) < 1.35 * 2 * source.sum()
 
 
 def test_arrays_mask_padding_and_filled_up_rows():

@@ -1,5 +1,7 @@
 """split/combine, masks and labels; merge, its report, and unmerge; summary, survey."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tools import assert_close, lowrank, randomise
 
 import jlora
+from jlora._merge import _merge_node
 from jlora._rules.layout import reshape_groups
 
 PARAMS = {
@@ -195,6 +200,64 @@ def test_nan_and_infinity_are_refused(where, bad):
         )
     with pytest.raises(jlora.NonFiniteError, match=rf"'query/kernel'.*{where}"):
         jlora.merge(tree)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_one_bad_weight_anywhere_is_found(dtype, bad):
+    tree = tree_of(dtype, train=())
+    w = tree["query"]["kernel"]
+    for place in [(0, 0), (6, 4), (3, 2)]:
+        tree["query"]["kernel"] = w.map(w.base.at[place].set(bad), lambda t: t)
+        with pytest.raises(jlora.NonFiniteError, match="its base"):
+            jlora.merge(tree)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_weights_as_large_as_the_dtype_has_are_finite_and_overflow_is_not(dtype):
+    most = jnp.finfo(dtype).max
+    tree = jlora.lorafy({"query": jnp.full((7, 5), most, dtype)}, 2, ["query"])
+    assert bits(jlora.merge(tree)) == bits(jnp.full((7, 5), most, dtype))
+    w = tree["query"]
+    large = {"a": jnp.ones((7, 2)), "b": jnp.full((2, 5), most.astype(jnp.float32) / 4)}
+    over = w.map(w.base, lambda t: dataclasses.replace(t, **large))
+    with pytest.raises(jlora.NonFiniteError, match="their sum"):
+        jlora.merge({"query": over})
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_report_changes_no_bit(dtype, dora):
+    tree = tree_of(dtype, dora=dora)
+    merged, report = jlora.merge(tree, report=True)
+    assert report[0].delta_norm > 0
+    assert bits(merged) == bits(jlora.merge(tree))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x", "y"), P(None, "y"), P("x")])
+def test_sharded_kernels_merge_where_they_lie(kind, spec):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, spec))
+        dense = np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4)
+        tree = jlora.lorafy({"query": put(dense)}, 2, ["query"])
+        merged, _ = jlora.merge(tree, report=True)
+        assert bits(merged) == bits(dense)  # B is zero
+        assert merged["query"].sharding.is_equivalent_to(tree["query"].base.sharding, 2)
+        dense[5, 3] = np.nan  # the last device's
+        tree["query"] = tree["query"].map(put(dense), lambda t: t)
+        with pytest.raises(jlora.NonFiniteError, match="its base"):
+            jlora.merge(tree)
+
+
+def test_kernels_of_one_shape_share_a_program(getkey):
+    kernel = {"kernel": jax.random.normal(getkey(), (13, 11))}
+    params = {f"layer_{i}": {"query": kernel, "value": kernel} for i in range(3)}
+    tree = randomise(jlora.lorafy(params, 3, ["query", "value"]), getkey())
+    before = _merge_node._cache_size()
+    jlora.merge(tree)
+    assert _merge_node._cache_size() == before + 1
 
 
 def test_merge_under_jit_and_of_stacks_and_slices(getkey):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from tools import assert_close, equations
+from tools import assert_close, products
 
 from jlora._product import factor_product
 
@@ -68,7 +68,7 @@ def test_the_narrow_operand_comes_first():
         return jnp.sum(jnp.sin(factor_product(low, b, (((2,), (0,)), ((), ())))))
 
     jaxpr = jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(a, b)
-    backward = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    backward = [e for e in products(jaxpr) if e.primitive.name == "dot_general"]
     sizes = [tuple(v.aval.shape for v in e.invars) for e in backward]
     assert sorted(sizes) == [
         ((2, 3, 2), (2, 3, 11)),  # dAᵀ = dlowᵀ·x
@@ -81,7 +81,7 @@ def test_precision_is_that_of_the_call():
     x = jnp.ones((2, 3))
     with jax.default_matmul_precision("float32"):
         jaxpr = jax.make_jaxpr(lambda x: factor_product(x, x, (((1,), (1,)), ((), ()))))
-        (eqn,) = jaxpr(x).eqns
+        (eqn,) = products(jaxpr(x))
     assert eqn.params["precision"] == "float32"
 
 

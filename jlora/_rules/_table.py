@@ -20,6 +20,9 @@ class Run(Protocol):
     def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """Run an inner jaxpr on operands of which some may be low-rank."""
 
+    def rebind(self, eqn: Eqn, args: Sequence[Any]) -> list[Any]:
+        """Run an equation of the running program as it stands on other operands."""
+
     def use_number(self, path: str) -> int:
         """How often this leaf has been used so far; a dropout mask for each use."""
 

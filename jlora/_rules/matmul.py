@@ -18,7 +18,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._adapter import Adapter
-from jlora._compat import Eqn, rebind
+from jlora._compat import Eqn
 from jlora._errors import ShapeError
 from jlora._labels import RANK, Array, Dims, Label, contract, spread, widen
 from jlora._lowrank import LowRank
@@ -47,7 +47,7 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     for adapter in w.adapters.values():
         check_axes(w, adapter, wc, wb)
     gain = w.gain()
-    out = _base_product(eqn, w, x, w_left, gain, labels, order)
+    out = _base_product(run, eqn, w, x, w_left, gain, labels, order)
     if out is NotImplemented:
         return NotImplemented
     lows = {} if w_left or batch[0] else shared_inputs(run, eqn, w, x, labels, wc)
@@ -59,8 +59,8 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 
 
 def _base_product(
-    eqn: Eqn, w: LowRank, x: Array, w_left: bool, gain: tuple[Array, Dims] | None,
-    labels: list[Label], order: list[Label],
+    run: Run, eqn: Eqn, w: LowRank, x: Array, w_left: bool,
+    gain: tuple[Array, Dims] | None, labels: list[Label], order: list[Label],
 ) -> Any:  # fmt: skip
     """x·(g·W): each output's gain goes to the result; to x where W is transposed."""
     scaled_x = gain is not None and set(gain[1]) <= set(labels)
@@ -68,7 +68,7 @@ def _base_product(
         x = gained(x, gain, labels)
     elif gain is not None and not set(gain[1]) <= set(order):
         return NotImplemented
-    (out,) = rebind(eqn, [w.base, x] if w_left else [x, w.base])
+    (out,) = run.rebind(eqn, [w.base, x] if w_left else [x, w.base])
     return out if gain is None or scaled_x else gained(out, gain, order)
 
 

@@ -125,7 +125,7 @@ def _copy_part(into: np.ndarray, view: np.ndarray, transposed: bool) -> None:
         return
     bits = np.dtype(f"u{into.itemsize}")
     for i in range(0, into.shape[-1], _ROWS):
-        rows = view[..., i : i + _ROWS].astype(into.dtype)
+        rows = view[..., i : i + _ROWS].astype(into.dtype, copy=False)
         into[..., i : i + _ROWS].view(bits)[...] = rows.view(bits)
 
 

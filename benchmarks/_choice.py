@@ -39,10 +39,13 @@ def cases(options: Any, cpu: Sequence[Default], gpu: Sequence[Default]) -> list[
     ]
 
 
+_FIELDS = ("scan_layers", "remat", "attn_implementation")
+
+
 def model_fields(options: Any) -> dict[str, Any]:
     """Return the fields of our Flax modules that the command line sets."""
-    names = ("scan_layers", "remat")
-    return {name: True for name in names if getattr(options, name)}
+    given = {name: getattr(options, name) for name in _FIELDS}
+    return {name: value for name, value in given.items() if value}
 
 
 def contenders(options: Any, known: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora.models._attention import Sight, fused
 from jlora.models._bert_config import BertConfig
 from jlora.models._blocks import Configured
 from jlora.models._layers import ACTIVATIONS, Embedding
@@ -129,16 +130,21 @@ class SelfAttention(Part):
         """[B, S, d] -> [B, S, H, D]."""
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
 
-    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
-        """[B, S, d] -> [B, S, d]; `bias` is added to the scores `[B, H, S, S]`."""
+    def __call__(
+        self, x: Array, seen: Array | Sight | None, deterministic: bool
+    ) -> Array:
+        """[B, S, d] -> [B, S, d]; `seen` is from `Configured.seen_of`."""
+        drop = self.dropping(self.drop, deterministic)
         parts = (self.query(x), self.key(x), self.value(x))
         q, k, v = (self.heads(part) for part in parts)
+        scale = q.shape[-1] ** -0.5
+        if isinstance(seen, Sight):
+            return fused(q, k, v, seen, scale=scale).reshape(x.shape)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        scores = scores * q.shape[-1] ** -0.5
-        if bias is not None:
-            scores = scores + bias
-        probs = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        probs = self.drop(probs, deterministic=deterministic)
+        scores = scores * scale
+        if seen is not None:
+            scores = scores + seen
+        probs = drop(jax.nn.softmax(scores, axis=-1).astype(self.dtype))
         return jnp.einsum("bhqk,bkhd->bqhd", probs, v).reshape(x.shape)
 
 
@@ -165,9 +171,11 @@ class Attention(Part):
         self.self = self.part(SelfAttention)()
         self.output = self.part(Output)()
 
-    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+    def __call__(
+        self, x: Array, seen: Array | Sight | None, deterministic: bool
+    ) -> Array:
         """[B, S, d] -> [B, S, d]."""
-        return self.output(self.self(x, bias, deterministic), x, deterministic)
+        return self.output(self.self(x, seen, deterministic), x, deterministic)
 
 
 class Intermediate(Part):
@@ -191,7 +199,9 @@ class Layer(Part):
         self.intermediate = self.part(Intermediate)()
         self.output = self.part(Output)()
 
-    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+    def __call__(
+        self, x: Array, seen: Array | Sight | None, deterministic: bool
+    ) -> Array:
         """[B, S, d] -> [B, S, d]."""
-        x = self.attention(x, bias, deterministic)
+        x = self.attention(x, seen, deterministic)
         return self.output(self.intermediate(x), x, deterministic)

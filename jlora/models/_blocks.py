@@ -19,11 +19,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora.models._layers import Numbered
+from jlora._errors import StructureError
+from jlora.models._attention import EINSUM, Sight, check_form
+from jlora.models._layers import Numbered, mask_bias
 
 # Takes a block, `x`, the block's past keys and values, and what else is its own;
 # returns `x`, and the keys and values to keep.
 Step = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
+
+
+# The fields of `Configured`, which a part takes from its whole.
+_SHARED = (
+    "config",
+    "dtype",
+    "param_dtype",
+    "scan_layers",
+    "remat",
+    "attn_implementation",
+)
 
 
 class Configured(nn.Module):
@@ -36,6 +49,9 @@ class Configured(nn.Module):
       scan_layers: whether blocks are scanned, and their parameters stacked.
       remat: whether a block's activations are computed again in the backward pass
         rather than kept.
+      attn_implementation: how whole sequences attend: `"einsum"` forms the scores;
+        `"cudnn"` and `"xla"` are those of `jax.nn.dot_product_attention`. With a cache,
+        in generation, all attend by einsum: the keys are more than the queries.
     """
 
     config: Any
@@ -43,11 +59,53 @@ class Configured(nn.Module):
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: bool = False
+    attn_implementation: str = EINSUM
+
+    def __post_init__(self) -> None:
+        """Refuse a form of attention that is not known."""
+        check_form(self.attn_implementation)
+        super().__post_init__()
 
     def part(self, kind: Callable[..., Any], **fields: Any) -> Any:
         """Return a maker of `kind` with the same settings."""
-        same = ("config", "dtype", "param_dtype", "scan_layers", "remat")
-        return partial(kind, **{name: getattr(self, name) for name in same}, **fields)
+        same = {name: getattr(self, name) for name in _SHARED}
+        return partial(kind, **same, **fields)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether whole sequences attend by a fused kernel.
+
+        `init` needs none: parameters do not depend on it, and it runs anywhere.
+        """
+        return self.attn_implementation != EINSUM and not self.is_initializing()
+
+    def sight(self, **fields: Any) -> Sight:
+        """Return what a fused kernel is told."""
+        return Sight(implementation=self.attn_implementation, **fields)
+
+    def seen_of(self, mask: Array | None) -> Array | Sight | None:
+        """Return what hides the keys where `mask` `[B, S]` is off, and nothing else.
+
+        By einsum it is added to the scores, `[B, 1, 1, S]`.
+        """
+        if not self.fuses:
+            return None if mask is None else mask_bias(mask)
+        return self.sight(mask=None if mask is None else mask[:, None])
+
+    def dropping(self, drop: nn.Dropout, deterministic: bool) -> Callable[..., Any]:
+        """Return the dropout of attention's probabilities.
+
+        Raises:
+          StructureError: it drops, and the probabilities are never formed.
+        """
+        if self.fuses and drop.rate and not deterministic:
+            raise StructureError(
+                f"attn_implementation={self.attn_implementation!r}: dropout of "
+                f"attention's probabilities, here {drop.rate}, needs them formed.\n"
+                "Set that rate to 0 in the configuration, call with "
+                f"deterministic=True, or set attn_implementation={EINSUM!r}."
+            )
+        return partial(drop, deterministic=deterministic)
 
     def blocks(self, make: Sequence[Callable[..., nn.Module]]) -> nn.Module:
         """Return the blocks that are made so, or the one that is scanned."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import ShapeError
+from jlora.models._attention import Sight, fused
 from jlora.models._blocks import Configured
 from jlora.models._layers import MASKED, Embedding
 
@@ -31,12 +32,13 @@ class Place(NamedTuple):
     Attributes:
       positions: `[B, T]`, how many tokens of its sequence precede each one.
       first: where the first query stands among the keys; the others follow.
-      keys: `[B, S]`, on where a key is a token and no padding.
+      keys: `[B, S]`, on where a key is a token and no padding; `None` where S is T and
+        there is no padding.
     """
 
     positions: Array
     first: Array | int
-    keys: Array
+    keys: Array | None
 
 
 def positions_of(mask: Array) -> Array:
@@ -51,22 +53,23 @@ def positions_of(mask: Array) -> Array:
 
 
 def visible(place: Place, window: int | None = None) -> Array:
-    """Return the keys that each query may look at, `[B, T, S]`.
+    """Return the keys that each query may look at, `[B, T, S]`, B 1 without padding.
 
     Args:
       place: of queries and keys.
       window: how many keys, the query's own included; `None` is all before it.
     """
-    T, S = place.positions.shape[1], place.keys.shape[1]
+    T = place.positions.shape[1]
+    S = T if place.keys is None else place.keys.shape[1]
     behind = place.first + jnp.arange(T)[:, None] - jnp.arange(S)  # [T, S]
     near = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return near & place.keys.astype(bool)[:, None]
+    return near[None] if place.keys is None else near & place.keys.astype(bool)[:, None]
 
 
 def attend(
     q: Array,
     kv: KeysValues,
-    seen: Array,
+    seen: Array | Sight,
     scale: Array | float,
     drop: Callable[[Array], Array],
     cap: float | None = None,
@@ -76,12 +79,15 @@ def attend(
     Args:
       q: `[B, H, T, D]`; query heads share keys H/G at a time.
       kv: two of `[B, G, S, D]`.
-      seen: `[B, T, S]`, from `visible`.
+      seen: from `Part.seen`; its form says how scores are computed.
       scale: of the scores.
       drop: dropout of the probabilities.
       cap: what the scores stay within, softly.
     """
     (B, H, T, D), (k, v) = q.shape, kv
+    if isinstance(seen, Sight):
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        return fused(q, k, v, seen, scale=scale, cap=cap).reshape(B, T, H * D)
     q = q.reshape(B, k.shape[1], -1, T, D)  # [B, G, H/G, T, D]
     scores = jnp.einsum("bghtd,bgsd->bghts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(seen[:, None, None], soft_cap(scale * scores, cap), MASKED)
@@ -127,6 +133,30 @@ class Part(Configured):
         std = self.config.initializer_range
         return Embedding(rows, features, std, self.dtype, self.param_dtype)
 
+    def seen(
+        self,
+        place: Place,
+        past: Any,
+        window: int | None = None,
+        *,
+        alike: bool = True,
+    ) -> Array | Sight:
+        """Return what `attend` wants to know of the keys that the queries see.
+
+        Args:
+          place: of queries and keys.
+          past: a cache, with which attention is by einsum: `[B, T, S]`.
+          window: how many keys, the query's own included; `None` is all before it.
+          alike: whether all blocks have that window. In a scan of others it cannot be
+            part of the program, and is a mask.
+        """
+        if past is not None or not self.fuses:
+            return visible(place, window)
+        if not alike:
+            return self.sight(mask=visible(place, window), causal=True)
+        mask = None if place.keys is None else place.keys[:, None]
+        return self.sight(mask=mask, causal=True, window=window)
+
 
 class Decoder(Part):
     """A language model without an encoder.
@@ -140,6 +170,7 @@ class Decoder(Part):
       param_dtype: what `init` makes parameters in.
       scan_layers: whether blocks are scanned, and their parameters stacked.
       remat: whether the backward pass computes a block's activations again.
+      attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
     def setup(self) -> None:
@@ -238,7 +269,7 @@ class Decoder(Part):
                 "before it, the model knows by itself."
             )
         positions = positions_of(mask) if position_ids is None else position_ids
-        place = Place(positions, 0, mask)
+        place = Place(positions, 0, attention_mask)
         return self.hidden(input_ids, place, None, deterministic)[0]
 
     def prefill(

@@ -44,6 +44,7 @@ def load(
     sharding: _leaves.Shardings = None,
     scan_layers: bool = False,
     remat: bool = False,
+    attn_implementation: str = "einsum",
     head: str | None = None,
     num_labels: int | None = None,
     key: jax.Array | None = None,
@@ -72,6 +73,9 @@ def load(
         turn one form into the other.
       remat: whether the backward pass computes a block's activations again instead of
         keeping them.
+      attn_implementation: how whole sequences attend. `"einsum"` forms the scores,
+        `[B, H, T, S]` in float32, and serves every model; `"cudnn"` and `"xla"` are
+        those of `jax.nn.dot_product_attention`, of which the first forms none.
       head: of BERT and RoBERTa, `"base"` (hidden states), `"classification"` or
         `"masked_lm"`, whatever head the checkpoint was saved with; `None` takes that
         one. What the head needs and the checkpoint lacks is newly initialised, and a
@@ -102,7 +106,8 @@ def load(
     if hasattr(config, "generation") and (folder / GENERATION).exists():
         said = read_json(folder / GENERATION)
         config = dataclasses.replace(config, generation=said)
-    form = {"scan_layers": scan_layers, "remat": remat}
+    form: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
+    form["attn_implementation"] = attn_implementation
     model = family.model(config=config, **form)
     abstract = family.abstract_params(model)
     shardings = _leaves.shardings_of(sharding, abstract)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jlora.models._attention import Sight, fused
 from jlora.models._blocks import Configured
 from jlora.models._layers import ACTIVATIONS, MASKED, Embedding, Numbered, RMSNorm
 
@@ -111,26 +112,37 @@ class Attention(Part):
         return self.heads(self.k(x)), self.heads(self.v(x))
 
     def __call__(
-        self, x: Array, kv: KeysValues, bias: Array | None, deterministic: bool
+        self,
+        x: Array,
+        kv: KeysValues,
+        seen: Array | Sight | None,
+        deterministic: bool,
     ) -> Array:
         """Return `[B, T, d]`: `x` `[B, T, d]` attends to `kv`.
 
-        `bias` is added to the scores `[B, H, T, S]`, and carries positions and masks.
+        `seen` carries positions and masks: an array is added to the scores
+        `[B, H, T, S]`.
         """
         B, T, _ = x.shape
         q, (k, v) = self.heads(self.q(x)), kv
+        drop = self.dropping(self.drop, deterministic)
+        if isinstance(seen, Sight):
+            q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
+            return self.o(fused(q, k, v, seen, scale=1.0).reshape(B, T, -1))
         scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores = scores + bias
-        probs = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        probs = self.drop(probs, deterministic=deterministic)
+        if seen is not None:
+            scores = scores + seen
+        probs = drop(jax.nn.softmax(scores, axis=-1).astype(self.dtype))
         y = jnp.einsum("bhts,bhsd->bhtd", probs, v)
         return self.o(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
-    def offset_bias(self, queries: int, keys: int, *, causal: bool) -> Array:
+    def offset_bias(
+        self, queries: int, keys: int, *, causal: bool, hide: bool
+    ) -> Array:
         """Return the bias of every offset, -(queries-1) to keys-1: `[H, T+S-1]`.
 
-        The bias depends on the offset alone; `spread_bias` lays it out as `[T, S]`.
+        The bias depends on the offset alone; `spread_bias` lays it out as `[T, S]`. It
+        hides keys after the query where `hide` is on.
         """
         c, offsets = self.config, np.arange(1 - queries, keys)
         buckets = position_buckets(
@@ -140,7 +152,7 @@ class Attention(Part):
             max_distance=c.relative_attention_max_distance,
         )
         bias = self.relative_attention_bias(jnp.asarray(buckets)).astype(jnp.float32).T
-        return jnp.where(offsets > 0, MASKED, bias) if causal else bias
+        return jnp.where(offsets > 0, MASKED, bias) if hide else bias
 
 
 def spread_bias(by_offset: Array, positions: Array | np.ndarray, keys: int) -> Array:
@@ -164,7 +176,7 @@ class SelfAttentionLayer(Part):
     def __call__(
         self,
         x: Array,
-        bias: Array,
+        seen: Array | Sight,
         deterministic: bool,
         past: KeysValues | None = None,
         index: Array | int = 0,
@@ -178,7 +190,7 @@ class SelfAttentionLayer(Part):
         if past is not None:
             write = partial(lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
             kv = write(past[0], kv[0]), write(past[1], kv[1])
-        h = self.SelfAttention(h, kv, bias, deterministic)
+        h = self.SelfAttention(h, kv, seen, deterministic)
         return x + self.drop(h, deterministic=deterministic), kv
 
 
@@ -192,13 +204,17 @@ class CrossAttentionLayer(Part):
         self.drop = self.dropout()
 
     def __call__(
-        self, x: Array, kv: KeysValues, bias: Array | None, deterministic: bool
+        self,
+        x: Array,
+        kv: KeysValues,
+        seen: Array | Sight | None,
+        deterministic: bool,
     ) -> Array:
         """Return `[B, T, d]`; `kv` may hold fewer rows, each for B/rows beams."""
         # Neither order nor causality matters to cross-attention, so beams over one
         # sentence are further queries of it: its keys and values are held once.
         h = self.layer_norm(x).reshape(kv[0].shape[0], -1, x.shape[-1])
-        h = self.EncDecAttention(h, kv, bias, deterministic).reshape(x.shape)
+        h = self.EncDecAttention(h, kv, seen, deterministic).reshape(x.shape)
         return x + self.drop(h, deterministic=deterministic)
 
 

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora._errors import ShapeError
+from jlora.models._attention import Sight
 from jlora.models._bert_config import BertConfig
 from jlora.models._bert_layers import Embeddings, Layer, Part
-from jlora.models._layers import ACTIVATIONS, mask_bias
+from jlora.models._layers import ACTIVATIONS
 
 
 class Encoder(Part):
@@ -34,11 +35,13 @@ class Encoder(Part):
         """Declare them."""
         self.layer = self.blocks([self.part(Layer)] * self.config.num_hidden_layers)
 
-    def __call__(self, x: Array, bias: Array | None, deterministic: bool) -> Array:
+    def __call__(
+        self, x: Array, seen: Array | Sight | None, deterministic: bool
+    ) -> Array:
         """[B, S, d] -> [B, S, d]."""
 
         def step(layer: Any, x: Array, past: None, own: None) -> tuple[Array, None]:
-            return layer(x, bias, deterministic), None
+            return layer(x, seen, deterministic), None
 
         length = self.config.num_hidden_layers
         return self.through(self.layer, step, x, length=length)[0]
@@ -65,6 +68,7 @@ class Bert(Part):
       param_dtype: what `init` makes parameters in.
       scan_layers: whether blocks are scanned, and their parameters stacked.
       remat: whether the backward pass computes a block's activations again.
+      attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
     def setup(self) -> None:
@@ -100,9 +104,8 @@ class Bert(Part):
           ShapeError: more tokens than positions, or inputs that are not alike.
         """
         _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
-        bias = None if attention_mask is None else mask_bias(attention_mask)
         x = self.embeddings(input_ids, token_type_ids, deterministic)
-        x = self.encoder(x, bias, deterministic)
+        x = self.encoder(x, self.seen_of(attention_mask), deterministic)
         if self.config.pooler and self.is_initializing():
             self.pooler(x)  # declares its parameters
         return x
@@ -130,6 +133,7 @@ class Headed(Part):
       param_dtype: what `init` makes parameters in.
       scan_layers: whether blocks are scanned, and their parameters stacked.
       remat: whether the backward pass computes a block's activations again.
+      attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
     def setup(self) -> None:

@@ -13,7 +13,6 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import ShapeError
+from jlora.models._attention import Sight
 from jlora.models._decoder import (
     Decoder,
     KeysValues,
@@ -30,7 +30,6 @@ from jlora.models._decoder import (
     attend,
     heads,
     remember,
-    visible,
 )
 from jlora.models._layers import ACTIVATIONS, Embedding
 
@@ -82,7 +81,7 @@ class Attention(GPT2Part):
         self,
         x: Array,
         number: Array | int,
-        seen: Array,
+        seen: Array | Sight,
         past: KeysValues | None,
         index: Array | int,
         deterministic: bool,
@@ -96,7 +95,7 @@ class Attention(GPT2Part):
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
         )
         kv = remember((k, v), past, index)
-        drop = partial(self.attn_dropout, deterministic=deterministic)
+        drop = self.dropping(self.attn_dropout, deterministic)
         y = attend(q, kv, seen, self.scale(q.shape[-1], number), drop)
         return self.resid_dropout(self.c_proj(y), deterministic=deterministic), kv
 
@@ -137,7 +136,7 @@ class Block(GPT2Part):
         self,
         x: Array,
         number: Array | int,
-        seen: Array,
+        seen: Array | Sight,
         past: KeysValues | None,
         index: Array | int,
         deterministic: bool,
@@ -166,7 +165,7 @@ class Stack(GPT2Part):
         """Return `[B, T, d]`, and each block's keys and values."""
         x = self.wte(input_ids) + self.wpe(place.positions)
         x = self.drop(x, deterministic=deterministic)
-        seen, length = visible(place), self.config.n_layer
+        seen, length = self.seen(place, past), self.config.n_layer
 
         def step(block: Any, x: Array, past: Any, number: Any) -> tuple[Array, Any]:
             return block(x, number, seen, past, place.first, deterministic)
@@ -185,6 +184,7 @@ class GPT2(Decoder):
       param_dtype: what `init` makes parameters in.
       scan_layers: whether blocks are scanned, and their parameters stacked.
       remat: whether the backward pass computes a block's activations again.
+      attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
     def setup(self) -> None:

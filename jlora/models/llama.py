@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora._errors import StructureError
+from jlora.models._attention import Sight
 from jlora.models._blocks import of_kind
 from jlora.models._decoder import (
     Decoder,
@@ -35,7 +36,6 @@ from jlora.models._decoder import (
     heads,
     remember,
     soft_cap,
-    visible,
 )
 from jlora.models._feed_forward import FeedForward, LlamaPart, Mixture
 from jlora.models._layers import Embedding
@@ -48,11 +48,11 @@ class View(NamedTuple):
 
     Attributes:
       turns: cosine and sine of the positions, two of `[B, 1, T, D/2]`.
-      seen: `[B, T, S]`, on where a query may look at a key.
+      seen: which keys a query may look at, as `attend` takes it.
     """
 
     turns: tuple[Array, Array]
-    seen: Array
+    seen: Array | Sight
 
 
 class Attention(LlamaPart):
@@ -87,7 +87,7 @@ class Attention(LlamaPart):
         if c.kind.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         kv = remember((turn(k, view.turns), v), past, index)
-        drop = partial(self.drop, deterministic=deterministic)
+        drop = self.dropping(self.drop, deterministic)
         q = turn(q, view.turns)
         y = attend(q, kv, view.seen, c.score_scale, drop, c.score_cap)
         return self.o_proj(y), kv
@@ -148,7 +148,9 @@ class Stack(LlamaPart):
         c, x = self.config, self.embed_tokens(input_ids)
         if c.kind.centred:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        views = {kind: self.view(kind, place) for kind in sorted({*c.layer_types})}
+        views = {
+            kind: self.view(kind, place, past) for kind in sorted({*c.layer_types})
+        }
         kinds, view_of = of_kind(views, c.layer_types, self.scan_layers)
 
         def step(layer: Any, x: Array, past: Any, kind: Any) -> tuple[Array, Any]:
@@ -159,12 +161,13 @@ class Stack(LlamaPart):
         )
         return self.norm(x), kept
 
-    def view(self, kind: str, place: Place) -> View:
+    def view(self, kind: str, place: Place, past: Past) -> View:
         """Return how the queries of that kind of layer see the keys."""
         c = self.config
         turns = turning(c.ropes[kind], place.positions, c.head_dim)
         window = c.sliding_window if kind == SLIDING else None
-        return View(turns, visible(place, window))
+        alike = not self.scan_layers or len({*c.layer_types}) == 1
+        return View(turns, self.seen(place, past, window, alike=alike))
 
 
 class Llama(Decoder):
@@ -176,6 +179,7 @@ class Llama(Decoder):
       param_dtype: what `init` makes parameters in.
       scan_layers: whether blocks are scanned, and their parameters stacked.
       remat: whether the backward pass computes a block's activations again.
+      attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
     def setup(self) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from jlora._errors import ShapeError
+from jlora.models._attention import Sight
 from jlora.models._layers import Numbered, mask_bias
 from jlora.models._t5_config import T5Config
 from jlora.models._t5_layers import (
@@ -71,11 +72,27 @@ class Stack(Part):
         self.final_layer_norm = self.norm()
         self.drop = self.dropout()
 
-    def offset_bias(self, queries: int, keys: int) -> Array:
-        """Return the stack's position bias by offset, `[H, T+S-1]`."""
+    def offset_bias(self, length: int, *, hide: bool) -> Array:
+        """Return the stack's position bias by offset, `[H, 2 * length - 1]`.
+
+        In a decoder it hides keys after the query where `hide` is on.
+        """
         first = self.block.first if self.scan_layers else self.block.items[0]
-        attention = first.layer.items[0].SelfAttention
-        return attention.offset_bias(queries, keys, causal=self.decoder)
+        return first.layer.items[0].SelfAttention.offset_bias(
+            length, length, causal=self.decoder, hide=hide and self.decoder
+        )
+
+    def seen(self, length: int, mask: Array | None) -> Array | Sight:
+        """Return what `length` queries see of themselves, `mask` `[B, S]` off unseen.
+
+        By einsum it is added to the scores, `[B, H, S, S]`, B 1 without a mask.
+        """
+        by_offset = self.offset_bias(length, hide=not self.fuses)
+        bias = spread_bias(by_offset, np.arange(length), length)
+        if not self.fuses:
+            return bias if mask is None else bias + mask_bias(mask)
+        keys = None if mask is None else mask[:, None]
+        return self.sight(bias=bias, mask=keys, causal=self.decoder)
 
     def layers(self) -> Any:
         """Return the layers of every block, or those of the scanned one."""
@@ -94,10 +111,10 @@ class Stack(Part):
     def __call__(
         self,
         x: Array,
-        bias: Array,
+        seen: Array | Sight,
         deterministic: bool,
         cross: Any = None,
-        cross_bias: Array | None = None,
+        cross_seen: Array | Sight | None = None,
         past: Any = None,
         index: Array | int = 0,
     ) -> tuple[Array, Any]:
@@ -106,9 +123,9 @@ class Stack(Part):
 
         def step(block: Any, x: Array, past: Any, cross: Any) -> tuple[Array, Any]:
             layers = block.items
-            x, kv = layers[0](x, bias, deterministic, past, index)
+            x, kv = layers[0](x, seen, deterministic, past, index)
             if cross is not None:
-                x = layers[1](x, cross, cross_bias, deterministic)
+                x = layers[1](x, cross, cross_seen, deterministic)
             return layers[-1](x, deterministic), kv
 
         x, kept = self.through(
@@ -127,6 +144,7 @@ class T5(Part):
       param_dtype: what `init` makes parameters in.
       scan_layers: whether blocks are scanned, and their parameters stacked.
       remat: whether the backward pass computes a block's activations again.
+      attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
     def setup(self) -> None:
@@ -232,11 +250,8 @@ class T5(Part):
         deterministic: bool = True,
     ) -> Array:
         """Return the encoder's output `[B, S, d]` for `input_ids` `[B, S]`."""
-        S = input_ids.shape[1]
-        bias = spread_bias(self.encoder.offset_bias(S, S), np.arange(S), S)
-        if attention_mask is not None:
-            bias = bias + mask_bias(attention_mask)
-        return self.encoder(self.shared(input_ids), bias, deterministic)[0]
+        seen = self.encoder.seen(input_ids.shape[1], attention_mask)
+        return self.encoder(self.shared(input_ids), seen, deterministic)[0]
 
     def decode(
         self,
@@ -274,15 +289,12 @@ class T5(Part):
         deterministic: bool,
     ) -> Array:
         T = decoder_input_ids.shape[1]
-        bias = spread_bias(self.decoder.offset_bias(T, T), np.arange(T), T)
-        if decoder_attention_mask is not None:
-            bias = bias + mask_bias(decoder_attention_mask)
         x, _ = self.decoder(
             self.shared(decoder_input_ids),
-            bias,
+            self.decoder.seen(T, decoder_attention_mask),
             deterministic,
             self.decoder.cross_keys_values(encoded),
-            None if attention_mask is None else mask_bias(attention_mask),
+            self.seen_of(attention_mask),
         )
         return x
 
@@ -340,7 +352,7 @@ class T5(Part):
             "beams": self.empty(c.num_decoder_layers or 0, shape),
             "shared": {
                 "index": jnp.zeros((), jnp.int32),
-                "bias": self.decoder.offset_bias(length, length),
+                "bias": self.decoder.offset_bias(length, hide=True),
                 "cross": self.decoder.cross_keys_values(encoded),
                 "cross_bias": mask,
             },

@@ -68,13 +68,34 @@ def test_the_narrow_operand_comes_first():
         return jnp.sum(jnp.sin(factor_product(low, b, (((2,), (0,)), ((), ())))))
 
     jaxpr = jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(a, b)
-    backward = [e for e in products(jaxpr) if e.primitive.name == "dot_general"]
-    sizes = [tuple(v.aval.shape for v in e.invars) for e in backward]
-    assert sorted(sizes) == [
+    sizes = [tuple(v.aval.shape for v in e.invars) for e in products(jaxpr)]
+    forward = [((2, 3, 11), (11, 2)), ((2, 3, 2), (2, 13))]
+    assert sizes[:2] == forward
+    assert sorted(sizes[2:]) == [
         ((2, 3, 2), (2, 3, 11)),  # dAᵀ = dlowᵀ·x
         ((2, 3, 2), (2, 3, 13)),  # dB = lowᵀ·dy
         ((2, 3, 13), (2, 13)),  # dlow: both as they lie
     ]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_on_a_gpu_wide_operands_are_kept_from_other_products(platform):
+    numbers = CASES["x·A"][2:]
+    x, a, b = (jnp.ones(s) for s in ((2, 11, 5), (5, 3), (3, 13)))
+
+    def text(f, *args):
+        return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+    product = lambda x, y: factor_product(x, y, numbers)
+    barrier = "optimization_barrier"
+    # x·A reads the wide x alone; (x·A)·B has narrow operands.
+    narrow, wide = text(product, x, a), text(product, jnp.ones((2, 11, 3)), b)
+    assert narrow.count(barrier) == 1
+    assert f"{barrier} %arg0" in narrow
+    assert barrier not in wide
+    backward = text(jax.grad(lambda y: product(jnp.ones((2, 11, 3)), y).sum()), b)
+    assert barrier in backward
+    assert barrier not in jax.jit(product).lower(x, a).as_text()
 
 
 def test_precision_is_that_of_the_call():

@@ -27,11 +27,12 @@ Array = Any
 
 
 class _Settings(NamedTuple):
-    """Label smoothing, the z-loss's factor, and columns a chunk."""
+    """Label smoothing, the z-loss's factor, classes a chunk and their axis in w."""
 
     eps: float
     z: float
     chunk: int
+    axis: int
 
 
 def linear_cross_entropy(
@@ -43,6 +44,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk: int = 2048,
+    vocab_axis: int | None = None,
 ) -> tuple[Array, Array]:
     """`cross_entropy(hidden @ kernel, labels, mask)` without the logits.
 
@@ -52,39 +54,60 @@ def linear_cross_entropy(
 
     Args:
       hidden: `[..., d]`, what goes into the head.
-      kernel: `[d, V]`, the head without bias; a tied embedding's is `table.T`. It
-        should not be sharded over V.
+      kernel: `[d, V]`, the head without bias; or `[V, d]`, the table of a tied
+        embedding as it lies: its transpose would be a copy at every step. It should
+        not be sharded over V.
       labels: `[...]`, integers.
       mask: as for `cross_entropy`.
       label_smoothing: probability spread evenly over all classes.
       z_loss: factor of `logsumexp(logits)²`.
-      chunk: columns of the kernel at a time. A chunk of the kernel and of the logits
-        should fit into the processor's cache; on a GPU larger ones do better.
+      chunk: classes at a time. A chunk of the kernel and of the logits should fit
+        into the processor's cache; on a GPU larger ones do better.
+      vocab_axis: 1 for `[d, V]`, 0 for `[V, d]`. `None` tells by d, and asks where the
+        kernel is square.
 
     Returns:
       The sum and the count, float32 scalars.
 
     Raises:
-      ShapeError: the shapes do not fit each other.
+      ShapeError: the shapes do not fit each other, or fit either way.
 
     >>> h, w, y = jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.array([1, 2, -100])
     >>> total, count = linear_cross_entropy(h, w, y)
     >>> float(total / count) == float(jnp.log(5.0)), int(count)
     (True, 2)
     """
-    if hidden.shape[-1:] != kernel.shape[:1] or len(kernel.shape) != 2 or chunk < 1:
-        raise ShapeError(
-            f"hidden {tuple(hidden.shape)} and kernel {tuple(kernel.shape)} do not "
-            f"fit, or chunk={chunk} is none: the kernel is [d, V], hidden [..., d]."
-        )
+    axis = _vocab_axis(hidden, kernel, vocab_axis)
+    if chunk < 1:
+        raise ShapeError(f"chunk={chunk}: it is a number of classes, at least 1.")
     check_labels("hidden", hidden, labels, mask)
     weight = weights_of(labels, mask).reshape(-1)
     counted = weight != 0
     safe = jnp.where(counted, labels.reshape(-1), 0)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    settings = _Settings(float(label_smoothing), float(z_loss), chunk)
+    settings = _Settings(float(label_smoothing), float(z_loss), chunk, axis)
     nll = _nll(rows, kernel, safe, counted, settings)
     return jnp.sum(nll * weight), jnp.sum(weight)
+
+
+def _vocab_axis(hidden: Array, kernel: Array, given: int | None) -> int:
+    """The kernel's axis of classes: the one that is not d, or the one given."""
+    flat = len(kernel.shape) == 2 and len(hidden.shape) > 0
+    axes = [n for n in (1, 0) if flat and given in (None, n)]
+    fits = [n for n in axes if kernel.shape[1 - n] == hidden.shape[-1]]
+    if len(fits) == 1:
+        return fits[0]
+    shapes = f"hidden {tuple(hidden.shape)} and kernel {tuple(kernel.shape)}"
+    if fits:
+        raise ShapeError(
+            f"{shapes} fit either way.\nSay vocab_axis=1 for a kernel [d, V], "
+            "vocab_axis=0 for an embedding's table [V, d]."
+        )
+    also = "" if given is None else f" with vocab_axis={given}"
+    raise ShapeError(
+        f"{shapes} do not fit{also}: the kernel is [d, V], or [V, d] with "
+        "vocab_axis=0, and hidden [..., d]."
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -99,9 +122,10 @@ def _loss(
 ) -> tuple[Array, Array]:
     """The losses, and the part of the kernel that they count on, `[N, d]`."""
     # (1 - eps)·W_y + eps·mean(W): what the logits of the targets are products with.
-    target = (1 - s.eps) * w[:, labels].T.astype(jnp.float32)
+    own = w[labels] if s.axis == 0 else w[:, labels].T
+    target = (1 - s.eps) * own.astype(jnp.float32)
     if s.eps:
-        target += s.eps * jnp.mean(w, axis=1, dtype=jnp.float32)
+        target += s.eps * jnp.mean(w, axis=s.axis, dtype=jnp.float32)
     loss = lse - jnp.sum(h.astype(jnp.float32) * target, axis=-1) + s.z * lse**2
     return jnp.where(counted, loss, 0.0), target
 
@@ -114,14 +138,14 @@ def _softmax_pass(
 
     def step(columns: Array, start: Any, carry: Any) -> Any:
         top, total, mean = carry
-        logits = _logits(h, columns)
+        logits = _logits(h, columns, s)
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         p = jnp.exp(logits - new_top[:, None])
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(p, axis=-1)
         if with_mean:
             more = lax.dot_general(
-                p.astype(w.dtype), columns, (((1,), (1,)), ((), ())),
+                p.astype(w.dtype), columns, (((1,), (s.axis,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )  # fmt: skip
             mean = mean * shrink[:, None] + more
@@ -132,30 +156,32 @@ def _softmax_pass(
         jnp.zeros((tokens,), jnp.float32),
         jnp.zeros((tokens, width if with_mean else 0), jnp.float32),
     )
-    top, total, mean = _over_chunks(w, s.chunk, step, start)
+    top, total, mean = _over_chunks(w, s, step, start)
     return top + jnp.log(total), mean / total[:, None]
 
 
-def _logits(h: Array, columns: Array) -> Array:
-    return lax.dot_general(
-        h, columns, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+def _logits(h: Array, columns: Array, s: _Settings) -> Array:
+    numbers = ((1,), (1 - s.axis,)), ((), ())
+    return lax.dot_general(h, columns, numbers, preferred_element_type=jnp.float32)
 
 
 def _over_chunks(
-    w: Array, chunk: int, step: Callable[[Array, Any, Any], Any], carry: Any
+    w: Array, s: _Settings, step: Callable[[Array, Any, Any], Any], carry: Any
 ) -> Any:
-    """Feed the columns of w chunk by chunk, of even sizes, to `step`."""
-    classes = w.shape[1]
-    size = -(-classes // -(-classes // chunk))
+    """Feed the columns of w, one for each class, chunk by chunk of even sizes."""
+    classes = w.shape[s.axis]
+    size = -(-classes // -(-classes // s.chunk))
     whole, rest = divmod(classes, size)
 
     def one(number: Any, carry: Any) -> Any:
-        columns = lax.dynamic_slice_in_dim(w, number * size, size, axis=1)
+        columns = lax.dynamic_slice_in_dim(w, number * size, size, axis=s.axis)
         return step(columns, number * size, carry)
 
     carry = lax.fori_loop(0, whole, one, carry)
-    return step(w[:, whole * size :], whole * size, carry) if rest else carry
+    if not rest:
+        return carry
+    last = lax.slice_in_dim(w, whole * size, classes, axis=s.axis)
+    return step(last, whole * size, carry)
 
 
 def _forward(
@@ -181,25 +207,26 @@ def _backward(s: _Settings, saved: Any, g: Any) -> tuple[Any, ...]:
 
 
 def _kernel_grad(kept: Any, g: Array, s: _Settings) -> Array:
-    """`hᵀ·(softmax - target)`, the logits made again chunk by chunk."""
+    """`hᵀ·(softmax - target)`, laid as w; the logits made again chunk by chunk."""
     h, w, labels, counted, lse = kept
     h = jnp.where(counted[:, None], h, 0)
     g, lse = jnp.where(counted, g, 0.0), jnp.where(counted, lse, 0.0)
     slope = (g * (1 + 2 * s.z * lse))[:, None]
 
     def step(columns: Array, start: Any, grad: Array) -> Array:
-        logits = _logits(h, columns)
+        logits = _logits(h, columns, s)
         classes = start + lax.broadcasted_iota(labels.dtype, logits.shape, 1)
-        hit = jnp.where(classes == labels[:, None], 1 - s.eps, 0.0) + s.eps / w.shape[1]
+        hit = jnp.where(classes == labels[:, None], 1 - s.eps, 0.0)
+        hit += s.eps / w.shape[s.axis]
         d = jnp.exp(logits - lse[:, None]) * slope
         d = d - hit * g[:, None]
-        own = lax.dot_general(
-            h, d.astype(h.dtype), (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        return lax.dynamic_update_slice_in_dim(grad, own.astype(grad.dtype), start, 1)
+        pair = (h, d.astype(h.dtype)) if s.axis else (d.astype(h.dtype), h)
+        numbers = ((0,), (0,)), ((), ())
+        own = lax.dot_general(*pair, numbers, preferred_element_type=jnp.float32)
+        own = own.astype(grad.dtype)
+        return lax.dynamic_update_slice_in_dim(grad, own, start, s.axis)
 
-    return _over_chunks(w, s.chunk, step, jnp.zeros_like(w))
+    return _over_chunks(w, s, step, jnp.zeros_like(w))
 
 
 _nll.defvjp(_forward, _backward, symbolic_zeros=True)

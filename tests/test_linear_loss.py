@@ -37,8 +37,10 @@ SETTINGS = [
 
 @pytest.mark.parametrize("chunk", [1, 6, 23, 2048])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_value_and_both_gradients(chunk, settings):
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_value_and_both_gradients(chunk, settings, vocab_axis):
     hidden, kernel, labels = batch()
+    kernel = kernel if vocab_axis else kernel.T
 
     def loss(f, **own):
         def mean(h, w):
@@ -47,8 +49,13 @@ def test_value_and_both_gradients(chunk, settings):
 
         return jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(hidden, kernel)
 
-    got, want = loss(linear_cross_entropy, chunk=chunk), loss(apart)
+    def of_logits(h, w, *args, **settings):
+        return apart(h, w if vocab_axis else w.T, *args, **settings)
+
+    got, want = loss(linear_cross_entropy, chunk=chunk), loss(of_logits)
     assert_close(got, want, rtol=2e-5, atol=2e-6)
+    told = loss(linear_cross_entropy, chunk=chunk, vocab_axis=vocab_axis)
+    assert_close(told, got, rtol=0, atol=0)
 
 
 def test_one_gradient_alone_and_weights():
@@ -84,8 +91,9 @@ def test_what_is_not_counted_may_hold_anything():
     assert not np.any(grads[0][0, 1])
 
 
+@pytest.mark.parametrize("as_it_lies", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_adapted_heads(tied):
+def test_adapted_heads(tied, as_it_lies):
     hidden, kernel, labels = batch()
     params = {"head": {"embedding": kernel.T} if tied else {"kernel": kernel}}
     tree = jlora.lorafy(params, 2, ["head"])
@@ -96,6 +104,8 @@ def test_adapted_heads(tied):
 
     def loss(f):
         def plain(p, h):
+            if tied and as_it_lies and f is linear_cross_entropy:
+                return f(h, p["head"]["embedding"], labels)[0]
             head = p["head"]["embedding"].T if tied else p["head"]["kernel"]
             return f(h, head, labels)[0]
 
@@ -118,27 +128,40 @@ def test_vmap():
     assert_close(got, want, rtol=2e-5, atol=2e-6)
 
 
-def test_the_logits_are_never_whole():
-    n, d, v = 64, 16, 4096
-    hidden, kernel = jnp.ones((n, d)), jnp.ones((d, v))
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_neither_logits_nor_a_copy_of_the_kernel_is_whole(vocab_axis):
+    n, d, v = 64, 32, 4096
+    hidden, kernel = jnp.ones((n, d)), jnp.ones((d, v) if vocab_axis else (v, d))
     labels = jnp.zeros((n,), jnp.int32)
     f = jax.jit(
         jax.value_and_grad(
-            lambda h: linear_cross_entropy(h, kernel, labels, chunk=256)[0]
+            lambda h, w: linear_cross_entropy(h, w, labels, chunk=256)[0]
         )
     )
-    temp = f.lower(hidden).compile().memory_analysis().temp_size_in_bytes
-    assert temp < n * v * 4 / 4
+    temp = f.lower(hidden, kernel).compile().memory_analysis().temp_size_in_bytes
+    assert temp < min(n, d) * v * 4 / 2
 
 
 @pytest.mark.parametrize(
     ("h", "w", "y", "says"),
     [((2, 7), (6, 5), (2,), "do not fit"), ((2, 7), (7, 5), (3,), "without its last axis"),
-     ((2, 7), (7,), (2,), "do not fit")],
+     ((2, 7), (7,), (2,), "do not fit"), ((2, 7), (7, 7), (2,), "fit either way")],
 )  # fmt: skip
 def test_shapes_that_do_not_fit(h, w, y, says):
     with pytest.raises(jlora.ShapeError, match=says):
         linear_cross_entropy(jnp.ones(h), jnp.ones(w), jnp.zeros(y, jnp.int32))
+
+
+def test_what_is_said_of_a_square_kernel_and_of_chunks():
+    hidden, kernel, labels = jnp.eye(3), jnp.arange(9.0).reshape(3, 3), jnp.arange(3)
+    f = lambda w, **how: linear_cross_entropy(hidden, w, labels, **how)
+    np.testing.assert_allclose(f(kernel, vocab_axis=0), f(kernel.T, vocab_axis=1))
+    with pytest.raises(jlora.ShapeError, match="vocab_axis=2"):
+        f(kernel, vocab_axis=2)
+    with pytest.raises(jlora.ShapeError, match="vocab_axis=0: the kernel"):
+        f(jnp.ones((3, 5)), vocab_axis=0)
+    with pytest.raises(jlora.ShapeError, match="chunk=0"):
+        f(kernel, vocab_axis=1, chunk=0)
 
 
 CONFIGS = {

@@ -234,7 +234,8 @@ class Decoder(Part):
         arguments are those of `__call__`.
 
         Returns:
-          `[B, T, d]` and `[d, V]`, both in `dtype`.
+          `[B, T, d]` and `[d, V]`, both in `dtype`; of a tied head the embedding's
+          table as it lies, `[V, d]`.
 
         Raises:
           ShapeError: more tokens than the model has positions.
@@ -243,13 +244,13 @@ class Decoder(Part):
         return self._last(*args, **kwargs), self.head_kernel()
 
     def head_kernel(self) -> Array:
-        """Return the head's kernel `[d, V]`; a tied one is the embedding's transpose.
+        """Return the head's kernel `[d, V]`, or the tied embedding's table `[V, d]`.
 
         Raises:
           StructureError: the head is more than a product.
         """
         if self.config.tie_word_embeddings:
-            return self.embedding().embedding.T.astype(self.dtype)
+            return self.embedding().embedding.astype(self.dtype)
         return self.lm_head.get_variable("params", "kernel").astype(self.dtype)
 
     def _last(

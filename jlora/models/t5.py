@@ -208,14 +208,15 @@ class T5(Part):
         arguments are those of `__call__`.
 
         Returns:
-          `[B, T, d]` and `[d, V]`, both in `dtype`.
+          `[B, T, d]` and `[d, V]`, both in `dtype`; of a tied head the embedding's
+          table as it lies, `[V, d]`.
 
         Raises:
           ShapeError: `decoder_input_ids` is missing.
         """
         x = self._last(*args, **kwargs)
         if self.config.tie_word_embeddings:
-            kernel = self.shared.embedding.T
+            kernel = self.shared.embedding
         else:
             kernel = self.lm_head.get_variable("params", "kernel")
         return self.into_head(x), kernel.astype(self.dtype)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks._cases import SHAPES
-from benchmarks._workers import ENVIRONMENTS
+from benchmarks._workers import ENVIRONMENTS, TARGETS
 
 BUSY = 0.4  # load a core, before a run
 
@@ -52,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
     step = made["step_time"]
     step.add_argument("--peers", nargs="*", help="PEFT compile loralib qwix quax lorax")
     made["memory"].add_argument("--peers", nargs="*", help="as for step_time")
+    made["memory"].add_argument(
+        "--compile-for",
+        choices=sorted(TARGETS),
+        help="XLA's account for a GPU that is not here; needs jax[cuda12]",
+    )
     made["compile_time"].add_argument("--depths", nargs="+", type=int, metavar="N")
     made["generate"].add_argument("--beams", nargs="+", type=int, default=[1, 4])
     made["generate"].add_argument("--tokens", type=int, default=64, help="new ones")

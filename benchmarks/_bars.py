@@ -121,13 +121,16 @@ def _text(rows: Sequence[Row]) -> Found | None:
     return Found(ours["to_peft"], *sides)
 
 
-def _memory(shape: str, **fields: Any) -> Callable[[Sequence[Row]], Found | None]:
+def _memory(
+    shape: str, compiled_for: str | None = None, dtype: str | None = None, **fields: Any
+) -> Callable[[Sequence[Row]], Found | None]:
     """The device's peak where it tells one, else XLA's account."""
-    title = case(shape, model_fields=fields).title
+    title = case(shape, dtype=dtype, model_fields=fields).title
 
     def find(rows: Sequence[Row]) -> Found | None:
         ours, full = (
-            _row(rows, case=title, contender=n) for n in ("jlora", "full fine-tuning")
+            _row(rows, case=title, contender=n, compiled_for=compiled_for)
+            for n in ("jlora", "full fine-tuning")
         )
         if ours is None or full is None:
             return None
@@ -191,11 +194,19 @@ def _cpu_bars() -> Iterator[Bar]:
     yield Bar("full / jlora, T5-small", "step_time", "cpu", True, 1.75,
               _step(small, "full_to_this", "full fine-tuning"))  # fmt: skip
     memory = ("memory", "cpu", False, 0.33)
+    base, wide = "t5-base-8x64", "t5-base-32x512"
+    ahead = {"compiled_for": "h100"}
+    yield Bar("memory, LoRA / full, T5-base 8x64/64, bfloat16, compiled for an H100",
+              *memory, _memory(base, **ahead, dtype="bfloat16"))  # fmt: skip
+    lean = {"attn_implementation": "cudnn", "remat": True}
+    yield Bar("the same, 32x512/128", *memory, _memory(wide, **ahead))
+    yield Bar("the same, cuDNN's attention, blocks recomputed", *memory,
+              _memory(wide, **ahead, **lean))  # fmt: skip
+    yield Bar("memory, LoRA / full, T5-base 8x64/64, float32, CPU", *memory,
+              _memory(base))  # fmt: skip
     lean = {"scan_layers": True, "remat": True}
-    yield Bar("memory, LoRA / full, T5-base 8x64/64, float32", *memory,
-              _memory("t5-base-8x64"))  # fmt: skip
     yield Bar("the same, layers scanned and recomputed", *memory,
-              _memory("t5-base-8x64", **lean))  # fmt: skip
+              _memory(base, **lean))  # fmt: skip
 
 
 def _gpu_bars() -> Iterator[Bar]:

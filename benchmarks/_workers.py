@@ -25,6 +25,10 @@ TUNED = {
 ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {"default": {}, "tuned": TUNED}
 # JAX takes most of a GPU at once; workers share it.
 _ALWAYS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# GPUs that XLA can compile for without one. JAX's own arrays stay on the CPU, and
+# kernels are not chosen by timing them.
+TARGETS = {p.stem: p for p in (ROOT / "benchmarks" / "targets").glob("*.txtpb")}
+_AHEAD = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
 # Tiny programs are compiled, not run: LLVM's optimiser would be half the time.
 _QUICK = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 "
@@ -124,6 +128,8 @@ def start(options: Any, group: str) -> Asked:
     environment = {**ENVIRONMENTS[options.env], **(_QUICK if options.quick else {})}
     if options.gpu and options.dry:
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if getattr(options, "compile_for", None):
+        environment |= _AHEAD
     pythons = dict(entry.split("=", 1) for entry in options.python)
     return Process(environment, pythons.get(group, sys.executable))
 

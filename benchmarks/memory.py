@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import _results
+from benchmarks._cases import Case
 from benchmarks._choice import cases, described
-from benchmarks._race import race
+from benchmarks._race import Entry, race
 from benchmarks.step_time import chosen, peer, training
 
 CPU = (("t5-small-8x64", 8, None), ("t5-base-8x64", 8, None))
@@ -16,7 +19,7 @@ OWN = (
     "full fine-tuning",
 )  # fmt: skip
 COLUMNS = (
-    "case", "contender", "arguments_mib", "outputs_mib", "aliased_mib",
+    "case", "compiled_for", "contender", "arguments_mib", "outputs_mib", "aliased_mib",
     "temporary_mib", "peak_mib", "to_full", "rss_mib", "device_mib", "xla_gflop",
     "error",
 )  # fmt: skip
@@ -27,10 +30,8 @@ def main(options: Any) -> list[_results.Row]:
     rows, about = [], {}
     options.repeats = min(options.repeats, 3)
     for one in cases(options, CPU, GPU):
-        own, names = chosen(options, OWN, ("PEFT", "full"))
-        entries = [training(one, n, group=n) for n in own]
         found = []
-        for entry in [*entries, *(peer(one, n) for n in names)]:
+        for entry in _entries(one, options):
             result = race([entry], options)
             worker = result.about.get(entry.group, {})
             about[worker.get("device", "")] = worker
@@ -39,8 +40,9 @@ def main(options: Any) -> list[_results.Row]:
                 {
                     **described(one),
                     "contender": entry.name,
+                    "compiled_for": facts.get("compiled_for"),
                     **_mib(facts.get("xla_bytes", {})),
-                    **_mib({n: worker.get(f"{n}_bytes") for n in ("rss", "device")}),
+                    **_process(worker, options),
                     "xla_gflop": facts.get("xla_gflop"),
                     "error": result.errors.get(entry.name),
                 }
@@ -49,6 +51,24 @@ def main(options: Any) -> list[_results.Row]:
     print(_results.table(rows, COLUMNS))
     _results.save(options, about, rows)
     return rows
+
+
+def _entries(one: Case, options: Any) -> list[Entry]:
+    """Return the contenders; for a device that is not here those of JAX alone."""
+    own, names = chosen(options, OWN, ("PEFT", "full"))
+    if options.compile_for is None:
+        peers = [peer(one, n) for n in names]
+        return [*(training(one, n, group=n) for n in own), *peers]
+    case = {"case": dataclasses.asdict(one), "target": options.compile_for}
+    maker = "benchmarks._ahead:Compiled"
+    return [Entry(n, maker, {**case, "contender": n}) for n in own]
+
+
+def _process(worker: Mapping[str, Any], options: Any) -> dict[str, float | None]:
+    """Return what the worker took, where it was the device."""
+    if options.compile_for is not None:
+        return {}
+    return _mib({n: worker.get(f"{n}_bytes") for n in ("rss", "device")})
 
 
 def _mib(sizes: dict[str, int | None]) -> dict[str, float | None]:

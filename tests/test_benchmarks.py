@@ -95,6 +95,18 @@ def test_step_time_compares_each_with_each(results):
     assert ours["share_of_peak"] == pytest.approx(1 / ours["to_roofline"])
 
 
+def test_memory_for_a_gpu_that_is_not_here():
+    """XLA's account where JAX's plugin is installed, else what to install."""
+    run = ["memory", *TINY[:-1], *GPT, "--compile-for", "h100"]
+    (row,) = main([*run, "--contenders", "jlora"])
+    if row["error"]:
+        assert "CUDA plugin is not here: pip install 'jax[cuda12]'" in row["error"]
+    else:
+        assert row["compiled_for"] == "h100"
+        assert row["peak_mib"] > row["arguments_mib"] > 0
+    assert "rss_mib" not in row
+
+
 def test_report_shows_every_result_and_plots_sweeps(results):
     path = report.main(types.SimpleNamespace(results=str(results)))
     text = path.read_text()

@@ -220,9 +220,12 @@ def _kernel_grad(kept: Any, g: Array, s: _Settings) -> Array:
         hit += s.eps / w.shape[s.axis]
         d = jnp.exp(logits - lse[:, None]) * slope
         d = d - hit * g[:, None]
-        pair = (h, d.astype(h.dtype)) if s.axis else (d.astype(h.dtype), h)
+        d = d.astype(h.dtype)
+        first, second = (h, d) if s.axis else (d, h)
         numbers = ((0,), (0,)), ((), ())
-        own = lax.dot_general(*pair, numbers, preferred_element_type=jnp.float32)
+        own = lax.dot_general(
+            first, second, numbers, preferred_element_type=jnp.float32
+        )
         own = own.astype(grad.dtype)
         return lax.dynamic_update_slice_in_dim(grad, own, start, s.axis)
 

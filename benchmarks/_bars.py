@@ -93,9 +93,11 @@ def _step(
     return find
 
 
-def _peak(shape: str, column: str) -> Callable[[Sequence[Row]], Found | None]:
+def _peak(
+    shape: str, column: str, **settings: Any
+) -> Callable[[Sequence[Row]], Found | None]:
     """A step against the machine's matmul, as a multiple or a share of its rate."""
-    title = case(shape).title
+    title = case(shape, **settings).title
 
     def find(rows: Sequence[Row]) -> Found | None:
         row = _row(rows, case=title, contender="jlora")
@@ -212,15 +214,18 @@ def _cpu_bars() -> Iterator[Bar]:
 def _gpu_bars() -> Iterator[Bar]:
     step = ("step_time", "gpu", False)
     base, llama = "t5-base-32x512", "llama-1b-2x2048"
+    cudnn = {"attn_implementation": "cudnn"}  # what `--gpu` chooses
     for shape, name in {base: "T5-base", llama: "Llama 1B"}.items():
-        find = _step(shape, "to_compile", "PEFT, torch.compile")
+        find = _step(shape, "to_compile", "PEFT, torch.compile", model_fields=cudnn)
         yield Bar(f"jlora / PEFT torch.compile, {name}, bfloat16", *step, 0.67, find)
-    wide = _step(llama, "to_floor", "floor", rank=16, targets=["all-linear"])
+    wide = _step(llama, "to_floor", "floor", rank=16, targets=["all-linear"],
+                 model_fields=cudnn)  # fmt: skip
     yield Bar("jlora / floor, Llama 1B, all-linear r16, bfloat16", *step, 1.1, wide)
     yield Bar("share of the matmul's rate, Llama 1B, 2048 tokens", "step_time", "gpu",
-              True, 0.55, _peak(llama, "share_of_peak"))  # fmt: skip
+              True, 0.55,
+              _peak(llama, "share_of_peak", model_fields=cudnn))  # fmt: skip
     yield Bar("memory, LoRA / full, T5-base 32x512, bfloat16", "memory", "gpu", False,
-              0.33, _memory(base))  # fmt: skip
+              0.33, _memory(base, **cudnn))  # fmt: skip
 
 
 def _other_bars() -> Iterator[Bar]:

@@ -43,9 +43,16 @@ _FIELDS = ("scan_layers", "remat", "attn_implementation")
 
 
 def model_fields(options: Any) -> dict[str, Any]:
-    """Return the fields of our Flax modules that the command line sets."""
+    """Return the fields of our Flax modules that the command line sets.
+
+    On a GPU attention is cuDNN's where nothing else is said, as PyTorch's peers have
+    a fused one there.
+    """
     given = {name: getattr(options, name) for name in _FIELDS}
-    return {name: value for name, value in given.items() if value}
+    if options.gpu and not options.dry and options.dtype != "float32":
+        given["attn_implementation"] = given["attn_implementation"] or "cudnn"
+    # The modules' own default is not worth a word in a title.
+    return {k: v for k, v in given.items() if v and v != "einsum"}
 
 
 def contenders(options: Any, known: Sequence[str]) -> list[str]:

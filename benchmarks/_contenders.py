@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 import jlora
-from benchmarks._workload import Workload, module_path
+from benchmarks._workload import Workload, adapted_kernels, module_path
 
 Tree = Any
 Contender = tuple[Callable[..., Any], Tree, Tree]
@@ -144,11 +144,7 @@ def bases(tree: Tree) -> Tree:
 
 def _hand_written(tree: Tree) -> Callable[..., Any]:
     """A Flax interceptor that computes adapted layers as LoRA's authors write them."""
-    nodes = {
-        x.path.rpartition("/")[0]: x
-        for x in jax.tree.leaves(tree, is_leaf=jlora.is_node)
-        if jlora.is_node(x)
-    }
+    nodes = {x.path.rpartition("/")[0]: x for x in adapted_kernels(tree)}
 
     def layer(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y = next_fun(*args, **kwargs)

@@ -1,8 +1,13 @@
-"""Fair timing: contenders take turns in every round, wherever they run."""
+"""Fair timing: contenders take turns in every round, wherever they run.
+
+Each round has an order of its own, for who runs after whom is worth some percent: what
+the one before left in the caches, and how warm it left the processor.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -76,8 +81,9 @@ def race(entries: Sequence[Entry], options: Any) -> Race:
                 workers[entry.group] = _workers.start(options, entry.group)
                 stack.callback(workers[entry.group].stop)
         running = [e for e in entries if _open(workers[e.group], e, out)]
+        draw = random.Random(0)
         for number in range(options.warmup + options.repeats):
-            for entry in list(running):
+            for entry in draw.sample(running, len(running)):
                 took = _step(workers[entry.group], entry, out)
                 if took is None:
                     running.remove(entry)

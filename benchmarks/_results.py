@@ -60,13 +60,21 @@ def save(
         "command": options.command,
         "machine": machine(about, options.load),
         "environment": {"name": options.env, **ENVIRONMENTS[options.env]},
-        "options": {k: v for k, v in sorted(vars(options).items()) if k != "results"},
+        "options": _asked(options),
         "rows": list(rows),
     }
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nsaved {path}")
     return path
+
+
+def _asked(options: Any) -> dict[str, Any]:
+    """Return the command line, without where things lie on this machine."""
+    kept = {k: v for k, v in vars(options).items() if k not in ("results", "python")}
+    if kept.get("data"):
+        kept["data"] = pathlib.Path(kept["data"]).name
+    return dict(sorted(kept.items()))
 
 
 def read(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

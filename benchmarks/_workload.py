@@ -104,10 +104,7 @@ class Workload:
 
     def first_layers(self) -> list[str]:
         """Return the module paths of the first adapted layers."""
-        nodes = jax.tree.leaves(self.lorafied(), is_leaf=jlora.is_node)
-        adapted = [
-            x.path.rpartition("/")[0] for x in nodes if isinstance(x, jlora.LowRank)
-        ]
+        adapted = [x.path.rpartition("/")[0] for x in adapted_kernels(self.lorafied())]
         pattern = FIRST[self.case.family]
         first = [path for path in adapted if re.fullmatch(pattern, path)]
         if not first:
@@ -127,6 +124,12 @@ class Workload:
 
         with nn.intercept_methods(layer):
             return self.loss(*args)
+
+
+def adapted_kernels(tree: Tree) -> list[jlora.LowRank]:
+    """Return the kernels of a tree that have adapters."""
+    nodes = jax.tree.leaves(tree, is_leaf=jlora.is_node)
+    return [x for x in nodes if isinstance(x, jlora.LowRank)]
 
 
 _KNOWN: dict[str, Workload] = {}

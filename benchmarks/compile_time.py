@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import _results
@@ -19,7 +19,8 @@ CPU = (("t5-small-8x64", 8, None),)
 GPU = (("llama-1b-2x2048", 8, None),)
 STAGES = ("trace", "lower", "compile", "all")
 COLUMNS = (
-    "case", "depth", "scan_layers", "stage", "plain_s", "jlora_s", "ratio", "error"
+    "case", "depth", "scan_layers", "stage", "plain_s", "full_s", "jlora_s", "ratio",
+    "to_full", "error",
 )  # fmt: skip
 
 
@@ -66,12 +67,13 @@ def measure(case: Mapping[str, Any], repeats: int, run: bool) -> list[dict[str, 
     Without `run` there are no parameters, only their shapes.
     """
     import jlora
-    from benchmarks._workload import Workload
+    from benchmarks._workload import Workload, adapted_kernels
 
     work = Workload(Case(**case), abstract=not run)
     tree = work.lorafied()
     trainable, frozen = jlora.split(tree)
-    adapted, kernels = jlora.lora(work.loss), _kernels(tree)
+    adapted = jlora.lora(work.loss)
+    kernels = {x.path: x.base for x in adapted_kernels(tree)}
 
     def plain(kernels: Any, base: Any, batch: Any) -> Any:
         return work.loss(_with(base, kernels), batch)
@@ -79,9 +81,11 @@ def measure(case: Mapping[str, Any], repeats: int, run: bool) -> list[dict[str, 
     def lorafied(trainable: Any, frozen: Any, batch: Any) -> Any:
         return adapted(jlora.combine(trainable, frozen), batch)
 
-    # As much of the plain function is differentiated as has adapters on it.
     contenders = {
+        # As much of the plain function is differentiated as has adapters on it;
         "plain": (plain, (kernels, work.params, work.batch)),
+        # or all of it, as full fine-tuning does.
+        "full": (work.loss_of_logits, (work.params, work.batch)),
         "jlora": (lorafied, (trainable, frozen, work.batch)),
     }
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
@@ -96,23 +100,31 @@ def measure(case: Mapping[str, Any], repeats: int, run: bool) -> list[dict[str, 
 
 def _rows(seconds: Mapping[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
     for stage in STAGES:
-        plain, ours = ([x[stage] for x in seconds[n]] for n in ("plain", "jlora"))
+        times = {name: [x[stage] for x in taken] for name, taken in seconds.items()}
         yield {
             "stage": stage,
-            "plain_s": statistics.median(plain),
-            "jlora_s": statistics.median(ours),
-            "ratio": statistics.median(b / a for a, b in zip(plain, ours, strict=True)),
+            **{f"{name}_s": statistics.median(x) for name, x in times.items()},
+            "ratio": _ratio(times["jlora"], times["plain"]),
+            "to_full": _ratio(times["jlora"], times["full"]),
         }
 
 
+def _ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, others, strict=True))
+
+
 def _first_rows(first: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    (plain, plain_again), (ours, ours_again) = first["plain"], first["jlora"]
+    took = {name: seconds for name, (seconds, _) in first.items()}
     yield {
-        "stage": "first step", "plain_s": plain, "jlora_s": ours, "ratio": ours / plain
-    }  # fmt: skip
+        "stage": "first step",
+        **{f"{name}_s": seconds for name, seconds in took.items()},
+        "ratio": took["jlora"] / took["plain"],
+        "to_full": took["jlora"] / took["full"],
+    }
     yield {
-        "stage": "compilations after it", "plain_s": plain_again, "jlora_s": ours_again
-    }  # fmt: skip
+        "stage": "compilations after it",
+        **{f"{name}_s": count for name, (_, count) in first.items()},
+    }
 
 
 def _stages(f: Callable[..., Any], arguments: Any) -> dict[str, float]:
@@ -169,15 +181,6 @@ def compilations() -> Iterator[list[str]]:
         yield seen
     finally:
         on.clear()  # listeners cannot be taken away one by one
-
-
-def _kernels(tree: Any) -> dict[str, Any]:
-    import jax
-
-    import jlora
-
-    nodes = jax.tree.leaves(tree, is_leaf=jlora.is_node)
-    return {x.path: x.base for x in nodes if jlora.is_node(x)}
 
 
 def _with(tree: Any, kernels: dict[str, Any]) -> Any:

@@ -67,14 +67,10 @@ def _figures(result: Race) -> dict[str, Any]:
 
 def _kernels(case: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     """Return a case's tree, and the kernels in it that have adapters."""
-    import jax
-
-    import jlora
-    from benchmarks._workload import workload
+    from benchmarks._workload import adapted_kernels, workload
 
     tree = workload(case).lorafied()
-    nodes = jax.tree.leaves(tree, is_leaf=jlora.is_node)
-    return tree, [x for x in nodes if jlora.is_node(x)]
+    return tree, adapted_kernels(tree)
 
 
 class Merge:

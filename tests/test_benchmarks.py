@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 import types
+from typing import ClassVar
 
 import jax
 import pytest
@@ -45,11 +46,6 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return tmp_path_factory.mktemp("benchmarks") / "results"
-
-
 def options(**changes):
     given = {"in_process": True, "warmup": 1, "repeats": 3, "env": "default",
              "gpu": False, "dry": False, "quick": True, "python": []}  # fmt: skip
@@ -61,15 +57,16 @@ def test_all_commands_are_run():
 
 
 @pytest.mark.parametrize("command", RUNS)
-def test_a_command_measures_and_saves(command, corpus, results):
+def test_a_command_measures_and_saves(command, corpus, tmp_path):
     data = ["--data", str(corpus)] if command == "text" else []
-    where = ["--results", str(results)]
+    where = ["--results", str(tmp_path)]
     rows = main([command, *TINY, *RUNS[command], *data, *where])
-    saved = json.loads((results / f"{command}.json").read_text())
+    saved = json.loads((tmp_path / f"{command}.json").read_text())
     assert saved["rows"] == rows
     assert {*_results.REQUIRED} <= {*saved}
     assert {"date", "device", "processor", "versions", "commit"} <= {*saved["machine"]}
     assert saved["environment"] == {"name": "default"}
+    assert str(corpus.parent) not in json.dumps(saved)  # nor any other path of here
     columns = sys.modules[f"benchmarks.{command}"].COLUMNS
     for row in rows:
         assert {*row} & {*columns}
@@ -77,10 +74,11 @@ def test_a_command_measures_and_saves(command, corpus, results):
         assert any(isinstance(v, float) and v > 0 for v in row.values()) or (
             row["stage"] == "compilations after it" and row["jlora_s"] == 0
         )
+    if command == "step_time":
+        check_each_is_compared_with_each(rows)
 
 
-def test_step_time_compares_each_with_each(results):
-    rows = json.loads((results / "step_time.json").read_text())["rows"]
+def check_each_is_compared_with_each(rows):
     by_name = {row["contender"]: row for row in rows}
     assert [*by_name] == list(step_time.OWN)
     assert by_name["floor"]["to_floor"] == 1.0
@@ -107,17 +105,7 @@ def test_memory_for_a_gpu_that_is_not_here():
     assert "rss_mib" not in row
 
 
-def test_report_shows_every_result_and_plots_sweeps(results):
-    path = report.main(types.SimpleNamespace(results=str(results)))
-    text = path.read_text()
-    for command in RUNS:
-        assert f"\n## {command}\n" in text
-    assert "results/sweep_adapters.png" in text
-    assert (results / "sweep_adapters.png").stat().st_size > 1000
-    assert "not measured" in text  # tiny sizes meet no bar
-
-
-# -- bars ------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------
 
 
 def result(command, rows, **machine):
@@ -126,6 +114,21 @@ def result(command, rows, **machine):
                **machine}  # fmt: skip
     return {"command": command, "machine": machine, "environment": {"name": "default"},
             "options": {"quick": False}, "rows": rows}  # fmt: skip
+
+
+def test_report_shows_every_result_and_plots_sweeps(tmp_path):
+    folder = tmp_path / "results"
+    main(["sweep", *TINY, *RUNS["sweep"], "--results", str(folder)])
+    for command in {*RUNS} - {"sweep"}:
+        made = json.dumps(result(command, [{"contender": f"who ran {command}"}]))
+        (folder / f"{command}.json").write_text(made)
+    path = report.main(types.SimpleNamespace(results=str(folder)))
+    text = path.read_text()
+    for command in RUNS:
+        assert f"\n## {command}\n" in text
+    assert "results/sweep_adapters.png" in text
+    assert (folder / "sweep_adapters.png").stat().st_size > 1000
+    assert "not measured" in text  # tiny sizes meet no bar
 
 
 @pytest.mark.parametrize(("ratio", "met"), [(1.03, "yes"), (1.05, "no")])
@@ -188,6 +191,26 @@ def test_one_that_fails_midway_is_named_and_the_others_go_on():
     assert len(out.times["good"]) == 3
     assert "bad" not in out.times
     assert out.ratio("good", "bad") is None
+
+
+class Noted(Runner):
+    ran: ClassVar[list] = []
+
+    def __init__(self, name):
+        super().__init__(0)
+        self.name = name
+
+    def step(self):
+        self.ran.append(self.name)
+
+
+def test_rounds_differ_in_their_order():
+    names = ["a", "b", "c", "d"]
+    race([Entry(n, f"{__name__}:Noted", {"name": n}) for n in names], options())
+    rounds = [Noted.ran[i : i + 4] for i in range(0, 16, 4)]
+    assert len(Noted.ran) == 16
+    assert all(sorted(one) == names for one in rounds)
+    assert len({*map(tuple, rounds)}) > 1
 
 
 def test_a_peer_that_cannot_start_stands_in_the_table(capsys, tmp_path):
@@ -260,10 +283,14 @@ def test_gpu_rows_are_the_wide_models_in_bfloat16():
     asked = parser().parse_args(["step_time", "--gpu"])
     found = cases(asked, step_time.CPU, step_time.GPU)
     assert [one.title for one in found] == [
-        "t5-base 32x512/128, bfloat16, r8, query value",
-        "llama-1b 2x2048, bfloat16, r8, query value",
-        "llama-1b 2x2048, bfloat16, r16, all-linear",
+        "t5-base 32x512/128, bfloat16, r8, query value, attn_implementation cudnn",
+        "llama-1b 2x2048, bfloat16, r8, query value, attn_implementation cudnn",
+        "llama-1b 2x2048, bfloat16, r16, all-linear, attn_implementation cudnn",
     ]
+    for more in (["--dry"], ["--attn-implementation", "einsum"]):
+        asked = parser().parse_args(["step_time", "--gpu", *more])
+        found = cases(asked, step_time.CPU, step_time.GPU)
+        assert found[0].title.endswith("r8, query value")
     # From a shape's own count: all of the base, 1.24 billion, four operations a token.
     assert _needed.flops(found[1]) == pytest.approx(4 * 1.24e9 * 4096, rel=0.25)
 

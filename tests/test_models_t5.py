@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 from safetensors.numpy import load_file
+from tools import equations
 
-from jlora import LoraError, models
+from jlora import LoraError, models, stack_layers
 from jlora._errors import CheckpointError, ShapeError
 from jlora.models import T5, T5Config
 from jlora.models._t5_layers import position_buckets
@@ -114,6 +116,43 @@ def test_beams_share_the_encoders_keys():
     logits, _ = forward(model, params, tokens, cache, method="decode_step")
     want = forward(model, params, ids, mask, target[:, :3])
     np.testing.assert_allclose(logits, np.repeat(want, 2, axis=0), atol=1e-5)
+
+
+def test_cross_attention_waits_for_its_block():
+    """Products with one operand XLA would make at once, and keep for all blocks."""
+    model, params, ids = tiny()
+    jaxpr = jax.make_jaxpr(forward, static_argnums=0)(model, params, ids, None, ids)
+    inputs = [e.invars[0] for e in equations(jaxpr) if is_projection(e, ids.shape)]
+    # Two blocks a stack: query, key, value; those and one for the encoder's output.
+    uses = [inputs.count(x) for x in dict.fromkeys(inputs)]
+    assert max(uses) == 3
+    assert sum(uses) == 2 * 3 + 2 * (3 + 3)
+
+
+def is_projection(eqn, shape):
+    """Whether `[B, T, d]` meets a kernel of attention's queries, keys or values."""
+    shapes = [v.aval.shape for v in eqn.invars]
+    inner = TINY["num_heads"] * TINY["d_kv"]
+    d = TINY["d_model"]
+    return eqn.primitive.name == "dot_general" and shapes == [(*shape, d), (d, inner)]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_keeps_no_keys_and_values(scan, capsys):
+    model, params, ids = tiny()
+    if scan:
+        params = stack_layers(params)
+
+    def kept(**fields):
+        net = model.clone(scan_layers=scan, **fields)
+        loss = lambda p: net.apply({"params": p}, ids, None, ids).sum()
+        print_saved_residuals(loss, params)
+        return capsys.readouterr().out
+
+    B, S = ids.shape
+    of_a_block = f"{B},{TINY['num_heads']},{S},{TINY['d_kv']}]"
+    assert of_a_block in kept()
+    assert of_a_block not in kept(remat=True)
 
 
 def test_names_are_the_files_names():

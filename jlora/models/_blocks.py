@@ -23,9 +23,9 @@ from jlora._errors import StructureError
 from jlora.models._attention import EINSUM, Sight, check_form
 from jlora.models._layers import Numbered, mask_bias
 
-# Takes a block, `x`, the block's past keys and values, and what else is its own;
-# returns `x`, and the keys and values to keep.
-Step = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
+# Takes a block, what goes through (`x`, most often an array), the block's past keys and
+# values, and what else is its own; returns `x`, and the keys and values to keep.
+Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 # The fields of `Configured`, which a part takes from its whole.
@@ -123,18 +123,18 @@ class Configured(nn.Module):
         self,
         blocks: Any,
         step: Step,
-        x: Array,
+        x: Any,
         *,
         length: int,
         past: Any = None,
         own: Any = None,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Any, Any]:
         """Return `x` after all blocks, and what they keep.
 
         Args:
           blocks: what `blocks` returned, or a list of parts of them.
           step: what is done with each.
-          x: what goes through.
+          x: what goes through, an array or several.
           length: L, the number of blocks.
           past: a cache, of each block: a list, or leaves `[B, L, ...]`.
           own: what else is each block's own: a list, or leaves `[L, ...]`.
@@ -168,7 +168,7 @@ class Configured(nn.Module):
 def _remat(step: Step, scan: bool) -> Step:
     """Return `step` with its activations computed again in the backward pass."""
 
-    def again(block: Any, x: Array, past: Any, own: Any) -> tuple[Array, Any]:
+    def again(block: Any, x: Any, past: Any, own: Any) -> tuple[Any, Any]:
         # What is a block's own may be no array, so it is closed over.
         inner = lambda block, x, past: step(block, x, past, own)  # noqa: E731
         # A scan's body is compiled apart: nothing can undo what `remat` does.
@@ -182,9 +182,9 @@ def _listed(blocks: Any) -> Sequence[nn.Module]:
 
 
 def _scanned(
-    block: nn.Module, step: Step, x: Array, length: int, past: Any, own: Any
-) -> tuple[Array, Any]:
-    def body(block: Any, x: Array, past: Any, own: Any) -> tuple[Array, Any]:
+    block: nn.Module, step: Step, x: Any, length: int, past: Any, own: Any
+) -> tuple[Any, Any]:
+    def body(block: Any, x: Any, past: Any, own: Any) -> tuple[Any, Any]:
         x, kept = step(block, x, past, own)
         return x, None if past is None else kept
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jlora._errors import ShapeError
 from jlora.models._attention import Sight
@@ -113,26 +113,50 @@ class Stack(Part):
         x: Array,
         seen: Array | Sight,
         deterministic: bool,
+        *,
+        encoded: Array | None = None,
         cross: Any = None,
         cross_seen: Array | Sight | None = None,
         past: Any = None,
         index: Array | int = 0,
     ) -> tuple[Array, Any]:
-        """Return `[B, T, d]` and each block's keys and values of self-attention."""
+        """Return `[B, T, d]` and each block's keys and values of self-attention.
+
+        A decoder takes either `encoded` `[B, S, d]`, the encoder's output, or `cross`,
+        what `cross_keys_values` makes of it.
+        """
         x = self.drop(x, deterministic=deterministic)
 
-        def step(block: Any, x: Array, past: Any, cross: Any) -> tuple[Array, Any]:
-            layers = block.items
+        def step(block: Any, carry: Any, past: Any, cross: Any) -> tuple[Any, Any]:
+            (x, source), layers = carry, block.items
             x, kv = layers[0](x, seen, deterministic, past, index)
+            if encoded is not None:
+                x, source = _when_due(x, source)
+                own = encoded if source is None else source
+                cross = layers[1].EncDecAttention.keys_values(own)
             if cross is not None:
                 x = layers[1](x, cross, cross_seen, deterministic)
-            return layers[-1](x, deterministic), kv
+            return (layers[-1](x, deterministic), source), kv
 
-        x, kept = self.through(
-            self.layers(), step, x, length=self.length, past=past, own=cross
+        # A scan keeps what it carries, for each block.
+        carry = x, None if self.scan_layers else encoded
+        (x, _), kept = self.through(
+            self.layers(), step, carry, length=self.length, past=past, own=cross
         )
         x = self.final_layer_norm(x)
         return self.drop(x, deterministic=deterministic), kept
+
+
+def _when_due(x: Array, source: Array | None) -> tuple[Array, Array | None]:
+    """Return both as they are; the encoder's output no earlier than `x`.
+
+    It has a use in each block. On a GPU XLA would make the keys and values of all
+    blocks in one product and cut it up, keep all of them at once though blocks be
+    recomputed, and sum the gradients of all at the end.
+    """
+    if source is None:
+        return x, None
+    return lax.optimization_barrier((x, source))
 
 
 class T5(Part):
@@ -294,8 +318,8 @@ class T5(Part):
             self.shared(decoder_input_ids),
             self.decoder.seen(T, decoder_attention_mask),
             deterministic,
-            self.decoder.cross_keys_values(encoded),
-            self.seen_of(attention_mask),
+            encoded=encoded,
+            cross_seen=self.seen_of(attention_mask),
         )
         return x
 
@@ -378,10 +402,10 @@ class T5(Part):
             self.shared(decoder_input_ids),
             spread_bias(shared["bias"], index + jnp.arange(T), length),
             True,
-            shared["cross"],
-            shared["cross_bias"],
-            past,
-            index,
+            cross=shared["cross"],
+            cross_seen=shared["cross_bias"],
+            past=past,
+            index=index,
         )
         return self.head(x), {"beams": past, "shared": {**shared, "index": index + T}}
 

@@ -126,17 +126,21 @@ class Padded:
 
 
 class Matmul:
-    """PyTorch's square product, beside XLA's."""
+    """PyTorch's square products, beside XLA's."""
 
-    def __init__(self, size: int, dtype: str) -> None:
+    def __init__(self, size: int, dtype: str, times: int) -> None:
         settle()
         kind = {"dtype": getattr(torch, dtype), "device": device()}
         self.x, self.y = (torch.randn(size, size, **kind) for _ in range(2))
-        self.facts = {"gflop": 2 * size**3 / 1e9, "size": size, "dtype": dtype}
+        self.x *= size**-0.5  # products stay as large as y
+        self.times = times
+        self.facts = {"gflop": times * 2 * size**3 / 1e9, "size": size, "dtype": dtype}
 
     def step(self) -> None:
-        """Multiply once."""
-        self.x @ self.y
+        """Multiply so many times, each product with the one before."""
+        z = self.y
+        for _ in range(self.times):
+            z = self.x @ z
         if self.x.is_cuda:
             torch.cuda.synchronize()
 

@@ -33,6 +33,7 @@ TORCH = {
 JAX = ("qwix", "quax", "lorax")
 PEERS = ("PEFT", "loralib", *JAX)
 MATMULS = {"matmul": "_runners", "matmul, PyTorch": "_peers_torch"}
+PRODUCTS = 8  # as long as a step of T5-small
 COPY = "copy"
 COLUMNS = (
     "case", "contender", "median_ms", "min_ms", "cpu_ms", "to_floor", "to_by_hand",
@@ -86,7 +87,7 @@ def chosen(
 def matmuls(one: Case, size: int, *, torch: bool) -> list[Entry]:
     """Return square products: XLA's, and PyTorch's where a worker has it."""
     groups = ["jax", "PEFT"] if torch else ["jax"]
-    arguments = {"size": size, "dtype": one.dtype}
+    arguments = {"size": size, "dtype": one.dtype, "times": PRODUCTS}
     return [
         Entry(name, f"benchmarks.{module}:Matmul", arguments, group)
         for (name, module), group in zip(MATMULS.items(), groups, strict=False)

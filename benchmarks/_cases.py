@@ -68,6 +68,8 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
     },
 }  # fmt: skip
+# Fields of our Flax modules that can be asked for, as titles name them.
+MODEL_FIELDS = ("scan_layers", "remat", "attn_implementation")
 DEPTH_KEYS = {
     "t5": ("num_layers", "num_decoder_layers"),
     "gpt2": ("n_layer",),
@@ -108,7 +110,7 @@ class Case:
       targets: as `jlora.lorafy` takes them; `"all-linear"` leaves the head out, as
         PEFT does.
       dtype: of base and computation. Adapters are float32.
-      model_fields: of our Flax modules, such as `scan_layers`; peers have none.
+      model_fields: values of `MODEL_FIELDS`, in that order; peers have none.
     """
 
     shape: str
@@ -186,7 +188,10 @@ def case(
         targets = ["c_attn"] if family == "gpt2" else ["query", "value"]
     if list(targets) == ["all-linear"]:
         targets = "all-linear"
+    fields = sorted(
+        (model_fields or {}).items(), key=lambda x: MODEL_FIELDS.index(x[0])
+    )
     return Case(
         shape, config, chosen.batch, chosen.source, chosen.target, rank, 2.0 * rank,
-        targets, chosen.dtype, dict(model_fields or {}),
+        targets, chosen.dtype, dict(fields),
     )  # fmt: skip

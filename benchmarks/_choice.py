@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks._cases import Case, case
+from benchmarks._cases import MODEL_FIELDS, SHAPES, Case, case
 
 # A shape, a rank, and targets (`None` is query and value).
 Default = tuple[str, int, Sequence[str] | None]
@@ -33,23 +33,21 @@ def cases(options: Any, cpu: Sequence[Default], gpu: Sequence[Default]) -> list[
             source=options.length,
             target=options.target_length,
             dtype=options.dtype,
-            model_fields=model_fields(options),
+            model_fields=model_fields(options, shape),
         )
         for shape, rank, targets in grid
     ]
 
 
-_FIELDS = ("scan_layers", "remat", "attn_implementation")
-
-
-def model_fields(options: Any) -> dict[str, Any]:
+def model_fields(options: Any, shape: str) -> dict[str, Any]:
     """Return the fields of our Flax modules that the command line sets.
 
     On a GPU attention is cuDNN's where nothing else is said, as PyTorch's peers have
     a fused one there.
     """
-    given = {name: getattr(options, name) for name in _FIELDS}
-    if options.gpu and not options.dry and options.dtype != "float32":
+    given = {name: getattr(options, name) for name in MODEL_FIELDS}
+    narrow = (options.dtype or SHAPES[shape].dtype) != "float32"
+    if options.gpu and not options.dry and narrow:
         given["attn_implementation"] = given["attn_implementation"] or "cudnn"
     # The modules' own default is not worth a word in a title.
     return {k: v for k, v in given.items() if v and v != "einsum"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import _results
 from benchmarks._cases import DEPTH_KEYS, Case, case
-from benchmarks._choice import described
+from benchmarks._choice import described, model_fields
 from benchmarks._needed import adapted, products
 from benchmarks._race import Race, race
 from benchmarks.step_time import training
@@ -85,6 +85,7 @@ def points(axis: str, shape: str, options: Any) -> Iterator[tuple[Any, Case]]:
         "dtype": options.dtype,
         "rank": (options.rank or [8])[0],
         "targets": (options.targets or [None])[0],
+        "model_fields": model_fields(options, shape),
     }
     base = case(shape, **given)
     depth = base.config[DEPTH_KEYS[base.family][0]]

@@ -211,6 +211,12 @@ def varying(x: Any, axes: Iterable[Any]) -> Any:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def alike_varying(*xs: Any) -> tuple[Any, ...]:
+    """All of xs as values that differ over every manual axis that one of them does."""
+    axes = sorted({axis for x in xs for axis in varying_axes(x)}, key=str)
+    return tuple(varying(x, axes) for x in xs)
+
+
 def reshard(x: Any, sharding: Any) -> Any:
     """`jax.sharding.reshard`, by its name in this release."""
     return jax.sharding.reshard(x, sharding)
@@ -218,14 +224,25 @@ def reshard(x: Any, sharding: Any) -> Any:
 
 def explicit_specs(x: Any, labels: Sequence[Any]) -> dict[Any, Any]:
     """For each label, the explicit mesh axes that its axis of x is split over."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    spec = tuple(getattr(sharding, "spec", ()))
-    return dict(zip(labels, spec, strict=False))
+    return dict(zip(labels, spec(x), strict=False))
 
 
 def is_explicit(x: Any) -> bool:
     """Whether x lies on a mesh of which some axes are explicit."""
     return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def spec(x: Any) -> tuple[Any, ...]:
+    """For each axis of x, the explicit mesh axes that it is split over."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def on_mesh_of(x: Any, spec: Sequence[Any]) -> Any:
+    """An `out_sharding` on x's mesh where that is explicit; None where it is not."""
+    if not is_explicit(x):
+        return None
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 
 def default_precision() -> Any:

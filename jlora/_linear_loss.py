@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _compat
 from jlora._errors import ShapeError
 from jlora._losses import check_labels, weights_of
 
@@ -86,6 +87,8 @@ def linear_cross_entropy(
     safe = jnp.where(counted, labels.reshape(-1), 0)
     rows = hidden.reshape(-1, hidden.shape[-1])
     settings = _Settings(float(label_smoothing), float(z_loss), chunk, axis)
+    # Inside shard_map a rule's gradients vary as its operands do.
+    rows, kernel, safe, counted = _compat.alike_varying(rows, kernel, safe, counted)
     nll = _nll(rows, kernel, safe, counted, settings)
     return jnp.sum(nll * weight), jnp.sum(weight)
 
@@ -122,19 +125,47 @@ def _loss(
 ) -> tuple[Array, Array]:
     """The losses, and the part of the kernel that they count on, `[N, d]`."""
     # (1 - eps)·W_y + eps·mean(W): what the logits of the targets are products with.
-    own = w[labels] if s.axis == 0 else w[:, labels].T
+    own = label_columns(w, labels, s.axis)
     target = (1 - s.eps) * own.astype(jnp.float32)
     if s.eps:
-        target += s.eps * jnp.mean(w, axis=s.axis, dtype=jnp.float32)
+        # As a product, which an adapted kernel has and a mean has not.
+        classes = w.shape[s.axis]
+        even = jnp.full((classes,), 1.0, w.dtype)
+        target += (
+            s.eps
+            / classes
+            * lax.dot_general(
+                even,
+                w,
+                (((0,), (s.axis,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+        )
     loss = lse - jnp.sum(h.astype(jnp.float32) * target, axis=-1) + s.z * lse**2
     return jnp.where(counted, loss, 0.0), target
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def label_columns(w: Array, labels: Array, axis: int) -> Array:
+    """W's columns for the labels, `[N, d]`; NaN for a label that is no class.
+
+    By name in a program, for this is no use of an embedding (see `_survey`).
+    """
+    spec = _compat.spec(labels)
+    if axis == 0:
+        where, spec = w.at[labels], (*spec, None)
+    else:
+        where, spec = w.at[:, labels], (None, *spec)
+    columns = where.get(
+        mode="fill", fill_value=jnp.nan, out_sharding=_compat.on_mesh_of(labels, spec)
+    )
+    return columns if axis == 0 else columns.T
 
 
 def _softmax_pass(
     h: Array, w: Array, s: _Settings, *, with_mean: bool
 ) -> tuple[Array, Array]:
     """`logsumexp(h·W)` `[N]`, and the softmax's mean of W's columns, `[N, d]`."""
-    tokens, width = h.shape
 
     def step(columns: Array, start: Any, carry: Any) -> Any:
         top, total, mean = carry
@@ -151,10 +182,11 @@ def _softmax_pass(
             mean = mean * shrink[:, None] + more
         return new_top, total, mean
 
+    like = functools.partial(jnp.full_like, dtype=jnp.float32)
     start = (
-        jnp.full((tokens,), jnp.finfo(jnp.float32).min),
-        jnp.zeros((tokens,), jnp.float32),
-        jnp.zeros((tokens, width if with_mean else 0), jnp.float32),
+        like(h[:, 0], jnp.finfo(jnp.float32).min),
+        like(h[:, 0], 0),
+        like(h if with_mean else h[:, :0], 0),
     )
     top, total, mean = _over_chunks(w, s, step, start)
     return top + jnp.log(total), mean / total[:, None]
@@ -224,8 +256,9 @@ def _kernel_grad(kept: Any, g: Array, s: _Settings) -> Array:
         first, second = (h, d) if s.axis else (d, h)
         numbers = ((0,), (0,)), ((), ())
         own = lax.dot_general(
-            first, second, numbers, preferred_element_type=jnp.float32
-        )
+            first, second, numbers, preferred_element_type=jnp.float32,
+            out_sharding=_compat.on_mesh_of(h, _compat.spec(w)),
+        )  # fmt: skip
         own = own.astype(grad.dtype)
         return lax.dynamic_update_slice_in_dim(grad, own, start, s.axis)
 

@@ -31,8 +31,8 @@ def cross_entropy(
     Args:
       logits: `[..., classes]`.
       labels: `[...]`, integers.
-      mask: `[...]`, what each label counts: 0 and 1, or weights. None leaves out the
-        labels below 0 and counts the others once.
+      mask: `[...]`, what each label counts: 0 and 1, or weights; None is all 1. A
+        label below 0 never counts.
       label_smoothing: probability spread evenly over all classes.
       z_loss: factor of `logsumexp(logits)²`, which keeps the logits from drifting.
 
@@ -76,8 +76,9 @@ def check_labels(name: str, array: Array, labels: Array, mask: Array | None) -> 
 
 
 def weights_of(labels: Array, mask: Array | None) -> Array:
-    """What each label counts, float32: the mask, or 1 where it is not below 0."""
-    return (labels >= 0 if mask is None else mask).astype(jnp.float32)
+    """What each label counts, float32: the mask, or 1; 0 where it is below 0."""
+    known = (labels >= 0).astype(jnp.float32)
+    return known if mask is None else known * mask
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -93,8 +93,8 @@ class LowRank(_OnBase):
         return update + (gain - 1) * w.base.astype(jnp.float32)
 
     def merged(self) -> Array:
-        """The dense kernel `base + delta`, accumulated in float32, rounded once."""
-        return (self.base.astype(jnp.float32) + self.delta()).astype(self.dtype)
+        """The dense kernel `base + delta`, summed in float32 at least, rounded once."""
+        return (wide(self.base) + self.delta()).astype(self.dtype)
 
     def __repr__(self) -> str:
         # Halves of a split, masks and labels hold other things than arrays.
@@ -162,6 +162,11 @@ class LowRank(_OnBase):
                 adapters[name] = Adapter.tree_unflatten(meta, rest[at:end])
                 at = end
         return cls(base, adapters, path)
+
+
+def wide(x: Array) -> Array:
+    """X in what kernels are summed in: float32, or float64 where they are."""
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _brief(scale: Any) -> str:

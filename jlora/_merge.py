@@ -13,7 +13,7 @@ from jax import lax
 
 from jlora._errors import NonFiniteError, StructureError
 from jlora._labels import Array, contract
-from jlora._lowrank import LowRank, Rows, is_node, same_structure
+from jlora._lowrank import LowRank, Rows, is_node, same_structure, wide
 from jlora._paths import path_str
 from jlora._resolve import bias_terms, plain_leaf
 
@@ -151,15 +151,22 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
 @jax.jit
 def _merge_node(w: LowRank | Rows) -> tuple[Array, Array]:
     """The merged kernel or table, and whether all of it is finite."""
-    base = w.base.astype(jnp.float32)
+    base = wide(w.base)
     if isinstance(w, Rows):
         whole = dataclasses.replace(w, base=base).merged()  # the rows' own bits
     else:
         whole = base + w.delta()
-    # XLA may keep a cast to bfloat16 and back in float32; an explicit rounding stays.
-    info = jnp.finfo(w.dtype)
-    merged = lax.reduce_precision(whole, info.nexp, info.nmant).astype(w.dtype)
+    merged = _rounded(whole, w.dtype)
     return merged, _is_finite(merged)
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """X in the dtype. XLA may keep a cast to bfloat16 and back; a rounding stays."""
+    info = jnp.finfo(dtype)
+    largest = (2 - 2.0**-info.nmant) * 2.0 ** (2 ** (info.nexp - 1) - 1)
+    if float(info.max) == largest:  # as IEEE has it, and not float8_e4m3fn
+        x = lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
 
 
 def _is_finite(x: Array) -> Array:
@@ -179,7 +186,7 @@ def _is_finite(x: Array) -> Array:
 @jax.jit
 def _figures(w: LowRank | Rows, merged: Array) -> dict[str, Array]:
     """What a report says of a kernel that `_merge_node` merged."""
-    base, rounded = (x.astype(jnp.float32) for x in (w.base, merged))
+    base, rounded = wide(w.base), wide(merged)
     if isinstance(w, Rows):
         delta = dataclasses.replace(w, base=base).merged() - base
     else:

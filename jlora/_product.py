@@ -40,8 +40,7 @@ def factor_product(
         precision = _compat.default_precision()
     (xc, yc), (xb, yb) = numbers
     exact = ((tuple(xc), tuple(yc)), (tuple(xb), tuple(yb)))
-    axes = sorted({*_compat.varying_axes(x), *_compat.varying_axes(y)}, key=str)
-    x, y = _compat.varying(x, axes), _compat.varying(y, axes)
+    x, y = _compat.alike_varying(x, y)
     return _bind(x, y, exact, precision, preferred_element_type)
 
 

@@ -253,7 +253,9 @@ def _inner_programs(
     """The programs inside an equation: each with its operands and repetitions."""
     name = eqn.primitive.name
     if name in _compat.JIT:
-        yield _compat.jit_parts(eqn).body, operands, 1
+        jit = _compat.jit_parts(eqn)
+        # A loss looks up the head's columns; that makes it no embedding.
+        yield jit.body, [()] * len(operands) if jit.name == _OWN else operands, 1
     elif name in _compat.REMAT:
         yield _compat.remat_parts(eqn).body, operands, 1
     elif name == "shard_map":
@@ -276,6 +278,7 @@ def _inner_programs(
         yield eqn.params["call_jaxpr"], operands, 1
 
 
+_OWN = "label_columns"  # of `_linear_loss`
 _CHOOSING = ("scan", "while", "cond")
 
 _UNMOVED = frozenset(

@@ -210,14 +210,14 @@ def test_the_kernel_in_scanned_and_recomputed_blocks(family, cudnn):
     assert not scores_in(text)
 
 
-def shape_of(family, deterministic=True, **settings):
+def shape_of(family, *mask, deterministic=True, **settings):
     """Trace a model on two texts."""
     make, config = CUDA[family]
     model = make(config, **settings)
     ids, rngs = jnp.ones((2, T), jnp.int32), {"dropout": jax.random.key(0)}
     params = jax.eval_shape(model.init, rngs["dropout"], ids)
     f = partial(model.apply, deterministic=deterministic, rngs=rngs)
-    return jax.eval_shape(f, params, ids)
+    return jax.eval_shape(f, params, ids, *mask)
 
 
 def test_what_no_kernel_does_is_an_error(cudnn, monkeypatch):
@@ -235,6 +235,8 @@ def test_what_no_kernel_does_is_an_error(cudnn, monkeypatch):
         match = rf"queries \(2, 38, 4, 3\)[\s\S]*{why}[\s\S]*einsum"
         with pytest.raises(StructureError, match=match):
             shape_of("narrow", attn_implementation="cudnn", dtype=jnp.dtype(dtype))
+    with pytest.raises(StructureError, match=r"in float32[\s\S]*einsum"):
+        shape_of("narrow", jnp.ones((2, T)), attn_implementation="cudnn")
 
 
 def test_no_cudnn_is_an_error_that_says_what_to_install():

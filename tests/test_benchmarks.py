@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
-from benchmarks import _needed, _results, _workers, report, step_time  # noqa: E402
+from benchmarks import _needed, _results, _workers, report, step_time, sweep  # noqa: E402
 from benchmarks.__main__ import COMMANDS, main, parser  # noqa: E402
 from benchmarks._cases import GPT2, Case, case  # noqa: E402
 from benchmarks._choice import cases  # noqa: E402
@@ -293,6 +293,19 @@ def test_gpu_rows_are_the_wide_models_in_bfloat16():
         assert found[0].title.endswith("r8, query value")
     # From a shape's own count: all of the base, 1.24 billion, four operations a token.
     assert _needed.flops(found[1]) == pytest.approx(4 * 1.24e9 * 4096, rel=0.25)
+
+
+def test_what_models_are_asked_for_reads_alike_however_it_is_said():
+    one, two = {"attn_implementation": "cudnn", "remat": True}, ["--remat"]
+    want = case("t5-base-32x512", model_fields=one)
+    asked = parser().parse_args(["sweep", "--gpu", "--axes", "rank", *two])
+    for _, found in sweep.points("rank", "t5-base-32x512", asked):
+        assert found.model_fields == want.model_fields
+        assert found.title.endswith("query value, remat, attn_implementation cudnn")
+    # cuDNN takes no float32, which this shape has of its own.
+    asked = parser().parse_args(["step_time", "--gpu", "--shape", "t5-small-8x64"])
+    (small,) = cases(asked, step_time.CPU, step_time.GPU)
+    assert small.model_fields == {}
 
 
 def test_gpu_rows_run_dry(tmp_path):

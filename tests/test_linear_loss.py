@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tools import assert_close
 
 import jlora
@@ -91,9 +93,23 @@ def test_what_is_not_counted_may_hold_anything():
     assert not np.any(grads[0][0, 1])
 
 
+def test_a_label_that_is_no_class_is_nan_and_a_negative_one_never_counts():
+    hidden, kernel, labels = batch()
+    mask = jnp.ones(labels.shape).at[1, 2].set(0)  # on, where the label is -100
+    for f in (linear_cross_entropy, apart):
+        total, count = f(hidden, kernel, labels, mask)
+        left = linear_cross_entropy(hidden, kernel, labels.at[1, 2].set(-100))
+        assert_close((total, count), left, rtol=1e-5, atol=1e-5)
+        for axis, w in ((1, kernel), (0, kernel.T)):
+            how = {} if f is apart else {"vocab_axis": axis}
+            w = kernel if f is apart else w
+            assert np.isnan(f(hidden, w, labels.at[0, 0].set(V), **how)[0])
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("as_it_lies", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_adapted_heads(tied, as_it_lies):
+def test_adapted_heads(tied, as_it_lies, settings):
     hidden, kernel, labels = batch()
     params = {"head": {"embedding": kernel.T} if tied else {"kernel": kernel}}
     tree = jlora.lorafy(params, 2, ["head"])
@@ -105,9 +121,9 @@ def test_adapted_heads(tied, as_it_lies):
     def loss(f):
         def plain(p, h):
             if tied and as_it_lies and f is linear_cross_entropy:
-                return f(h, p["head"]["embedding"], labels)[0]
+                return f(h, p["head"]["embedding"], labels, **settings)[0]
             head = p["head"]["embedding"].T if tied else p["head"]["kernel"]
-            return f(h, head, labels)[0]
+            return f(h, head, labels, **settings)[0]
 
         return lambda half, h: jlora.lora(plain)(jlora.combine(half, frozen), h)
 
@@ -116,6 +132,65 @@ def test_adapted_heads(tied, as_it_lies):
         for f in (linear_cross_entropy, apart)
     )
     assert_close(got, want, rtol=5e-5, atol=1e-5)
+
+
+def test_adapter_dropout_on_a_head_is_an_error_that_says_what_to_do():
+    hidden, kernel, labels = batch()
+    tree = jlora.lorafy({"head": {"kernel": kernel}}, 2, ["head"], dropout=0.5)
+    f = lambda p: linear_cross_entropy(hidden, p["head"]["kernel"], labels)[0]
+    assert np.isfinite(jlora.lora(f)(tree))  # off, as in evaluation
+    on = jlora.with_dropout(tree, jax.random.key(2))
+    with pytest.raises(
+        jlora.UnsupportedOpError, match=r"'head/kernel'[\s\S]*dropout=0"
+    ):
+        jlora.lora(f)(on)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_survey_of_the_loss_knows_a_head_from_an_embedding(tied):
+    hidden, kernel, labels = batch()
+
+    def loss(p, ids):
+        h = p["shared"]["embedding"][ids]
+        if tied:
+            return linear_cross_entropy(h, p["shared"]["embedding"], ids)[0]
+        return linear_cross_entropy(h, p["head"]["kernel"], ids)[0]
+
+    params = {"shared": {"embedding": kernel.T}}
+    if not tied:
+        params["head"] = {"kernel": kernel}
+    survey = jlora.survey(loss, params, labels)
+    assert survey.axes("shared/embedding") == ((0,), (1,), (), True)
+    if not tied:
+        assert survey.axes("head/kernel") == ((0,), (1,), (), False)
+        assert survey.matmul_kernels() == ["head/kernel"]
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "explicit", "auto"])
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_split_over_devices(vocab_axis, kind):
+    hidden, kernel, labels = batch(shape=(4, 5))
+    kernel = kernel if vocab_axis else kernel.T
+    axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+
+    def loss(h, w, y):
+        return linear_cross_entropy(h, w, y, chunk=6, vocab_axis=vocab_axis)[0]
+
+    one = jax.value_and_grad(loss, argnums=(0, 1))
+    want = one(hidden, kernel, labels)
+    f = one
+    if kind == "shard_map":
+        both = (P("data"), P())  # the kernel's gradient is summed by JAX
+        f = jax.shard_map(
+            lambda *x: (jax.lax.psum((out := one(*x))[0], "data"), out[1]),
+            mesh=mesh, in_specs=(*both, P("data")), out_specs=(P(), both),
+        )  # fmt: skip
+    along = NamedSharding(mesh, P("data"))
+    hidden, labels = jax.device_put((hidden, labels), along)
+    with jax.set_mesh(mesh):
+        got = jax.jit(f)(hidden, kernel, labels)
+    assert_close(got, want, rtol=2e-5, atol=2e-6)
 
 
 def test_vmap():

@@ -213,7 +213,9 @@ def test_one_bad_weight_anywhere_is_found(dtype, bad):
             jlora.merge(tree)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn]
+)
 def test_weights_as_large_as_the_dtype_has_are_finite_and_overflow_is_not(dtype):
     most = jnp.finfo(dtype).max
     tree = jlora.lorafy({"query": jnp.full((7, 5), most, dtype)}, 2, ["query"])
@@ -223,6 +225,14 @@ def test_weights_as_large_as_the_dtype_has_are_finite_and_overflow_is_not(dtype)
     over = w.map(w.base, lambda t: dataclasses.replace(t, **large))
     with pytest.raises(jlora.NonFiniteError, match="their sum"):
         jlora.merge({"query": over})
+
+
+def test_float64_is_summed_in_float64():
+    with jax.enable_x64(True):
+        base = jnp.arange(35.0, dtype=jnp.float64).reshape(7, 5) / 3
+        tree = jlora.lorafy({"query": base}, 2, ["query"])
+        assert bits(jlora.merge(tree)["query"]) == bits(base)  # b is zero
+        assert bits(tree["query"].merged()) == bits(base)
 
 
 @pytest.mark.parametrize("dora", [False, True])

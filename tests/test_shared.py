@@ -82,6 +82,20 @@ def test_slices_of_one_fused_kernel():
     np.testing.assert_allclose(got, f(jlora.merge(params), X), rtol=1e-5, atol=1e-5)
 
 
+def test_stacks_that_are_summed_over():
+    """Both factors need the stack's index, so no product with A alone is whole."""
+    keys = jax.random.split(KEY, 3)
+    params = {
+        n: jax.random.normal(k, (3, 7, 11)) for n, k in zip("ab", keys[:2], strict=True)
+    }
+    target = jlora.Target(rank=2, in_axes=(1,), batch_axes=(0,))
+    params = randomise(jlora.lorafy(params, targets={"a": target, "b": target}), KEY)
+    x = jax.random.normal(keys[2], (5, 3, 7))
+    f = lambda p, x: jnp.tensordot(x, p["a"], 2) + jnp.tensordot(x, p["b"], 2)
+    got = jlora.lora(f)(params, x)
+    np.testing.assert_allclose(got, f(jlora.merge(params), x), rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_keeps_masks_apart():
     params = jlora.with_dropout(tree(dropout=0.5), jax.random.key(3))
     assert (11, 6) not in formed(jlora.lora(layer), params, X)

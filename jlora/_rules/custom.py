@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jlora import _compat
 from jlora._compat import Eqn, rebind
+from jlora._errors import UnsupportedOpError
 from jlora._labels import Array
 from jlora._lowrank import LowRank
 from jlora._rules._table import Run, rule
@@ -26,6 +27,7 @@ from jlora._rules._table import Run, rule
 @rule(*_compat.CUSTOM_RULE)
 def custom_rule(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Value by replay, derivative by the function's own rule."""
+    _refuse_dropout(args)
 
     @jax.custom_vjp
     def call(*operands: Any) -> list[Any]:
@@ -56,6 +58,22 @@ def custom_rule(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 
     call.defvjp(forward, backward)
     return call(*args)
+
+
+def _refuse_dropout(args: Sequence[Any]) -> None:
+    """A rule makes products over again, and each would have a mask of its own."""
+    for w in args:
+        terms = w.adapters.values() if isinstance(w, LowRank) else ()
+        if any(t.key is not None and t.dropout for t in terms):
+            raise UnsupportedOpError(
+                f"the kernel {w.path!r} has adapter dropout on and goes into a "
+                "function with a derivative of its own (jax.custom_vjp, custom_jvp; "
+                "jlora.train.linear_cross_entropy has one): its forward and backward "
+                "passes would each draw another mask.\n"
+                "Give that kernel's adapter none, jlora.Target(..., dropout=0.0), or "
+                "leave it out, lorafy(..., exclude=...). A head can have dropout with "
+                "jlora.train.cross_entropy of the logits."
+            )
 
 
 @jax.tree_util.register_static

@@ -64,9 +64,10 @@ def _layer(w: LowRank) -> list[str]:
 
 
 def _takes_x(t: Adapter, w: LowRank, contracted: Sequence[int]) -> bool:
-    """Whether the term is x·A·B with x as it is."""
+    """Whether the term is x·A·B with x as it is, all of it summed over with A."""
     whole = all(t.full(d, w.shape[d]) for d in contracted)
-    return whole and {*t.a_dims} == {*contracted, RANK} and t.key is None
+    first = {*t.a_dims} == {*contracted, RANK} and not {*t.b_dims} & {*contracted}
+    return whole and first and t.key is None
 
 
 def _factor(t: Adapter) -> tuple[int, int]:

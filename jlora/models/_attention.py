@@ -111,7 +111,7 @@ def fused(
             local_window_size=window,
             implementation=sight.implementation,
         )
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # of the machine, not of the request
         raise StructureError(

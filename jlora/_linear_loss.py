@@ -129,18 +129,11 @@ def _loss(
     target = (1 - s.eps) * own.astype(jnp.float32)
     if s.eps:
         # As a product, which an adapted kernel has and a mean has not.
-        classes = w.shape[s.axis]
-        even = jnp.full((classes,), 1.0, w.dtype)
-        target += (
-            s.eps
-            / classes
-            * lax.dot_general(
-                even,
-                w,
-                (((0,), (s.axis,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
+        even, numbers = jnp.ones(w.shape[s.axis], w.dtype), ((0,), (s.axis,))
+        total = lax.dot_general(
+            even, w, (numbers, ((), ())), preferred_element_type=jnp.float32
         )
+        target += s.eps / w.shape[s.axis] * total
     loss = lse - jnp.sum(h.astype(jnp.float32) * target, axis=-1) + s.z * lse**2
     return jnp.where(counted, loss, 0.0), target
 

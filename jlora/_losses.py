@@ -77,8 +77,9 @@ def check_labels(name: str, array: Array, labels: Array, mask: Array | None) -> 
 
 def weights_of(labels: Array, mask: Array | None) -> Array:
     """What each label counts, float32: the mask, or 1; 0 where it is below 0."""
-    known = (labels >= 0).astype(jnp.float32)
-    return known if mask is None else known * mask
+    known = labels >= 0
+    weight = known if mask is None else known * mask
+    return weight.astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

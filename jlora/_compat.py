@@ -36,13 +36,8 @@ def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
-def rebind(eqn: Eqn, args: Sequence[Any], *, often: bool = False) -> list[Any]:
-    """Run one equation as it stands on other operands.
-
-    Where it is one of many alike, as `operation` tells them, its derivative is kept.
-    """
-    if often:
-        return [_inlined(*operation(eqn))(*args)]
+def rebind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
+    """Run one equation as it stands on other operands."""
     params = eqn.primitive.get_bind_params(eqn.params)
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
@@ -56,13 +51,32 @@ def operation(eqn: Eqn) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _inlined(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Any:
-    """The primitive as a jitted function that leaves no trace of being one.
+def inlined(steps: Sequence[tuple[Any, Sequence[int]]], results: Sequence[int]) -> Any:
+    """Operations as one jitted function that leaves no trace of being one.
 
     JAX keeps the derivative of a jitted function, and takes that of a bare primitive
     apart again each time it meets it; `jax.numpy` is jitted for the same reason.
+
+    Args:
+      steps: an `operation` each, and the numbers of its operands: those of the
+        function count first, then what each step makes.
+      results: the numbers of what is returned.
     """
-    return jax.jit(lambda *args: primitive.bind(*args, **dict(params)), inline=True)
+
+    def run(*args: Any) -> list[Any]:
+        values = list(args)
+        for (primitive, params), operands in steps:
+            own = (values[n] for n in operands)
+            values.append(primitive.bind(*own, **dict(params)))
+        return [values[n] for n in results]
+
+    return jax.jit(run, inline=True)
+
+
+def same_context(eqn: Eqn, other: Eqn) -> bool:
+    """Whether `eqn_context` is the same for both but for the user's line."""
+    one, two = eqn.source_info.name_stack, other.source_info.name_stack
+    return one == two and eqn.ctx == other.ctx
 
 
 def source_of(eqn: Eqn) -> str:

@@ -17,9 +17,8 @@ from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._errors import JloraWarning, UnsupportedOpError
 from jlora._lowrank import LowRank
+from jlora._program import Program
 from jlora._rules import RULES
-
-OFTEN = 4  # layers that are not scanned repeat their operations
 
 OnMissing = Literal["error", "materialize"]
 
@@ -57,8 +56,7 @@ class Replay:
 
     def rebind(self, eqn: Eqn, args: Sequence[Any]) -> list[Any]:
         """Run an equation of the running program as it stands on other operands."""
-        often = self._programs.running[-1].has_often(eqn)
-        return _compat.rebind(eqn, args, often=often)
+        return self._programs.running[-1].rebind(eqn, args)
 
     def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
         """Run a jaxpr; operands and results may be low-rank."""
@@ -66,28 +64,25 @@ class Replay:
         env: dict[Any, Any] = {}
         env.update(zip(bare.constvars, consts, strict=True))
         env.update(zip(bare.invars, args, strict=True))
-        self._programs.running.append(_Program(bare, env))
+        self._programs.running.append(Program(bare, env))
         try:
-            return self._run(bare, env)
+            return self._run(self._programs.running[-1])
         finally:
             self._programs.running.pop()
 
-    def _run(self, bare: Any, env: dict[Any, Any]) -> list[Any]:
-        last_use, live = _lifetimes(bare)
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, _compat.Literal) else env[atom]
-
-        for number, eqn in enumerate(bare.eqns):
-            if not live[number]:
-                continue
-            operands = [read(v) for v in eqn.invars]
+    def _run(self, program: Program) -> list[Any]:
+        number = 0
+        while number < len(program.eqns):
+            eqn = program.eqns[number]
+            stretch = program.stretch(number)
             with _compat.eqn_context(eqn):
-                results = self._step(eqn, operands)
-            env.update(zip(eqn.outvars, results, strict=True))
-            for var in last_use.get(number, ()):
-                env.pop(var, None)  # free early: an eager run holds real arrays
-        return [read(v) for v in bare.outvars]
+                if stretch:
+                    program.run(stretch)
+                else:
+                    operands = [program.read(v) for v in eqn.invars]
+                    program.keep([eqn], eqn.outvars, self._step(eqn, operands))
+            number += len(stretch) or 1
+        return program.results()
 
     def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
         if not any(isinstance(x, LowRank) for x in operands):
@@ -108,73 +103,11 @@ class Replay:
         return self.rebind(eqn, dense)
 
 
-@dataclasses.dataclass
-class _Program:
-    """A jaxpr that is being replayed.
-
-    Attributes:
-      bare: its equations.
-      env: the values of its variables, as far as they are known and still needed.
-      shared: what rules keep for later equations.
-    """
-
-    bare: Any
-    env: dict[Any, Any]
-    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    _products: dict[Any, list[Eqn]] | None = None
-    _operations: collections.Counter[Any] | None = None
-
-    def has_often(self, eqn: Eqn) -> bool:
-        """Whether keeping what such equations have in common pays."""
-        if self._operations is None:
-            self._operations = collections.Counter(map(_hashed, self.bare.eqns))
-        operation = _hashed(eqn)
-        return operation is not None and self._operations[operation] >= OFTEN
-
-    def products(self) -> dict[Any, list[Eqn]]:
-        """The products by their left operand's variable."""
-        if self._products is None:
-            self._products = {}
-            for eqn in self.bare.eqns:
-                is_product = eqn.primitive.name == "dot_general"
-                known = not any(isinstance(v, _compat.Literal) for v in eqn.invars)
-                if is_product and known:
-                    self._products.setdefault(eqn.invars[0], []).append(eqn)
-        return self._products
-
-
-def _hashed(eqn: Eqn) -> Any:
-    """What is one operation, or None where that cannot be told."""
-    operation = _compat.operation(eqn)
-    try:
-        hash(operation)
-    except TypeError:
-        return None
-    return operation
-
-
 class _Programs(threading.local):
     """The programs that a thread is replaying, the innermost last."""
 
     def __init__(self) -> None:
-        self.running: list[_Program] = []
-
-
-def _lifetimes(bare: Any) -> tuple[dict[int, list[Any]], list[bool]]:
-    """For each equation, the variables it is the last to read; and which are needed."""
-    needed = {v for v in bare.outvars if not isinstance(v, _compat.Literal)}
-    last_use: dict[int, list[Any]] = {}
-    live = [False] * len(bare.eqns)
-    for number in range(len(bare.eqns) - 1, -1, -1):
-        eqn = bare.eqns[number]
-        live[number] = bool(eqn.effects) or any(v in needed for v in eqn.outvars)
-        if not live[number]:
-            continue
-        for var in eqn.invars:
-            if not isinstance(var, _compat.Literal) and var not in needed:
-                needed.add(var)
-                last_use.setdefault(number, []).append(var)
-    return last_use, live
+        self.running: list[Program] = []
 
 
 def _no_rule_message(eqn: Eqn, nodes: list[LowRank]) -> str:

@@ -15,7 +15,7 @@ LAYERS = [
     ["_errors", "_compat", "_product"],
     ["_paths", "_labels", "_adapter", "_dora", "_lowrank"],
     ["_init", "_rules"],
-    ["_interpret", "_partition", "_resolve"],
+    ["_program", "_interpret", "_partition", "_resolve"],
     ["_merge", "_scanned", "_stack", "_targets", "_tokens", "_lorafy", "_transform",
      "_summary", "_survey"],
     ["optim", "sharding", "quant"],

@@ -226,6 +226,26 @@ def compilations(f, *calls):
     return count
 
 
+def test_repeated_layers_keep_the_names_of_their_modules():
+    """What repeats runs as one function, but for each module by itself."""
+    params = {"kernel": jnp.eye(3)}
+
+    def f(p, x):
+        for n in range(7):
+            with jax.named_scope(f"layer{n}"):
+                x = jnp.tanh(2 * x + 1) @ p["kernel"]
+            with jax.named_scope(f"norm{n}"):
+                x = x / (1 + jnp.abs(x))
+        return x
+
+    tree = jlora.lorafy(params, 1, ["kernel"])
+    lowered = jax.jit(jlora.lora(f)).lower(tree, jnp.ones((2, 3)))
+    text = lowered.as_text(debug_info=True)
+    for n in range(7):
+        for name in (f"layer{n}/tanh", f"layer{n}/add", f"norm{n}/abs", f"norm{n}/div"):
+            assert f'{name}"' in text
+
+
 def test_a_jitted_step_compiles_once():
     apply, params, x = net()
     tree = tree_of(params)

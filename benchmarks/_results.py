@@ -54,7 +54,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     name = options.name or "_".join(
         [options.command, *(["gpu"] if options.gpu else []),
-         *(["tuned"] if options.env == "tuned" else [])]
+         *([options.env] if options.env != "default" else [])]
     )  # fmt: skip
     result = {
         "command": options.command,

@@ -22,7 +22,12 @@ TUNED = {
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
     "MALLOC_ARENA_MAX": "1",
 }
-ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {"default": {}, "tuned": TUNED}
+# Every array in pages of its own, given back when it goes: who does a thing once has
+# none to reuse. By itself glibc keeps more or fewer of them from run to run.
+FRESH = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
+    "default": {}, "tuned": TUNED, "fresh": FRESH,
+}  # fmt: skip
 # JAX takes most of a GPU at once; workers share it.
 _ALWAYS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 # GPUs that XLA can compile for without one. JAX's own arrays stay on the CPU, and

@@ -2,10 +2,11 @@
 
 A merge gives a new tree, so it is held against a copy that does: every adapted kernel
 read once and written to new memory, in one program. On a CPU the system hands out that
-memory page by page, which takes longer than the copying; `--env tuned` keeps the pages,
-for both. The copy in place, which no merge can reach while the base is kept, stands
-beside them: it is what the memory itself can do. Programs are compiled for a shape, so
-what a user waits for who merges once is `first_s`.
+memory page by page, which takes longer than the copying. `--env fresh` makes every page
+new, as for who merges once; `--env tuned` keeps them; glibc by itself keeps some, more
+or fewer from run to run. The copy in place, which no merge can reach while the base is
+kept, stands beside them: it is what the memory itself can do. Programs are compiled for
+a shape, so what a user waits for who merges once is `first_s`.
 """
 
 from __future__ import annotations

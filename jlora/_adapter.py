@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._compat import is_explicit
 from jlora._errors import ShapeError
-from jlora._labels import RANK, Array, Dims, contract, spread, widen
+from jlora._labels import RANK, Array, Dims, contract, outer_sum, spread, widen
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -106,14 +107,24 @@ class Adapter:
         """Whether the window spans all of one dimension."""
         return self.size(dim) in (None, size)
 
-    def delta(self, shape: Sequence[int]) -> Array:
-        """The dense update `scale * a @ b` of a kernel of that shape, float32."""
+    def delta(self, shape: Sequence[int], *, fusible: bool = False) -> Array:
+        """The dense update `scale * a @ b` of a kernel of that shape, float32.
+
+        Args:
+          shape: the kernel's.
+          fusible: of a small rank, in a form that XLA fuses with the sum it goes into.
+            Its gradients take a pass over the kernel for each rank.
+        """
         dims = tuple(range(len(shape)))
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         a = a * spread(self.scale, self.s_dims, self.a_dims)
-        out, labels = contract(
-            a, self.a_dims, b, self.b_dims, keep=dims, precision="highest"
-        )
+        few = self.rank <= _FUSIBLE and not (is_explicit(a) or is_explicit(b))
+        if fusible and few:
+            out, labels = outer_sum(a, self.a_dims, b, self.b_dims)
+        else:
+            out, labels = contract(
+                a, self.a_dims, b, self.b_dims, keep=dims, precision="highest"
+            )
         starts = [self.starts[d] if d in labels else None for d in dims]
         out = widen(spread(out, labels, dims), starts, shape)
         return jnp.broadcast_to(out, shape)
@@ -146,6 +157,9 @@ class Adapter:
         return adapter
 
 
+# Reading factors r times a weight, from a GPU's first cache, costs less up to here than
+# a dense update that is written and read.
+_FUSIBLE = 16
 # Each array, and the field that says which dimensions its axes lie along.
 DIMS_OF = {
     "a": "a_dims", "b": "b_dims", "scale": "s_dims", "key": "s_dims",

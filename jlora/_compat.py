@@ -251,12 +251,12 @@ def spec(x: Any) -> tuple[Any, ...]:
     return tuple(jax.typeof(x).sharding.spec)
 
 
-def on_mesh_of(x: Any, spec: Sequence[Any]) -> Any:
+def on_mesh_of(x: Any, axes: Sequence[Any]) -> Any:
     """An `out_sharding` on x's mesh where that is explicit; None where it is not."""
     if not is_explicit(x):
         return None
     mesh = jax.typeof(x).sharding.mesh
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def default_precision() -> Any:

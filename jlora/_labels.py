@@ -7,6 +7,8 @@ dimensions or touching one small factor, and a contraction needs no fixed layout
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
@@ -55,6 +57,25 @@ def contract(
     if _compat.is_explicit(x) or _compat.is_explicit(y):
         return lax.dot_general(x, y, numbers, **dot_params), labels
     return factor_product(x, y, numbers, **dot_params), labels
+
+
+def outer_sum(
+    x: Array, x_labels: Sequence[int], y: Array, y_labels: Sequence[int]
+) -> tuple[Array, tuple[Hashable, ...]]:
+    """Contract two arrays over `RANK` as a sum of broadcast products, one a rank.
+
+    XLA fuses such a sum with what it is added to; a product it writes to memory first.
+
+    Returns:
+      The sum and its labels, in order.
+    """
+    labels = tuple(sorted({*x_labels, *y_labels} - {RANK}))
+    x, y = (spread(z, of, (RANK, *labels)) for z, of in ((x, x_labels), (y, y_labels)))
+    terms = (
+        lax.index_in_dim(x, r, keepdims=False) * lax.index_in_dim(y, r, keepdims=False)
+        for r in range(x.shape[0])
+    )
+    return functools.reduce(operator.add, terms), labels
 
 
 def align(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -80,31 +80,29 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
     Raises:
       NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
     """
-    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
     leaves = {path_str(path): x for path, x in pairs}
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
-    biases = bias_terms(leaves)
-    merged = {path: _merge_node(_bare(x)) for path, x in nodes.items()}
-    if not _is_tracing(merged):
-        finite = jax.device_get({path: ok for path, (_, ok) in merged.items()})
-        for path in (path for path, ok in finite.items() if not ok):
-            _refuse(path, nodes[path])
-    elif report:
+    tracing = _is_tracing(nodes)
+    if tracing and report:
         raise StructureError(
             "a merge report needs numbers, and inside jax.jit there are none yet.\n"
             "Call jlora.merge(tree, report=True) outside of jit."
         )
-
-    def dense(path: Any, x: Any) -> Any:
-        name = path_str(path)
-        if name in merged:
-            return merged[name][0]
-        return plain_leaf(x, biases.get(name))
-
-    out = [jax.tree_util.tree_map_with_path(dense, tree, is_leaf=is_node)]
+    biases = bias_terms(leaves)
+    done = {path: _merge_node(_bare(x)) for path, x in nodes.items()}
+    plain = [
+        done[path][0] if path in done else plain_leaf(x, biases.get(path))
+        for path, x in leaves.items()
+    ]
+    if not tracing:
+        finite = jax.device_get({path: ok for path, (_, ok) in done.items()})
+        for path in (path for path, ok in finite.items() if not ok):
+            _refuse(path, nodes[path])
+    out = [jax.tree.unflatten(structure, plain)]
     if report:
         # In a pass of its own, so that asking for a report changes no bit.
-        figures = {p: _figures(_bare(nodes[p]), x) for p, (x, _) in merged.items()}
+        figures = {p: _figures(_bare(nodes[p]), x) for p, (x, _) in done.items()}
         stats = jax.device_get(figures)
         out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
     if undo:
@@ -150,14 +148,28 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
 
 @jax.jit
 def _merge_node(w: LowRank | Rows) -> tuple[Array, Array]:
-    """The merged kernel or table, and whether all of it is finite."""
+    """The merged kernel or table, and whether all of it is finite.
+
+    A GPU reads the base and writes the merged kernel in one pass of one kernel. XLA's
+    programs for CPUs take as long for that as for a product, a sum and a check.
+    """
+    return lax.platform_dependent(
+        w,
+        cpu=lambda w: _sum_and_check(w, _has_finite_products, fusible=False),
+        default=lambda w: _sum_and_check(w, _is_finite, fusible=True),
+    )
+
+
+def _sum_and_check(
+    w: LowRank | Rows, is_finite: Callable[[Array], Array], *, fusible: bool
+) -> tuple[Array, Array]:
     base = wide(w.base)
     if isinstance(w, Rows):
         whole = dataclasses.replace(w, base=base).merged()  # the rows' own bits
     else:
-        whole = base + w.delta()
+        whole = base + w.delta(fusible=fusible)
     merged = _rounded(whole, w.dtype)
-    return merged, _is_finite(merged)
+    return merged, is_finite(merged)
 
 
 def _rounded(x: Array, dtype: Any) -> Array:
@@ -170,6 +182,10 @@ def _rounded(x: Array, dtype: Any) -> Array:
 
 
 def _is_finite(x: Array) -> Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+def _has_finite_products(x: Array) -> Array:
     """Whether all of x is finite, in one pass: times zero, infinity and NaN are NaN.
 
     A product with a vector runs in vectors on all cores. XLA's reduction of `isfinite`

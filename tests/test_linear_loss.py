@@ -95,7 +95,7 @@ def test_what_is_not_counted_may_hold_anything():
 
 def test_a_label_that_is_no_class_is_nan_and_a_negative_one_never_counts():
     hidden, kernel, labels = batch()
-    mask = jnp.ones(labels.shape).at[1, 2].set(0)  # on, where the label is -100
+    mask = jnp.ones(labels.shape).at[1, 2].set(0)  # where labels get -100 below
     for f in (linear_cross_entropy, apart):
         total, count = f(hidden, kernel, labels, mask)
         left = linear_cross_entropy(hidden, kernel, labels.at[1, 2].set(-100))

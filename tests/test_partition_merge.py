@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tools import assert_close, lowrank, randomise
 
 import jlora
-from jlora._merge import _merge_node
+from jlora import _merge
 from jlora._rules.layout import reshape_groups
 
 PARAMS = {
@@ -265,9 +265,9 @@ def test_kernels_of_one_shape_share_a_program(getkey):
     kernel = {"kernel": jax.random.normal(getkey(), (13, 11))}
     params = {f"layer_{i}": {"query": kernel, "value": kernel} for i in range(3)}
     tree = randomise(jlora.lorafy(params, 3, ["query", "value"]), getkey())
-    before = _merge_node._cache_size()
+    before = _merge._merge_node._cache_size()
     jlora.merge(tree)
-    assert _merge_node._cache_size() == before + 1
+    assert _merge._merge_node._cache_size() == before + 1
 
 
 def test_merge_under_jit_and_of_stacks_and_slices(getkey):
@@ -278,6 +278,54 @@ def test_merge_under_jit_and_of_stacks_and_slices(getkey):
     assert_close(jlora.merge(tree)["w"], want, rtol=1e-5, atol=1e-5)
     with pytest.raises(jlora.StructureError, match="outside of jit"):
         jax.jit(lambda t: jlora.merge(t, report=True)[0])(tree)
+
+
+def lowered(w, platform):
+    traced = _merge._merge_node.trace(w)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_on_a_gpu_a_small_update_is_no_array_of_its_own(getkey):
+    small, large = (lowrank(getkey(), (37, 31), rank=r) for r in (16, 17))
+    assert "dot_general" not in lowered(small, "cuda")
+    assert "dot_general" in lowered(large, "cuda")
+    assert "dot_general" in lowered(small, "cpu")
+
+
+@pytest.mark.parametrize("bad", [None, jnp.nan, jnp.inf])
+def test_what_a_gpu_does_is_what_a_cpu_does(getkey, bad):
+    w = lowrank(getkey(), (7, 5), dtype=jnp.bfloat16)
+    if bad is not None:
+        w = w.map(w.base.at[6, 4].set(bad), lambda t: t)
+    merged, finite = jax.jit(
+        lambda w: _merge._sum_and_check(w, _merge._is_finite, fusible=True)
+    )(w)
+    want, also = _merge._merge_node(w)
+    assert bool(finite) == bool(also) == (bad is None)
+    assert_close(merged, want, rtol=2**-8)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((7, 5), {}),
+        ((3, 7, 5), {"batch_axes": (0,), "in_axes": (1,)}),
+        ((3, 7, 5), {"in_axes": (0, 1)}),
+        ((7, 2, 3, 5), {"in_axes": (0,)}),
+    ],
+)
+def test_the_fusible_update_is_the_update(getkey, shape, axes, dora):
+    w = lowrank(getkey(), shape, rank=3, dora=dora, **axes)
+    assert_close(w.delta(fusible=True), w.delta(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_fusible_update_of_a_part_is_the_update(getkey):
+    tree = jlora.lorafy({"c_attn": {"kernel": jnp.ones((4, 12))}}, 2, ["query"])
+    w = randomise(tree, getkey())["c_attn"]["kernel"]
+    assert list(w.adapters) == ["query"]
+    assert_close(w.delta(fusible=True), w.delta(), rtol=1e-5, atol=1e-6)
+    assert not np.any(w.delta(fusible=True)[:, 4:])
 
 
 def test_merging_a_dropout_trees_keys_do_not_matter():

@@ -30,6 +30,10 @@ PVARY = ("pvary", "pcast")
 RESHARD = ("reshard", "mesh_cast")
 CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call")
 
+# A jitted function that is its operations where it is called. From 0.11 on, True says
+# so for the lowered program alone, and a jaxpr holds the call.
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+
 
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     """The bare jaxpr and the values of its `constvars`."""
@@ -70,7 +74,7 @@ def inlined(steps: Sequence[tuple[Any, Sequence[int]]], results: Sequence[int]) 
             values.append(primitive.bind(*own, **dict(params)))
         return [values[n] for n in results]
 
-    return jax.jit(run, inline=True)
+    return jax.jit(run, inline=INLINE)
 
 
 def same_context(eqn: Eqn, other: Eqn) -> bool:

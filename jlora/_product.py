@@ -44,7 +44,7 @@ def factor_product(
     return _bind(x, y, exact, precision, preferred_element_type)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=_compat.INLINE)
 def _bind(x: Array, y: Array, numbers: Any, precision: Any, into: Any) -> Array:
     """The primitive; jitted for the cache that JAX keeps of derivatives."""
     params = {"precision": precision, "preferred_element_type": into}

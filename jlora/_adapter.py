@@ -113,7 +113,6 @@ class Adapter:
         Args:
           shape: the kernel's.
           fusible: of a small rank, in a form that XLA fuses with the sum it goes into.
-            Its gradients take a pass over the kernel for each rank.
         """
         dims = tuple(range(len(shape)))
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -60,7 +61,7 @@ def contract(
 
 
 def outer_sum(
-    x: Array, x_labels: Sequence[int], y: Array, y_labels: Sequence[int]
+    x: Array, x_labels: Dims, y: Array, y_labels: Dims
 ) -> tuple[Array, tuple[Hashable, ...]]:
     """Contract two arrays over `RANK` as a sum of broadcast products, one a rank.
 
@@ -69,13 +70,38 @@ def outer_sum(
     Returns:
       The sum and its labels, in order.
     """
-    labels = tuple(sorted({*x_labels, *y_labels} - {RANK}))
-    x, y = (spread(z, of, (RANK, *labels)) for z, of in ((x, x_labels), (y, y_labels)))
+    return _outer_sum(x, x_labels, y, y_labels), _dims_of(x_labels, y_labels)
+
+
+def _dims_of(*labels: Dims) -> Dims:
+    return tuple(sorted(set().union(*labels) - {RANK}))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3))
+def _outer_sum(x: Array, x_labels: Dims, y: Array, y_labels: Dims) -> Array:
+    order = (RANK, *_dims_of(x_labels, y_labels))
+    x, y = spread(x, x_labels, order), spread(y, y_labels, order)
     terms = (
         lax.index_in_dim(x, r, keepdims=False) * lax.index_in_dim(y, r, keepdims=False)
         for r in range(x.shape[0])
     )
-    return functools.reduce(operator.add, terms), labels
+    return functools.reduce(operator.add, terms)
+
+
+@_outer_sum.defjvp
+def _outer_sum_jvp(
+    x_labels: Dims, y_labels: Dims, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    """Products, whose transposes are products: a sum's take a pass for each rank."""
+    dims = _dims_of(x_labels, y_labels)
+
+    def product(x: Array, y: Array) -> Array:
+        out, labels = contract(x, x_labels, y, y_labels, dims, precision="highest")
+        return align(out, labels, dims)
+
+    (x, y), (dx, dy) = primals, tangents
+    out = _outer_sum(x, x_labels, y, y_labels)
+    return out, product(dx, y) + product(x, dy)
 
 
 def align(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tools import assert_close, lowrank, randomise
+from tools import assert_close, equations, lowrank, randomise
 
 import jlora
 from jlora import _merge
@@ -317,7 +317,30 @@ def test_what_a_gpu_does_is_what_a_cpu_does(getkey, bad):
 )
 def test_the_fusible_update_is_the_update(getkey, shape, axes, dora):
     w = lowrank(getkey(), shape, rank=3, dora=dora, **axes)
-    assert_close(w.delta(fusible=True), w.delta(), rtol=1e-5, atol=1e-6)
+    trainable, frozen = jlora.split({"w": w})
+
+    def loss(trainable, **how):
+        delta = jlora.combine(trainable, frozen)["w"].delta(**how)
+        return jnp.sum(jnp.sin(delta)), delta
+
+    grad = jax.grad(loss, has_aux=True)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    assert_close(grad(trainable, fusible=True), grad(trainable), **close)
+
+
+def test_gradients_of_the_fusible_update_are_products(getkey):
+    """Two of them, and no pass over the kernel for each rank."""
+    w = lowrank(getkey(), (7, 5), rank=3)
+
+    def loss(a, b):
+        changed = w.map(w.base, lambda t: dataclasses.replace(t, a=a, b=b))
+        return jnp.sum(jnp.sin(changed.delta(fusible=True)))
+
+    t = w.adapters[""]
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(t.a, t.b)
+    names = [e.primitive.name for e in equations(jaxpr)]
+    assert names.count("factor_product") == 2
+    assert names.count("reduce_sum") == 1  # the loss
 
 
 def test_the_fusible_update_of_a_part_is_the_update(getkey):

@@ -5,8 +5,9 @@ read once and written to new memory, in one program. On a CPU the system hands o
 memory page by page, which takes longer than the copying. `--env fresh` makes every page
 new, as for who merges once; `--env tuned` keeps them; glibc by itself keeps some, more
 or fewer from run to run. The copy in place, which no merge can reach while the base is
-kept, stands beside them: it is what the memory itself can do. Programs are compiled for
-a shape, so what a user waits for who merges once is `first_s`.
+kept, stands beside them: it is what the memory itself can do. A merge with
+`donate=True` writes over its bases, and needs no new memory either. Programs are
+compiled for a shape, so what a user waits for who merges once is `first_s`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.step_time import COPY, copy_rate
 
 CPU = (("t5-base-8x64", 8, ["all-linear"]),)
 GPU = (("llama-1b-2x2048", 8, ["all-linear"]),)
+MERGES = {"jlora": False, "jlora, donated": True}
 NEW = "copy, new memory"
 COLUMNS = (
     "case", "contender", "first_s", "median_ms", "gbytes", "gbytes_per_s",
@@ -37,32 +39,38 @@ def main(options: Any) -> list[_results.Row]:
     size = 2**20 if options.quick else 2**32 if options.gpu else 2**29
     for one in cases(options, CPU, GPU):
         arguments = {"case": dataclasses.asdict(one)}
-        merge = Entry("jlora", "benchmarks.merge:Merge", arguments)
+        merges = [
+            Entry(name, "benchmarks.merge:Merge", {**arguments, "donate": donate})
+            for name, donate in MERGES.items()
+        ]
         new = Entry(NEW, "benchmarks.merge:CopyKernels", arguments)
         in_place = Entry(COPY, "benchmarks._runners:Copy", {"size": size})
-        result = race([merge, new, in_place], options)
+        result = race([*merges, new, in_place], options)
         about |= result.about
-        rows.append({**described(one), "contender": "jlora", **_figures(result)})
+        rows += [
+            {**described(one), "contender": name, **_figures(result, name)}
+            for name in MERGES
+        ]
     print(_results.table(rows, COLUMNS))
     _results.save(options, about, rows)
     return rows
 
 
-def _figures(result: Race) -> dict[str, Any]:
-    if "jlora" in result.errors:
-        return {"error": result.errors["jlora"]}
-    rate, new, in_place = (copy_rate(result, name) for name in ("jlora", NEW, COPY))
+def _figures(result: Race, name: str) -> dict[str, Any]:
+    if name in result.errors:
+        return {"error": result.errors[name]}
+    rate, new, in_place = (copy_rate(result, other) for other in (name, NEW, COPY))
     assert rate is not None
     return {
-        "first_s": result.facts["jlora"]["first_s"],
-        "median_ms": result.median("jlora"),
-        "gbytes": result.facts["jlora"]["bytes_moved"] / 1e9,
+        "first_s": result.facts[name]["first_s"],
+        "median_ms": result.median(name),
+        "gbytes": result.facts[name]["bytes_moved"] / 1e9,
         "gbytes_per_s": rate,
         "copy_gbytes_per_s": new,
         "in_place_gbytes_per_s": in_place,
         "share_of_bandwidth": None if new is None else rate / new,
         "share_of_in_place": None if in_place is None else rate / in_place,
-        "all_ms": result.times["jlora"],
+        "all_ms": result.times[name],
     }
 
 
@@ -75,13 +83,19 @@ def _kernels(case: Mapping[str, Any]) -> tuple[Any, list[Any]]:
 
 
 class Merge:
-    """One merge of every adapted kernel."""
+    """One merge of every adapted kernel; donated, the next one is of what it made."""
 
-    def __init__(self, case: Mapping[str, Any]) -> None:
+    def __init__(self, case: Mapping[str, Any], *, donate: bool) -> None:
+        import jax
+        import jax.numpy as jnp
+
         self.tree, kernels = _kernels(case)
+        self.donate = donate
         base = sum(x.base.nbytes for x in kernels)
         factors = sum(t.a.nbytes + t.b.nbytes for x in kernels
                       for t in x.adapters.values())  # fmt: skip
+        if donate:  # others read the case's own
+            self.tree = jax.tree.map(jnp.copy, self.tree)
         start = time.perf_counter()
         self.step()
         # The least there is to do: read base and factors, write the merged kernels.
@@ -96,7 +110,16 @@ class Merge:
 
         import jlora
 
-        jax.block_until_ready(jlora.merge(self.tree))
+        dense = jax.block_until_ready(jlora.merge(self.tree, donate=self.donate))
+        if self.donate:
+            self.tree = jax.tree.map(_on, self.tree, dense, is_leaf=jlora.is_node)
+
+
+def _on(x: Any, base: Any) -> Any:
+    """The same adapters on another base."""
+    import jlora
+
+    return x.map(base, lambda t: t) if jlora.is_node(x) else x
 
 
 class CopyKernels:

@@ -107,18 +107,19 @@ class Adapter:
         """Whether the window spans all of one dimension."""
         return self.size(dim) in (None, size)
 
-    def delta(self, shape: Sequence[int], *, fusible: bool = False) -> Array:
+    def delta(self, shape: Sequence[int], *, fuse_up_to: int = 0) -> Array:
         """The dense update `scale * a @ b` of a kernel of that shape, float32.
 
         Args:
           shape: the kernel's.
-          fusible: of a small rank, in a form that XLA fuses with the sum it goes into.
+          fuse_up_to: the largest rank of which the update is in a form that XLA fuses
+            with the sum it goes into.
         """
         dims = tuple(range(len(shape)))
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         a = a * spread(self.scale, self.s_dims, self.a_dims)
-        few = self.rank <= _FUSIBLE and not (is_explicit(a) or is_explicit(b))
-        if fusible and few:
+        explicit = is_explicit(a) or is_explicit(b)
+        if self.rank <= fuse_up_to and not explicit:
             out, labels = outer_sum(a, self.a_dims, b, self.b_dims)
         else:
             out, labels = contract(
@@ -156,9 +157,6 @@ class Adapter:
         return adapter
 
 
-# Reading factors r times a weight, from a GPU's first cache, costs less up to here than
-# a dense update that is written and read.
-_FUSIBLE = 16
 # Each array, and the field that says which dimensions its axes lie along.
 DIMS_OF = {
     "a": "a_dims", "b": "b_dims", "scale": "s_dims", "key": "s_dims",

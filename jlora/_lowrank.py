@@ -80,15 +80,15 @@ class LowRank(_OnBase):
         """What the adapters multiply the base's columns by, float32, and its dims."""
         return _dora.common_gain(self.shape, list(self.adapters.values()))
 
-    def delta(self, *, fusible: bool = False) -> Array:
+    def delta(self, *, fuse_up_to: int = 0) -> Array:
         """The dense update, float32: what all adapters change of the base.
 
-        `fusible` is that of `Adapter.delta`.
+        `fuse_up_to` is that of `Adapter.delta`.
         """
         w = self.with_gains()
         update = jnp.zeros(w.shape, jnp.float32)
         for t in w.adapters.values():
-            update = update + t.delta(w.shape, fusible=fusible)
+            update = update + t.delta(w.shape, fuse_up_to=fuse_up_to)
         gained = w.gain()
         if gained is None:
             return update

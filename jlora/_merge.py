@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -61,7 +62,9 @@ class Undo:
     lorafied: Tree
 
 
-def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
+def merge(
+    tree: Tree, *, report: bool = False, undo: bool = False, donate: bool = False
+) -> Any:
     """Fold every adapter into its kernel.
 
     Each kernel becomes `base + scale * a @ b`, with DoRA brought to its magnitude,
@@ -73,24 +76,30 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
       report: also return a `MergeReport`, with the part of each update lost to
         rounding (in bfloat16 that can be most of a small one).
       undo: also return what `unmerge` needs. It keeps the base arrays alive.
+      donate: write each merged kernel over its base, so that no second model needs
+        room (nor, on a CPU, new pages: DONATED) The bases are deleted
+        in `tree`, and in the parameters it was made of, even where merging fails. A
+        base that stands in the tree twice is kept.
 
     Returns:
       The dense tree; with `report` or `undo` a tuple of it, the report, the undo.
 
     Raises:
       NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
+      StructureError: a report inside `jax.jit`; `donate` there, or with what needs the
+        bases.
     """
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
     leaves = {path_str(path): x for path, x in pairs}
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
     tracing = _is_tracing(nodes)
-    if tracing and report:
-        raise StructureError(
-            "a merge report needs numbers, and inside jax.jit there are none yet.\n"
-            "Call jlora.merge(tree, report=True) outside of jit."
-        )
+    _refuse_options(tracing, report, keep=report or undo, donate=donate)
     biases = bias_terms(leaves)
-    done = {path: _merge_node(_bare(x)) for path, x in nodes.items()}
+    given = _bases_of_their_own(tree, nodes) if donate else ()
+    done = {
+        path: (_merge_onto if path in given else _merge_node)(x.base, _bare(x))
+        for path, x in nodes.items()
+    }
     plain = [
         done[path][0] if path in done else plain_leaf(x, biases.get(path))
         for path, x in leaves.items()
@@ -102,7 +111,9 @@ def merge(tree: Tree, *, report: bool = False, undo: bool = False) -> Any:
     out = [jax.tree.unflatten(structure, plain)]
     if report:
         # In a pass of its own, so that asking for a report changes no bit.
-        figures = {p: _figures(_bare(nodes[p]), x) for p, (x, _) in done.items()}
+        figures = {
+            p: _figures(nodes[p].base, _bare(nodes[p]), x) for p, (x, _) in done.items()
+        }
         stats = jax.device_get(figures)
         out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
     if undo:
@@ -146,28 +157,60 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
     return undo.lorafied
 
 
-@jax.jit
-def _merge_node(w: LowRank | Rows) -> tuple[Array, Array]:
+def _refuse_options(tracing: bool, report: bool, *, keep: bool, donate: bool) -> None:
+    if tracing and report:
+        raise StructureError(
+            "a merge report needs numbers, and inside jax.jit there are none yet.\n"
+            "Call jlora.merge(tree, report=True) outside of jit."
+        )
+    if donate and keep:
+        raise StructureError(
+            "a report and an undo need the bases that jlora.merge(donate=True) writes "
+            "over.\nLeave out one or the other."
+        )
+    if donate and tracing:
+        raise StructureError(
+            "inside jax.jit jlora.merge(donate=True) has no memory to give.\nDonate "
+            "the tree to the jitted function: jax.jit(f, donate_argnums=0)."
+        )
+
+
+def _bases_of_their_own(tree: Tree, nodes: Mapping[str, Any]) -> frozenset[str]:
+    """The nodes whose bases are nobody else's in the tree."""
+    uses = collections.Counter(id(x) for x in jax.tree.leaves(tree))
+    return frozenset(path for path, x in nodes.items() if uses[id(x.base)] == 1)
+
+
+def _merged(base: Array, bare: LowRank | Rows) -> tuple[Array, Array]:
     """The merged kernel or table, and whether all of it is finite.
 
-    A GPU reads the base and writes the merged kernel in one pass of one kernel. XLA's
-    programs for CPUs take as long for that as for a product, a sum and a check.
+    Of a small rank one pass reads the base and writes the merged kernel, over the base
+    where that is donated: there is no dense update in memory. Only the check differs.
     """
     return lax.platform_dependent(
-        w,
-        cpu=lambda w: _sum_and_check(w, _has_finite_products, fusible=False),
-        default=lambda w: _sum_and_check(w, _is_finite, fusible=True),
+        dataclasses.replace(bare, base=base),
+        cpu=lambda w: _sum_and_check(w, _is_finite_on_cpu, _FUSED_ON_CPU),
+        default=lambda w: _sum_and_check(w, _is_finite, _FUSED),
     )
 
 
+# A weight of a fused update reads 2 r factors from the nearest cache, which up to these
+# ranks takes less time than writing and reading a dense update.
+_FUSED_ON_CPU = 8
+_FUSED = 16
+
+_merge_node = jax.jit(_merged)
+_merge_onto = jax.jit(_merged, donate_argnums=0)
+
+
 def _sum_and_check(
-    w: LowRank | Rows, is_finite: Callable[[Array], Array], *, fusible: bool
+    w: LowRank | Rows, is_finite: Callable[[Array], Array], fuse_up_to: int
 ) -> tuple[Array, Array]:
     base = wide(w.base)
     if isinstance(w, Rows):
         whole = dataclasses.replace(w, base=base).merged()  # the rows' own bits
     else:
-        whole = base + w.delta(fusible=fusible)
+        whole = base + w.delta(fuse_up_to=fuse_up_to)
     merged = _rounded(whole, w.dtype)
     return merged, is_finite(merged)
 
@@ -185,13 +228,17 @@ def _is_finite(x: Array) -> Array:
     return jnp.all(jnp.isfinite(x))
 
 
-def _has_finite_products(x: Array) -> Array:
-    """Whether all of x is finite, in one pass: times zero, infinity and NaN are NaN.
+def _is_finite_on_cpu(x: Array) -> Array:
+    """Whether all of x is finite, by what runs in vectors and on all cores.
 
-    A product with a vector runs in vectors on all cores. XLA's reduction of `isfinite`
-    on a CPU does neither, and takes as long as the merge. The barriers keep XLA from
-    knowing that the vector is zero, and from computing x a second time.
+    XLA's reduction to one value does neither on a CPU, and takes as long as the merge.
+    A product with a vector does: times zero, infinity and NaN are NaN. The barriers
+    keep XLA from knowing that the vector is zero, and from computing x a second time.
+    What is narrower than float32 a product would widen first, to an array of its own;
+    there each column is reduced, then all of them.
     """
+    if x.dtype.itemsize < 4:
+        return jnp.all(lax.optimization_barrier(jnp.all(jnp.isfinite(x), axis=0)))
     dims = tuple(range(x.ndim))
     x, zero = lax.optimization_barrier((x, jnp.zeros(x.shape[-1:], x.dtype)))
     # In full precision: TF32 would round the largest numbers up to infinity.
@@ -200,8 +247,9 @@ def _has_finite_products(x: Array) -> Array:
 
 
 @jax.jit
-def _figures(w: LowRank | Rows, merged: Array) -> dict[str, Array]:
+def _figures(base: Array, bare: LowRank | Rows, merged: Array) -> dict[str, Array]:
     """What a report says of a kernel that `_merge_node` merged."""
+    w = dataclasses.replace(bare, base=base)
     base, rounded = wide(w.base), wide(merged)
     if isinstance(w, Rows):
         delta = dataclasses.replace(w, base=base).merged() - base
@@ -224,15 +272,15 @@ def _norm(x: Array) -> Array:
 
 
 def _bare(w: LowRank | Rows) -> LowRank | Rows:
-    """The node without what merging it does not depend on.
+    """The node without its base, and without what merging does not depend on.
 
     Kernels of one shape then share a program; with the path, which is static, each had
     its own, and a first merge compiled for a minute. Dropout's keys do not matter.
     """
     w = dataclasses.replace(w, path="")
     if isinstance(w, Rows):
-        return w
-    return w.map(w.base, lambda t: dataclasses.replace(t, **_IDLE))
+        return dataclasses.replace(w, base=None)
+    return w.map(None, lambda t: dataclasses.replace(t, **_IDLE))
 
 
 _IDLE: dict[str, Any] = {
@@ -246,12 +294,18 @@ def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
 
 
 def _refuse(path: str, w: LowRank | Rows) -> NoReturn:
-    finite_base = jnp.all(jnp.isfinite(w.base))
-    where = "its adapter or their sum" if finite_base else "its base"
+    done = "Nothing was merged."
+    if isinstance(w.base, jax.Array) and w.base.is_deleted():
+        where = "its base, its adapter or their sum"
+        done = "The bases were donated and are gone: load them again."
+    elif jnp.all(jnp.isfinite(w.base)):
+        where = "its adapter or their sum"
+    else:
+        where = "its base"
     raise NonFiniteError(
         f"the kernel {path!r} {w.shape} {w.dtype} cannot be merged: NaN or infinity in "
-        f"{where}.\nNothing was merged. Check the checkpoint, or the training run that "
-        "made the adapter (a learning rate too high?)."
+        f"{where}.\n{done} Check the checkpoint, or the training run that made the "
+        "adapter (a learning rate too high?)."
     )
 
 

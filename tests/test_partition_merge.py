@@ -254,11 +254,66 @@ def test_sharded_kernels_merge_where_they_lie(kind, spec):
         tree = jlora.lorafy({"query": put(dense)}, 2, ["query"])
         merged, _ = jlora.merge(tree, report=True)
         assert bits(merged) == bits(dense)  # B is zero
-        assert merged["query"].sharding.is_equivalent_to(tree["query"].base.sharding, 2)
+        where = tree["query"].base.sharding
+        assert merged["query"].sharding.is_equivalent_to(where, 2)
+        merged = jlora.merge(jax.tree.map(jnp.copy, tree), donate=True)
+        assert bits(merged) == bits(dense)
+        assert merged["query"].sharding.is_equivalent_to(where, 2)
         dense[5, 3] = np.nan  # the last device's
         tree["query"] = tree["query"].map(put(dense), lambda t: t)
         with pytest.raises(jlora.NonFiniteError, match="its base"):
             jlora.merge(tree)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_donated_base_is_written_over(dtype, dora):
+    tree = jax.tree.map(jnp.copy, tree_of(dtype, dora=dora))
+    want = jlora.merge(tree)
+    base = tree["query"]["kernel"].base
+    place = base.unsafe_buffer_pointer()
+    merged = jlora.merge(tree, donate=True)
+    assert bits(merged) == bits(want)
+    assert merged["query"]["kernel"].unsafe_buffer_pointer() == place
+    assert base.is_deleted()
+    assert not tree["query"]["bias"].is_deleted()
+
+
+def test_a_base_that_stands_twice_is_not_donated(getkey):
+    kernel = jax.random.normal(getkey(), (7, 5))
+    params = {"query": {"kernel": kernel}, "copy": kernel}
+    tree = randomise(jlora.lorafy(params, 2, ["query"]), getkey())
+    tree["copy"] = tree["query"]["kernel"].base
+    merged = jlora.merge(tree, donate=True)
+    assert bits(merged["copy"]) == bits(tree["query"]["kernel"].base)
+    both = {"a": tree["query"], "b": tree["query"]}
+    merged = jlora.merge(both, donate=True)
+    assert bits(merged["a"]) == bits(merged["b"])
+
+
+def test_what_donating_cannot_do_is_refused():
+    tree = jax.tree.map(jnp.copy, tree_of())
+    for what in ("report", "undo"):
+        with pytest.raises(jlora.StructureError, match="writes over"):
+            jlora.merge(tree, donate=True, **{what: True})
+    with pytest.raises(jlora.StructureError, match="donate_argnums"):
+        jax.jit(lambda t: jlora.merge(t, donate=True))(tree)
+    w = tree["query"]["kernel"]
+    tree["query"]["kernel"] = w.map(w.base.at[0, 0].set(jnp.nan), lambda t: t)
+    with pytest.raises(jlora.NonFiniteError, match="donated and are gone: load them"):
+        jlora.merge(tree, donate=True)
+
+
+def test_rows_of_a_donated_table_are_written_into_it(getkey):
+    params = {"embed": {"embedding": jax.random.normal(getkey(), (7, 5))}}
+    tree = randomise(
+        jlora.lorafy(params, targets=[], trainable_tokens={"embed": [1, 4]}), getkey()
+    )
+    want, place = jlora.merge(tree), tree["embed"]["embedding"].base
+    place = place.unsafe_buffer_pointer()
+    merged = jlora.merge(tree, donate=True)
+    assert bits(merged) == bits(want)
+    assert merged["embed"]["embedding"].unsafe_buffer_pointer() == place
 
 
 def test_kernels_of_one_shape_share_a_program(getkey):
@@ -281,15 +336,37 @@ def test_merge_under_jit_and_of_stacks_and_slices(getkey):
 
 
 def lowered(w, platform):
-    traced = _merge._merge_node.trace(w)
+    traced = _merge._merge_node.trace(w.base, _merge._bare(w))
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_on_a_gpu_a_small_update_is_no_array_of_its_own(getkey):
-    small, large = (lowrank(getkey(), (37, 31), rank=r) for r in (16, 17))
-    assert "dot_general" not in lowered(small, "cuda")
-    assert "dot_general" in lowered(large, "cuda")
-    assert "dot_general" in lowered(small, "cpu")
+@pytest.mark.parametrize(("platform", "rank"), [("cuda", 16), ("cpu", 8)])
+def test_a_small_update_is_no_array_of_its_own(getkey, platform, rank):
+    small, large = (lowrank(getkey(), (37, 31), rank=r) for r in (rank, rank + 1))
+    checks = lowered(small, platform).count("dot_general")
+    assert checks == (platform == "cpu")
+    assert lowered(large, platform).count("dot_general") == checks + 1
+
+
+@pytest.mark.parametrize(("dtype", "bytes_a_weight"), [("float32", 0), ("bfloat16", 1)])
+def test_a_donated_merge_needs_little_memory(getkey, dtype, bytes_a_weight):
+    """For factors, and for what the check of a narrow dtype says of each weight."""
+    w = lowrank(getkey(), (370, 310), rank=8, dtype=dtype)
+    step = _merge._merge_onto.lower(w.base, _merge._bare(w)).compile()
+    memory = step.memory_analysis()
+    assert memory.alias_size_in_bytes == w.base.nbytes
+    assert memory.temp_size_in_bytes < (bytes_a_weight + 0.1) * w.base.size
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_one_bad_weight_is_found_anywhere(dtype):
+    x = jnp.full((67, 41), jnp.finfo(dtype).max, dtype)
+    for where in ((0, 0), (66, 40), (31, 17)):
+        for bad in (jnp.nan, jnp.inf, -jnp.inf):
+            one = x.at[where].set(bad)
+            for check in (_merge._is_finite, _merge._is_finite_on_cpu):
+                assert jax.jit(check)(x)
+                assert not jax.jit(check)(one)
 
 
 @pytest.mark.parametrize("bad", [None, jnp.nan, jnp.inf])
@@ -297,10 +374,10 @@ def test_what_a_gpu_does_is_what_a_cpu_does(getkey, bad):
     w = lowrank(getkey(), (7, 5), dtype=jnp.bfloat16)
     if bad is not None:
         w = w.map(w.base.at[6, 4].set(bad), lambda t: t)
-    merged, finite = jax.jit(
-        lambda w: _merge._sum_and_check(w, _merge._is_finite, fusible=True)
-    )(w)
-    want, also = _merge._merge_node(w)
+    merged, finite = jax.jit(lambda w: _merge._sum_and_check(w, _merge._is_finite, 16))(
+        w
+    )
+    want, also = _merge._merge_node(w.base, _merge._bare(w))
     assert bool(finite) == bool(also) == (bad is None)
     assert_close(merged, want, rtol=2**-8)
 
@@ -315,7 +392,7 @@ def test_what_a_gpu_does_is_what_a_cpu_does(getkey, bad):
         ((7, 2, 3, 5), {"in_axes": (0,)}),
     ],
 )
-def test_the_fusible_update_is_the_update(getkey, shape, axes, dora):
+def test_the_fused_update_is_the_update(getkey, shape, axes, dora):
     w = lowrank(getkey(), shape, rank=3, dora=dora, **axes)
     trainable, frozen = jlora.split({"w": w})
 
@@ -325,16 +402,16 @@ def test_the_fusible_update_is_the_update(getkey, shape, axes, dora):
 
     grad = jax.grad(loss, has_aux=True)
     close = {"rtol": 1e-4, "atol": 1e-5}
-    assert_close(grad(trainable, fusible=True), grad(trainable), **close)
+    assert_close(grad(trainable, fuse_up_to=3), grad(trainable), **close)
 
 
-def test_gradients_of_the_fusible_update_are_products(getkey):
+def test_gradients_of_the_fused_update_are_products(getkey):
     """Two of them, and no pass over the kernel for each rank."""
     w = lowrank(getkey(), (7, 5), rank=3)
 
     def loss(a, b):
         changed = w.map(w.base, lambda t: dataclasses.replace(t, a=a, b=b))
-        return jnp.sum(jnp.sin(changed.delta(fusible=True)))
+        return jnp.sum(jnp.sin(changed.delta(fuse_up_to=3)))
 
     t = w.adapters[""]
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(t.a, t.b)
@@ -343,12 +420,12 @@ def test_gradients_of_the_fusible_update_are_products(getkey):
     assert names.count("reduce_sum") == 1  # the loss
 
 
-def test_the_fusible_update_of_a_part_is_the_update(getkey):
+def test_the_fused_update_of_a_part_is_the_update(getkey):
     tree = jlora.lorafy({"c_attn": {"kernel": jnp.ones((4, 12))}}, 2, ["query"])
     w = randomise(tree, getkey())["c_attn"]["kernel"]
     assert list(w.adapters) == ["query"]
-    assert_close(w.delta(fusible=True), w.delta(), rtol=1e-5, atol=1e-6)
-    assert not np.any(w.delta(fusible=True)[:, 4:])
+    assert_close(w.delta(fuse_up_to=3), w.delta(), rtol=1e-5, atol=1e-6)
+    assert not np.any(w.delta(fuse_up_to=3)[:, 4:])
 
 
 def test_merging_a_dropout_trees_keys_do_not_matter():

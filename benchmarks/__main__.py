@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         _add_run(one)
         if name not in ("import_time", "load", "lorafy", "text"):
             _add_case(one)
-    for name in ("step_time", "text", "generate", "memory", "load", "sweep"):
+    for name in ("step_time", "text", "generate", "memory", "load", "merge", "sweep"):
         made[name].add_argument(
             "--contenders",
             nargs="+",

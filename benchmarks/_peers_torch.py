@@ -171,6 +171,39 @@ class Generation:
         out.cpu()
 
 
+class Merge:
+    """PEFT's merge of every adapted kernel; the next one is of what it made."""
+
+    def __init__(self, case: Mapping[str, Any], safe: bool) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        settle()
+        model = adapted(Case(**case), "PEFT").to(device())
+        self.layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        self.safe = safe
+        base = sum(m.get_base_layer().weight.nbytes for m in self.layers)
+        factors = sum(
+            x.weight.nbytes
+            for m in self.layers
+            for x in (*m.lora_A.values(), *m.lora_B.values())
+        )
+        start = time.perf_counter()
+        self.step()
+        self.facts = {
+            "bytes_moved": 2 * base + factors,
+            "first_s": time.perf_counter() - start,
+        }
+
+    def step(self) -> None:
+        """Merge once."""
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.merge(safe_merge=self.safe)
+                layer.merged_adapters.clear()  # else the next merge does nothing
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
 @functools.cache
 def settle() -> None:
     """Let PyTorch use the machine as well as it can."""

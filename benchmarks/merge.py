@@ -8,6 +8,9 @@ or fewer from run to run. The copy in place, which no merge can reach while the 
 kept, stands beside them: it is what the memory itself can do. A merge with
 `donate=True` writes over its bases, and needs no new memory either. Programs are
 compiled for a shape, so what a user waits for who merges once is `first_s`.
+
+PEFT writes over its bases, and checks for NaN only with `safe_merge`, in a copy of each
+kernel.
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import _results
-from benchmarks._choice import cases, described
+from benchmarks._choice import cases, contenders, described
 from benchmarks._race import Entry, Race, race
 from benchmarks.step_time import COPY, copy_rate
 
 CPU = (("t5-base-8x64", 8, ["all-linear"]),)
 GPU = (("llama-1b-2x2048", 8, ["all-linear"]),)
-MERGES = {"jlora": False, "jlora, donated": True}
+# Whether bases are written over, or checks made.
+OWN = {"jlora": {"donate": False}, "jlora, donated": {"donate": True}}
+PEFT = {"PEFT": {"safe": False}, "PEFT, safe_merge": {"safe": True}}
 NEW = "copy, new memory"
 COLUMNS = (
     "case", "contender", "first_s", "median_ms", "gbytes", "gbytes_per_s",
     "copy_gbytes_per_s", "in_place_gbytes_per_s", "share_of_bandwidth",
-    "share_of_in_place", "error",
+    "share_of_in_place", "to_peft", "to_safe_merge", "error",
 )  # fmt: skip
 
 
@@ -39,21 +44,26 @@ def main(options: Any) -> list[_results.Row]:
     size = 2**20 if options.quick else 2**32 if options.gpu else 2**29
     for one in cases(options, CPU, GPU):
         arguments = {"case": dataclasses.asdict(one)}
-        merges = [
-            Entry(name, "benchmarks.merge:Merge", {**arguments, "donate": donate})
-            for name, donate in MERGES.items()
-        ]
+        names = contenders(options, (*OWN, *PEFT))
         new = Entry(NEW, "benchmarks.merge:CopyKernels", arguments)
         in_place = Entry(COPY, "benchmarks._runners:Copy", {"size": size})
+        merges = [_entry(name, arguments) for name in names]
         result = race([*merges, new, in_place], options)
         about |= result.about
         rows += [
             {**described(one), "contender": name, **_figures(result, name)}
-            for name in MERGES
+            for name in names
         ]
     print(_results.table(rows, COLUMNS))
     _results.save(options, about, rows)
     return rows
+
+
+def _entry(name: str, arguments: Mapping[str, Any]) -> Entry:
+    if name in PEFT:
+        arguments = {**arguments, **PEFT[name]}
+        return Entry(name, "benchmarks._peers_torch:Merge", arguments, "PEFT")
+    return Entry(name, "benchmarks.merge:Merge", {**arguments, **OWN[name]})
 
 
 def _figures(result: Race, name: str) -> dict[str, Any]:
@@ -70,6 +80,8 @@ def _figures(result: Race, name: str) -> dict[str, Any]:
         "in_place_gbytes_per_s": in_place,
         "share_of_bandwidth": None if new is None else rate / new,
         "share_of_in_place": None if in_place is None else rate / in_place,
+        "to_peft": result.ratio(name, "PEFT"),
+        "to_safe_merge": result.ratio(name, "PEFT, safe_merge"),
         "all_ms": result.times[name],
     }
 

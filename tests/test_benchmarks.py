@@ -28,7 +28,7 @@ RUNS = {
     "memory": [*GPT, "--contenders", "jlora", "full fine-tuning", "--peers"],
     "load": ["--contenders", "jlora", "--repeats", "1"],
     "generate": [*GPT, "--contenders", "jlora", "merged", "--beams", "2"],
-    "merge": GPT,
+    "merge": [*GPT, "--contenders", "jlora", "jlora, donated"],
     "files": GPT,
     "lorafy": [],
     "import_time": [],
@@ -387,6 +387,16 @@ def test_real_text_and_generation_beside_peft(corpus):
     assert not any(row["error"] for row in rows)
     assert rows[0]["to_peft"] > 0
     assert rows[0]["compilations"] <= rows[0]["steps"] == 2
+
+
+@pytest.mark.oracle
+def test_merges_beside_peft():
+    pytest.importorskip("peft")
+    rows = main(["merge", *TINY, *GPT])
+    names = ["jlora", "jlora, donated", "PEFT", "PEFT, safe_merge"]
+    assert [row["contender"] for row in rows] == names
+    assert len({row["gbytes"] for row in rows}) == 1  # the same kernels and factors
+    assert all(row["to_peft"] > 0 and row["to_safe_merge"] > 0 for row in rows)
 
 
 @pytest.mark.oracle

@@ -77,9 +77,9 @@ def merge(
         rounding (in bfloat16 that can be most of a small one).
       undo: also return what `unmerge` needs. It keeps the base arrays alive.
       donate: write each merged kernel over its base, so that no second model needs
-        room (nor, on a CPU, new pages: DONATED) The bases are deleted
-        in `tree`, and in the parameters it was made of, even where merging fails. A
-        base that stands in the tree twice is kept.
+        room (nor, on a CPU, new pages, which take longer than merging does). The bases
+        are deleted in `tree`, and in the parameters it was made of, even where merging
+        fails. A base that stands in the tree twice is kept.
 
     Returns:
       The dense tree; with `report` or `undo` a tuple of it, the report, the undo.

@@ -87,13 +87,15 @@ def merge(
     Raises:
       NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
       StructureError: a report inside `jax.jit`; `donate` there, or with what needs the
-        bases.
+        bases; arrays that were donated before.
     """
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
     leaves = {path_str(path): x for path, x in pairs}
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
     tracing = _is_tracing(nodes)
     _refuse_options(tracing, report, keep=report or undo, donate=donate)
+    if not tracing:
+        _refuse_deleted(leaves)
     biases = bias_terms(leaves)
     given = _bases_of_their_own(tree, nodes) if donate else ()
     done = {
@@ -175,10 +177,32 @@ def _refuse_options(tracing: bool, report: bool, *, keep: bool, donate: bool) ->
         )
 
 
+def _refuse_deleted(leaves: Mapping[str, Any]) -> None:
+    for path, leaf in leaves.items():
+        arrays = (x for x in jax.tree.leaves(leaf) if isinstance(x, jax.Array))
+        gone = next((x for x in arrays if x.is_deleted()), None)
+        if gone is not None:
+            raise StructureError(
+                f"an array {gone.shape} {gone.dtype} of {path!r} is gone: it was "
+                "donated, to a jitted function or to jlora.merge(donate=True).\nMerge "
+                "what that returned, or load the parameters again."
+            )
+
+
 def _bases_of_their_own(tree: Tree, nodes: Mapping[str, Any]) -> frozenset[str]:
     """The nodes whose bases are nobody else's in the tree."""
-    uses = collections.Counter(id(x) for x in jax.tree.leaves(tree))
-    return frozenset(path for path, x in nodes.items() if uses[id(x.base)] == 1)
+    uses = collections.Counter(map(_place, jax.tree.leaves(tree)))
+    return frozenset(path for path, x in nodes.items() if uses[_place(x.base)] == 1)
+
+
+def _place(x: Any) -> int:
+    """What two arrays on one piece of memory have in common; others do not."""
+    plain = isinstance(x, jax.Array) and not jnp.issubdtype(
+        x.dtype, jax.dtypes.extended
+    )
+    if not (plain and x.addressable_shards):
+        return id(x)
+    return x.addressable_shards[0].data.unsafe_buffer_pointer()
 
 
 def _merged(base: Array, bare: LowRank | Rows) -> tuple[Array, Array]:

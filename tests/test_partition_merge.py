@@ -286,9 +286,11 @@ def test_a_base_that_stands_twice_is_not_donated(getkey):
     tree["copy"] = tree["query"]["kernel"].base
     merged = jlora.merge(tree, donate=True)
     assert bits(merged["copy"]) == bits(tree["query"]["kernel"].base)
-    both = {"a": tree["query"], "b": tree["query"]}
-    merged = jlora.merge(both, donate=True)
-    assert bits(merged["a"]) == bits(merged["b"])
+    w = tree["query"]["kernel"]
+    again = jax.device_put(w.base, w.base.sharding)  # the same memory
+    for both in ([w, w], [w, w.map(again, lambda t: t)]):
+        merged = jlora.merge(both, donate=True)
+        assert bits(merged[0]) == bits(merged[1])
 
 
 def test_what_donating_cannot_do_is_refused():
@@ -302,6 +304,13 @@ def test_what_donating_cannot_do_is_refused():
     tree["query"]["kernel"] = w.map(w.base.at[0, 0].set(jnp.nan), lambda t: t)
     with pytest.raises(jlora.NonFiniteError, match="donated and are gone: load them"):
         jlora.merge(tree, donate=True)
+
+
+def test_arrays_that_are_gone_are_named():
+    tree = jax.tree.map(jnp.copy, tree_of())
+    jlora.merge(tree, donate=True)
+    with pytest.raises(jlora.StructureError, match="of 'query/kernel' is gone"):
+        jlora.merge(tree)
 
 
 def test_rows_of_a_donated_table_are_written_into_it(getkey):

@@ -159,12 +159,15 @@ def _depth(rows: Sequence[Row]) -> Found | None:
     return Found(deep["jlora_s"] / flat["jlora_s"], *sides)
 
 
-def _merge(rows: Sequence[Row]) -> Found | None:
-    row = _row(rows, contender="jlora")
-    if row is None:
-        return None
-    sides = (f"{row[n]:,.1f} GB/s" for n in ("gbytes_per_s", "copy_gbytes_per_s"))
-    return Found(row["share_of_bandwidth"], *sides)
+def _merge(contender: str) -> Callable[[Sequence[Row]], Found | None]:
+    def find(rows: Sequence[Row]) -> Found | None:
+        row = _row(rows, contender=contender)
+        if row is None:
+            return None
+        sides = (f"{row[n]:,.1f} GB/s" for n in ("gbytes_per_s", "copy_gbytes_per_s"))
+        return Found(row["share_of_bandwidth"], *sides)
+
+    return find
 
 
 def _seconds(**wanted: Any) -> Callable[[Sequence[Row]], Found | None]:
@@ -233,9 +236,9 @@ def _other_bars() -> Iterator[Bar]:
               _compile)  # fmt: skip
     yield Bar("compile, 48 / 12 scanned layers", "compile_time", "any", False, 1.2,
               _depth)  # fmt: skip
-    for device in ("cpu", "gpu"):
-        yield Bar(f"merge, share of the copy's bandwidth, {device.upper()}", "merge",
-                  device, True, 0.7, _merge)  # fmt: skip
+    for device, how in itertools.product(("cpu", "gpu"), ("", ", donated")):
+        yield Bar(f"merge{how}, share of a copy into new memory, {device.upper()}",
+                  "merge", device, True, 0.7, _merge(f"jlora{how}"))  # fmt: skip
     yield Bar("lorafy of T5-XXL's shapes, all-linear, s", "lorafy", "any", False, 1.0,
               _seconds(targets="all-linear"))  # fmt: skip
     yield Bar("import jlora beyond import jax, s", "import_time", "any", False, 0.1,

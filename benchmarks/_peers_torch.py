@@ -18,7 +18,7 @@ import torch
 import transformers
 import transformers.trainer_pt_utils
 
-from benchmarks import text
+from benchmarks import merge, text
 from benchmarks._batch import HEAD_STD, batch_of
 from benchmarks._cases import NAMES, Case
 
@@ -187,12 +187,7 @@ class Merge:
             for m in self.layers
             for x in (*m.lora_A.values(), *m.lora_B.values())
         )
-        start = time.perf_counter()
-        self.step()
-        self.facts = {
-            "bytes_moved": 2 * base + factors,
-            "first_s": time.perf_counter() - start,
-        }
+        self.facts = merge.first(self.step, base, factors)
 
     def step(self) -> None:
         """Merge once."""

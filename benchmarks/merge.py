@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks import _results
@@ -108,13 +108,7 @@ class Merge:
                       for t in x.adapters.values())  # fmt: skip
         if donate:  # others read the case's own
             self.tree = jax.tree.map(jnp.copy, self.tree)
-        start = time.perf_counter()
-        self.step()
-        # The least there is to do: read base and factors, write the merged kernels.
-        self.facts = {
-            "bytes_moved": 2 * base + factors,
-            "first_s": time.perf_counter() - start,
-        }
+        self.facts = first(self.step, base, factors)
 
     def step(self) -> None:
         """Merge once."""
@@ -132,6 +126,15 @@ def _on(x: Any, base: Any) -> Any:
     import jlora
 
     return x.map(base, lambda t: t) if jlora.is_node(x) else x
+
+
+def first(step: Callable[[], None], base: int, factors: int) -> dict[str, float]:
+    """Return what is known after a first step; base and factors are bytes."""
+    start = time.perf_counter()
+    step()
+    # The least there is to do: read base and factors, write the merged kernels.
+    moved = 2 * base + factors
+    return {"bytes_moved": moved, "first_s": time.perf_counter() - start}
 
 
 class CopyKernels:

@@ -97,7 +97,7 @@ def merge(
     if not tracing:
         _refuse_deleted(leaves)
     biases = bias_terms(leaves)
-    given = _bases_of_their_own(tree, nodes) if donate else ()
+    given = _bases_of_their_own(leaves) if donate else ()
     done = {
         path: (_merge_onto if path in given else _merge_node)(x.base, _bare(x))
         for path, x in nodes.items()
@@ -109,7 +109,7 @@ def merge(
     if not tracing:
         finite = jax.device_get({path: ok for path, (_, ok) in done.items()})
         for path in (path for path, ok in finite.items() if not ok):
-            _refuse(path, nodes[path])
+            _refuse(path, nodes[path], donated=bool(given))
     out = [jax.tree.unflatten(structure, plain)]
     if report:
         # In a pass of its own, so that asking for a report changes no bit.
@@ -189,20 +189,20 @@ def _refuse_deleted(leaves: Mapping[str, Any]) -> None:
             )
 
 
-def _bases_of_their_own(tree: Tree, nodes: Mapping[str, Any]) -> frozenset[str]:
+def _bases_of_their_own(leaves: Mapping[str, Any]) -> frozenset[str]:
     """The nodes whose bases are nobody else's in the tree."""
-    uses = collections.Counter(map(_place, jax.tree.leaves(tree)))
-    return frozenset(path for path, x in nodes.items() if uses[_place(x.base)] == 1)
+    bases = {p: x.base for p, x in leaves.items() if isinstance(x, LowRank | Rows)}
+    others = [x for path, x in leaves.items() if path not in bases]
+    uses = collections.Counter(map(_place, jax.tree.leaves([bases, others])))
+    return frozenset(path for path, base in bases.items() if uses[_place(base)] == 1)
 
 
 def _place(x: Any) -> int:
     """What two arrays on one piece of memory have in common; others do not."""
-    plain = isinstance(x, jax.Array) and not jnp.issubdtype(
-        x.dtype, jax.dtypes.extended
-    )
-    if not (plain and x.addressable_shards):
+    if not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return id(x)
-    return x.addressable_shards[0].data.unsafe_buffer_pointer()
+    shards = x.addressable_shards
+    return shards[0].data.unsafe_buffer_pointer() if shards else id(x)
 
 
 def _merged(base: Array, bare: LowRank | Rows) -> tuple[Array, Array]:
@@ -301,10 +301,10 @@ def _bare(w: LowRank | Rows) -> LowRank | Rows:
     Kernels of one shape then share a program; with the path, which is static, each had
     its own, and a first merge compiled for a minute. Dropout's keys do not matter.
     """
-    w = dataclasses.replace(w, path="")
     if isinstance(w, Rows):
-        return dataclasses.replace(w, base=None)
-    return w.map(None, lambda t: dataclasses.replace(t, **_IDLE))
+        return dataclasses.replace(w, base=None, path="")
+    idle = {n: dataclasses.replace(t, **_IDLE) for n, t in w.adapters.items()}
+    return LowRank(None, idle, path="")
 
 
 _IDLE: dict[str, Any] = {
@@ -317,11 +317,12 @@ def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
     return MergedLeaf(path, float(s["delta"]), lost, float(s["max"]), float(s["same"]))
 
 
-def _refuse(path: str, w: LowRank | Rows) -> NoReturn:
+def _refuse(path: str, w: LowRank | Rows, *, donated: bool) -> NoReturn:
     done = "Nothing was merged."
+    if donated:
+        done = "The bases were donated and are gone: load them again."
     if isinstance(w.base, jax.Array) and w.base.is_deleted():
         where = "its base, its adapter or their sum"
-        done = "The bases were donated and are gone: load them again."
     elif jnp.all(jnp.isfinite(w.base)):
         where = "its adapter or their sum"
     else:

@@ -93,11 +93,11 @@ def merge(
     leaves = {path_str(path): x for path, x in pairs}
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
     tracing = _is_tracing(nodes)
-    _refuse_options(tracing, report, keep=report or undo, donate=donate)
+    _refuse_options(tracing, report=report, undo=undo, donate=donate)
     if not tracing:
         _refuse_deleted(leaves)
     biases = bias_terms(leaves)
-    given = _bases_of_their_own(leaves) if donate else ()
+    given = _bases_of_their_own(leaves, nodes) if donate else ()
     done = {
         path: (_merge_onto if path in given else _merge_node)(x.base, _bare(x))
         for path, x in nodes.items()
@@ -159,13 +159,13 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
     return undo.lorafied
 
 
-def _refuse_options(tracing: bool, report: bool, *, keep: bool, donate: bool) -> None:
+def _refuse_options(tracing: bool, *, report: bool, undo: bool, donate: bool) -> None:
     if tracing and report:
         raise StructureError(
             "a merge report needs numbers, and inside jax.jit there are none yet.\n"
             "Call jlora.merge(tree, report=True) outside of jit."
         )
-    if donate and keep:
+    if donate and (report or undo):
         raise StructureError(
             "a report and an undo need the bases that jlora.merge(donate=True) writes "
             "over.\nLeave out one or the other."
@@ -189,12 +189,14 @@ def _refuse_deleted(leaves: Mapping[str, Any]) -> None:
             )
 
 
-def _bases_of_their_own(leaves: Mapping[str, Any]) -> frozenset[str]:
+def _bases_of_their_own(
+    leaves: Mapping[str, Any], nodes: Mapping[str, Any]
+) -> frozenset[str]:
     """The nodes whose bases are nobody else's in the tree."""
-    bases = {p: x.base for p, x in leaves.items() if isinstance(x, LowRank | Rows)}
-    others = [x for path, x in leaves.items() if path not in bases]
-    uses = collections.Counter(map(_place, jax.tree.leaves([bases, others])))
-    return frozenset(path for path, base in bases.items() if uses[_place(base)] == 1)
+    places = {path: _place(x.base) for path, x in nodes.items()}
+    others = jax.tree.leaves([x for path, x in leaves.items() if path not in nodes])
+    uses = collections.Counter([*places.values(), *map(_place, others)])
+    return frozenset(path for path, place in places.items() if uses[place] == 1)
 
 
 def _place(x: Any) -> int:
@@ -304,7 +306,7 @@ def _bare(w: LowRank | Rows) -> LowRank | Rows:
     if isinstance(w, Rows):
         return dataclasses.replace(w, base=None, path="")
     idle = {n: dataclasses.replace(t, **_IDLE) for n, t in w.adapters.items()}
-    return LowRank(None, idle, path="")
+    return LowRank(None, idle)
 
 
 _IDLE: dict[str, Any] = {
@@ -335,7 +337,12 @@ def _refuse(path: str, w: LowRank | Rows, *, donated: bool) -> NoReturn:
 
 
 def _is_tracing(tree: Tree) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    """Whether what is computed of the tree here has no numbers yet.
+
+    Inside `jax.jit` that holds for arrays from outside of it too, as for a new one.
+    """
+    arrays = [*jax.tree.leaves(tree), jnp.zeros(())]
+    return any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
 def _same_bits(x: Any, y: Any) -> bool:

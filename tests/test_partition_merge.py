@@ -344,6 +344,16 @@ def test_merge_under_jit_and_of_stacks_and_slices(getkey):
         jax.jit(lambda t: jlora.merge(t, report=True)[0])(tree)
 
 
+def test_merge_inside_jit_of_a_tree_from_outside(getkey):
+    tree = {"w": lowrank(getkey(), (7, 5))}
+    assert_close(jax.jit(lambda: jlora.merge(tree))(), jlora.merge(tree), rtol=1e-6)
+    with pytest.raises(jlora.StructureError, match="outside of jit"):
+        jax.jit(lambda: jlora.merge(tree, report=True)[0])()
+    with pytest.raises(jlora.StructureError, match="donate_argnums"):
+        jax.jit(lambda: jlora.merge(tree, donate=True))()
+    assert not tree["w"].base.is_deleted()
+
+
 def lowered(w, platform):
     traced = _merge._merge_node.trace(w.base, _merge._bare(w))
     return traced.lower(lowering_platforms=(platform,)).as_text()
@@ -380,12 +390,12 @@ def test_one_bad_weight_is_found_anywhere(dtype):
 
 @pytest.mark.parametrize("bad", [None, jnp.nan, jnp.inf])
 def test_what_a_gpu_does_is_what_a_cpu_does(getkey, bad):
-    w = lowrank(getkey(), (7, 5), dtype=jnp.bfloat16)
+    # Of a rank that a GPU fuses and a CPU does not.
+    w = lowrank(getkey(), (17, 13), rank=11, dtype=jnp.bfloat16)
     if bad is not None:
         w = w.map(w.base.at[6, 4].set(bad), lambda t: t)
-    merged, finite = jax.jit(lambda w: _merge._sum_and_check(w, _merge._is_finite, 16))(
-        w
-    )
+    gpu = jax.jit(lambda w: _merge._sum_and_check(w, _merge._is_finite, _merge._FUSED))
+    merged, finite = gpu(w)
     want, also = _merge._merge_node(w.base, _merge._bare(w))
     assert bool(finite) == bool(also) == (bad is None)
     assert_close(merged, want, rtol=2**-8)

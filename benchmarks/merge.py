@@ -6,8 +6,9 @@ memory page by page, which takes longer than the copying. `--env fresh` makes ev
 new, as for who merges once; `--env tuned` keeps them; glibc by itself keeps some, more
 or fewer from run to run. The copy in place, which no merge can reach while the base is
 kept, stands beside them: it is what the memory itself can do. A merge with
-`donate=True` writes over its bases, and needs no new memory either. Programs are
-compiled for a shape, so what a user waits for who merges once is `first_s`.
+`donate=True` writes over its bases and needs no new memory, so that copy is its bar.
+Programs are compiled for a shape, so what a user waits for who merges once is
+`first_s`.
 
 PEFT writes over its bases, and checks for NaN only with `safe_merge`, in a copy of each
 kernel.

@@ -111,7 +111,7 @@ class Merge:
             self.tree = jax.tree.map(jnp.copy, self.tree)
         self.facts = first(self.step, base, factors)
 
-    def step(self) -> None:
+    def step(self) -> Any:
         """Merge once."""
         import jax
 
@@ -120,6 +120,7 @@ class Merge:
         dense = jax.block_until_ready(jlora.merge(self.tree, donate=self.donate))
         if self.donate:
             self.tree = jax.tree.map(_on, self.tree, dense, is_leaf=jlora.is_node)
+        return dense
 
 
 def _on(x: Any, base: Any) -> Any:
@@ -129,7 +130,7 @@ def _on(x: Any, base: Any) -> Any:
     return x.map(base, lambda t: t) if jlora.is_node(x) else x
 
 
-def first(step: Callable[[], None], base: int, factors: int) -> dict[str, float]:
+def first(step: Callable[[], Any], base: int, factors: int) -> dict[str, float]:
     """Return what is known after a first step; base and factors are bytes."""
     start = time.perf_counter()
     step()
@@ -149,8 +150,8 @@ class CopyKernels:
         self.run = jax.jit(lambda kernels: [x + 1 for x in kernels])
         self.facts = {"bytes_moved": 2 * sum(x.nbytes for x in self.kernels)}
 
-    def step(self) -> None:
+    def step(self) -> Any:
         """Copy once."""
         import jax
 
-        jax.block_until_ready(self.run(self.kernels))
+        return jax.block_until_ready(self.run(self.kernels))

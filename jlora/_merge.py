@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jlora._errors import NonFiniteError, StructureError
-from jlora._labels import Array, contract
+from jlora._labels import Array
 from jlora._lowrank import LowRank, Rows, is_node, same_structure, wide
+from jlora._merge_kernels import bare, merge_kernels, merge_node
 from jlora._paths import path_str
 from jlora._resolve import bias_terms, plain_leaf
 
@@ -98,23 +98,21 @@ def merge(
         _refuse_deleted(leaves)
     biases = bias_terms(leaves)
     given = _bases_of_their_own(leaves, nodes) if donate else ()
-    done = {
-        path: (_merge_onto if path in given else _merge_node)(x.base, _bare(x))
-        for path, x in nodes.items()
-    }
+    if tracing:
+        done = {path: merge_node(x.base, bare(x))[0] for path, x in nodes.items()}
+    else:
+        done, bad = merge_kernels(nodes, given)
+        if bad is not None:
+            _refuse(bad, nodes[bad], donated=bool(given))
     plain = [
-        done[path][0] if path in done else plain_leaf(x, biases.get(path))
+        done[path] if path in done else plain_leaf(x, biases.get(path))
         for path, x in leaves.items()
     ]
-    if not tracing:
-        finite = jax.device_get({path: ok for path, (_, ok) in done.items()})
-        for path in (path for path, ok in finite.items() if not ok):
-            _refuse(path, nodes[path], donated=bool(given))
     out = [jax.tree.unflatten(structure, plain)]
     if report:
         # In a pass of its own, so that asking for a report changes no bit.
         figures = {
-            p: _figures(nodes[p].base, _bare(nodes[p]), x) for p, (x, _) in done.items()
+            path: _figures(x.base, bare(x), done[path]) for path, x in nodes.items()
         }
         stats = jax.device_get(figures)
         out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
@@ -207,75 +205,10 @@ def _place(x: Any) -> int:
     return shards[0].data.unsafe_buffer_pointer() if shards else id(x)
 
 
-def _merged(base: Array, bare: LowRank | Rows) -> tuple[Array, Array]:
-    """The merged kernel or table, and whether all of it is finite.
-
-    Of a small rank one pass reads the base and writes the merged kernel, over the base
-    where that is donated: there is no dense update in memory. Only the check differs.
-    """
-    return lax.platform_dependent(
-        dataclasses.replace(bare, base=base),
-        cpu=lambda w: _sum_and_check(w, _is_finite_on_cpu, _FUSED_ON_CPU),
-        default=lambda w: _sum_and_check(w, _is_finite, _FUSED),
-    )
-
-
-# A weight of a fused update reads 2 r factors from the nearest cache, which up to these
-# ranks takes less time than writing and reading a dense update.
-_FUSED_ON_CPU = 8
-_FUSED = 16
-
-_merge_node = jax.jit(_merged)
-_merge_onto = jax.jit(_merged, donate_argnums=0)
-
-
-def _sum_and_check(
-    w: LowRank | Rows, is_finite: Callable[[Array], Array], fuse_up_to: int
-) -> tuple[Array, Array]:
-    base = wide(w.base)
-    if isinstance(w, Rows):
-        whole = dataclasses.replace(w, base=base).merged()  # the rows' own bits
-    else:
-        whole = base + w.delta(fuse_up_to=fuse_up_to)
-    merged = _rounded(whole, w.dtype)
-    return merged, is_finite(merged)
-
-
-def _rounded(x: Array, dtype: Any) -> Array:
-    """X in the dtype. XLA may keep a cast to bfloat16 and back; a rounding stays."""
-    info = jnp.finfo(dtype)
-    largest = (2 - 2.0**-info.nmant) * 2.0 ** (2 ** (info.nexp - 1) - 1)
-    if float(info.max) == largest:  # as IEEE has it, and not float8_e4m3fn
-        x = lax.reduce_precision(x, info.nexp, info.nmant)
-    return x.astype(dtype)
-
-
-def _is_finite(x: Array) -> Array:
-    return jnp.all(jnp.isfinite(x))
-
-
-def _is_finite_on_cpu(x: Array) -> Array:
-    """Whether all of x is finite, by what runs in vectors and on all cores.
-
-    XLA's reduction to one value does neither on a CPU, and takes as long as the merge.
-    A product with a vector does: times zero, infinity and NaN are NaN. The barriers
-    keep XLA from knowing that the vector is zero, and from computing x a second time.
-    What is narrower than float32 a product would widen first, to an array of its own;
-    there each column is reduced, then all of them.
-    """
-    if x.dtype.itemsize < 4:
-        return jnp.all(lax.optimization_barrier(jnp.all(jnp.isfinite(x), axis=0)))
-    dims = tuple(range(x.ndim))
-    x, zero = lax.optimization_barrier((x, jnp.zeros(x.shape[-1:], x.dtype)))
-    # In full precision: TF32 would round the largest numbers up to infinity.
-    products, _ = contract(x, dims, zero, dims[-1:], keep=(), precision="highest")
-    return jnp.all(products == 0)
-
-
 @jax.jit
-def _figures(base: Array, bare: LowRank | Rows, merged: Array) -> dict[str, Array]:
-    """What a report says of a kernel that `_merge_node` merged."""
-    w = dataclasses.replace(bare, base=base)
+def _figures(base: Array, w: LowRank | Rows, merged: Array) -> dict[str, Array]:
+    """What a report says of a merged kernel, of its base and its bare node."""
+    w = dataclasses.replace(w, base=base)
     base, rounded = wide(w.base), wide(merged)
     if isinstance(w, Rows):
         delta = dataclasses.replace(w, base=base).merged() - base
@@ -295,23 +228,6 @@ def _figures(base: Array, bare: LowRank | Rows, merged: Array) -> dict[str, Arra
 def _norm(x: Array) -> Array:
     # Of any number of axes, and without the reshape that explicit sharding refuses.
     return jnp.sqrt(jnp.sum(jnp.square(x)))
-
-
-def _bare(w: LowRank | Rows) -> LowRank | Rows:
-    """The node without its base, and without what merging does not depend on.
-
-    Kernels of one shape then share a program; with the path, which is static, each had
-    its own, and a first merge compiled for a minute. Dropout's keys do not matter.
-    """
-    if isinstance(w, Rows):
-        return dataclasses.replace(w, base=None, path="")
-    idle = {n: dataclasses.replace(t, **_IDLE) for n, t in w.adapters.items()}
-    return LowRank(None, idle)
-
-
-_IDLE: dict[str, Any] = {
-    "key": None, "bias": None, "dropout": 0.0, "rslora": False, "role": None
-}  # fmt: skip
 
 
 def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:

@@ -7,8 +7,8 @@ new, as for who merges once; `--env tuned` keeps them; glibc by itself keeps som
 or fewer from run to run. The copy in place, which no merge can reach while the base is
 kept, stands beside them: it is what the memory itself can do. A merge with
 `donate=True` writes over its bases and needs no new memory, so that copy is its bar.
-Programs are compiled for a shape, so what a user waits for who merges once is
-`first_s`.
+What either made is freed when the clock has stopped. Programs are compiled for shapes,
+so what a user waits for who merges once is `first_s`.
 
 PEFT writes over its bases, and checks for NaN only with `safe_merge`, in a copy of each
 kernel.

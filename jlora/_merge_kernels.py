@@ -20,7 +20,7 @@ Node = LowRank | Rows
 # A CPU runs the kernels of one program beside each other, and waits between programs. A
 # GPU runs one while the next is called. Each kernel more takes 5 to 10 ms to compile.
 _TOGETHER_ON_CPU = 8
-# A weight of a fused update reads 2 r factors from the nearest cache, which up to these
+# A weight of a fused update reads r factors from a near cache, which up to these
 # ranks takes less time than writing and reading a dense update.
 _FUSED_ON_CPU = 8
 _FUSED = 16

@@ -40,28 +40,28 @@ def merge_kernels(
     """
     done: dict[str, Array] = {}
     finite = []
-    for members in _groups(nodes, onto):
-        paths, bases, rests, (structure, *_) = zip(*members, strict=True)
+    for structure, members in _groups(nodes, onto):
+        paths, bases, rests = zip(*members, strict=True)
         program = _merge_onto if paths[0] in onto else _merge_beside
         kernels, all_finite = program(structure, bases, rests)
         done.update(zip(paths, kernels, strict=True))
         finite.append((paths, all_finite))
     # One number a program is read here; which kernel it was matters only once it fails.
     flags = jax.device_get([ok for _, ok in finite])
-    bad = {
+    suspects = {
         path
         for (paths, _), ok in zip(finite, flags, strict=True)
         if not ok
         for path in paths
-        if not jnp.all(jnp.isfinite(done[path]))
     }
-    return done, next((path for path in nodes if path in bad), None)
+    bad = (path for path in nodes if path in suspects and not _is_finite(done[path]))
+    return done, next(bad, None)
 
 
 def _groups(
     nodes: Mapping[str, Node], onto: Collection[str]
-) -> Iterator[list[tuple[str, Array, list[Array], Any]]]:
-    """The nodes that go through one program together: path, base, rest, structure.
+) -> Iterator[tuple[Any, list[tuple[str, Array, list[Array]]]]]:
+    """The nodes that go through one program: their structure; path, base, rest of each.
 
     They are alike in everything but their numbers.
     """
@@ -69,11 +69,11 @@ def _groups(
     for path, w in nodes.items():
         rest, structure = jax.tree.flatten(bare(w))
         key = (structure, path in onto, *map(_lies, (w.base, *rest)))
-        alike[key].append((path, w.base, rest, structure))
-    for members in alike.values():
+        alike[key].append((path, w.base, rest))
+    for (structure, *_), members in alike.items():
         count = -(-len(members) // _together(nodes[members[0][0]]))
         # Parts of one size, or of two: each size is compiled.
-        yield from (members[i::count] for i in range(count))
+        yield from ((structure, members[i::count]) for i in range(count))
 
 
 def _lies(x: Any) -> tuple[Any, ...]:

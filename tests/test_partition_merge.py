@@ -343,7 +343,7 @@ def test_kernels_of_one_shape_share_a_program(getkey):
 def grouped(nodes, onto=()):
     """The paths that go through one program, for all programs."""
     groups = _merge_kernels._groups(nodes, onto)
-    return [[path for path, *_ in members] for members in groups]
+    return [[path for path, *_ in members] for _, members in groups]
 
 
 def test_many_kernels_go_in_parts_of_one_size_or_two(getkey):

@@ -6,7 +6,12 @@
 >>> grads = jax.grad(loss)(trainable, x)
 """
 
-from jlora._adapter import Adapter as Adapter
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from jlora._errors import CheckpointError as CheckpointError
 from jlora._errors import DataError as DataError
 from jlora._errors import DtypeError as DtypeError
@@ -18,25 +23,81 @@ from jlora._errors import StructureError as StructureError
 from jlora._errors import TargetError as TargetError
 from jlora._errors import UnmergedError as UnmergedError
 from jlora._errors import UnsupportedOpError as UnsupportedOpError
-from jlora._lorafy import lorafy as lorafy
-from jlora._lowrank import Full as Full
-from jlora._lowrank import LowRank as LowRank
-from jlora._lowrank import Rows as Rows
-from jlora._lowrank import is_node as is_node
-from jlora._merge import merge as merge
-from jlora._merge import unmerge as unmerge
-from jlora._partition import combine as combine
-from jlora._partition import labels as labels
-from jlora._partition import split as split
-from jlora._partition import trainable_mask as trainable_mask
-from jlora._partition import with_dropout as with_dropout
-from jlora._stack import stack_layers as stack_layers
-from jlora._stack import unstack_layers as unstack_layers
-from jlora._summary import Summary as Summary
-from jlora._summary import summary as summary
-from jlora._survey import Survey as Survey
-from jlora._survey import survey as survey
-from jlora._targets import Target as Target
-from jlora._transform import lora as lora
+from jlora._kernel.adapter import Adapter as Adapter
+from jlora._kernel.nodes import Full as Full
+from jlora._kernel.nodes import LowRank as LowRank
+from jlora._kernel.nodes import Rows as Rows
+from jlora._kernel.nodes import is_node as is_node
+from jlora._transform.lora import lora as lora
+from jlora._transform.survey import Survey as Survey
+from jlora._transform.survey import survey as survey
+from jlora._tree.dropout import with_dropout as with_dropout
+from jlora._tree.lorafy import lorafy as lorafy
+from jlora._tree.merge import merge as merge
+from jlora._tree.merge import unmerge as unmerge
+from jlora._tree.partition import combine as combine
+from jlora._tree.partition import labels as labels
+from jlora._tree.partition import split as split
+from jlora._tree.partition import trainable_mask as trainable_mask
+from jlora._tree.stack import stack_layers as stack_layers
+from jlora._tree.stack import unstack_layers as unstack_layers
+from jlora._tree.summary import Summary as Summary
+from jlora._tree.summary import summary as summary
+from jlora._tree.targets import Target as Target
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "CheckpointError",
+    "DataError",
+    "DtypeError",
+    "Full",
+    "JloraWarning",
+    "LoraError",
+    "LowRank",
+    "NonFiniteError",
+    "Rows",
+    "ShapeError",
+    "StructureError",
+    "Summary",
+    "Survey",
+    "Target",
+    "TargetError",
+    "UnmergedError",
+    "UnsupportedOpError",
+    "combine",
+    "is_node",
+    "labels",
+    "lora",
+    "lorafy",
+    "merge",
+    "split",
+    "stack_layers",
+    "summary",
+    "survey",
+    "trainable_mask",
+    "unmerge",
+    "unstack_layers",
+    "with_dropout",
+]
+
+if TYPE_CHECKING:
+    from jlora import checkpoint as checkpoint
+    from jlora import cli as cli
+    from jlora import models as models
+    from jlora import peft as peft
+    from jlora import train as train
+
+# Submodules that need more than JAX: imported when they are first asked for (PEP 562).
+_SUBMODULES = ("checkpoint", "cli", "models", "peft", "train")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"jlora.{name}")
+    raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

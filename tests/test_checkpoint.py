@@ -263,10 +263,10 @@ def test_an_interrupted_write_keeps_the_previous(tmp_path, monkeypatch, fails):
                 raise OSError("the power went off")
         return rename(source, target, **kwargs)
 
-    monkeypatch.setattr("jlora._storage.os.rename", failing)
+    monkeypatch.setattr("jlora.checkpoint._storage.os.rename", failing)
     with monkeypatch.context() as m:
         # A process that is killed cleans nothing up.
-        m.setattr("jlora._storage.shutil.rmtree", lambda *a, **k: None)
+        m.setattr("jlora.checkpoint._storage.shutil.rmtree", lambda *a, **k: None)
         refused("power went off", jc.save_adapter, place, second, overwrite=True)
     monkeypatch.undo()
     same(jc.load_adapter(place, plain_params()), first)
@@ -331,7 +331,7 @@ def test_newer_formats_and_other_kinds_are_named(tmp_path, monkeypatch):
     )
     refused("Beside it are: a", jc.load_adapter, tmp_path / "b", plain_params())
     refused("no folder", jc.load_adapter, tmp_path / "c" / "b", plain_params())
-    monkeypatch.setattr("jlora._storage.VERSION", 0)
+    monkeypatch.setattr("jlora.checkpoint._storage.VERSION", 0)
     refused("Upgrade jlora", jc.load_adapter, tmp_path / "a", plain_params())
 
 
@@ -530,7 +530,7 @@ def test_an_unfinished_step_is_no_checkpoint_and_a_damaged_one_is_named(tmp_path
 
 
 def test_the_base_is_read_once_a_run(tmp_path, monkeypatch):
-    from jlora import _run_files
+    from jlora.checkpoint import _manager as _run_files
 
     calls = []
     count = lambda tree: calls.append(1) or jc.fingerprint(tree)

@@ -21,7 +21,10 @@ from tools import randomise
 import jlora
 import jlora.peft
 import jlora.train
-from jlora import _inspect, _peft_files, _storage, checkpoint, cli, models
+from jlora import checkpoint, cli, models
+from jlora.checkpoint import _storage
+from jlora.cli import _inspect
+from jlora.peft import _files as _peft_files
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -657,7 +660,7 @@ def test_misuse_is_explained(argv, message, run):
 
 def test_missing_libraries_are_named(run, monkeypatch):
     for name in ("_headers", "_peft"):
-        monkeypatch.delitem(sys.modules, f"jlora._inspect.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"jlora.cli._inspect.{name}", raising=False)
         monkeypatch.delattr(_inspect, name, raising=False)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     status, _, err = run("inspect", T5 / "adapter")

@@ -15,8 +15,8 @@ from test_models_decoders import FORMS, GOLDEN, golden
 from jlora import LoraError, models
 from jlora._errors import CheckpointError, ShapeError
 from jlora.models import GemmaConfig, LlamaConfig, MoeConfig
-from jlora.models._families import family_of
-from jlora.models._rope import Rope
+from jlora.models._hf.families import family_of
+from jlora.models._parts.rope import Rope
 
 LLAMA3 = {
     "factor": 8.0,

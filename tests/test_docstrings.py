@@ -6,6 +6,7 @@ import pkgutil
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jlora
@@ -17,6 +18,6 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages(jlora.__path__, "jlora.")
 def test_docstrings(name):
     module = importlib.import_module(name)
     names = {k: v for k, v in vars(jlora).items() if not k.startswith("__")}
-    names |= {"jax": jax, "jnp": jnp, "jlora": jlora} | vars(module)
+    names |= {"jax": jax, "jnp": jnp, "jlora": jlora, "optax": optax} | vars(module)
     result = doctest.testmod(module, extraglobs=names, optionflags=doctest.ELLIPSIS)
     assert not result.failed

@@ -11,7 +11,7 @@ from jax import lax
 from tools import assert_close, check, lowrank, randomise
 
 import jlora
-from jlora import _dora
+from jlora._kernel import dora as _dora
 
 KEY = jax.random.key(3)
 

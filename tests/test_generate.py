@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from jlora import models
 from jlora._errors import DataError, DtypeError, ShapeError, StructureError
-from jlora.models._decoding import GenerationConfig, warp
-from jlora.models._generate import functions_of
+from jlora.models._generate.decoding import GenerationConfig, warp
+from jlora.models._generate.generate import functions_of
 
 GOLDEN = Path(__file__).parent / "golden" / "t5"
 EOS = 1

@@ -17,9 +17,10 @@ from safetensors.numpy import save_file
 
 from jlora import models
 from jlora._errors import ShapeError, StructureError
-from jlora.models import _hf_save, _leaves
-from jlora.models._safetensors import TensorFolder
-from jlora.models._sources import Joined, Stacked, Tensor, names, places
+from jlora.models._hf import leaves as _leaves
+from jlora.models._hf import save as _hf_save
+from jlora.models._hf.sources import Joined, Stacked, Tensor, names, places
+from jlora.models._hf.tensors import TensorFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 L, E, N, F = 2, 3, 5, 14  # layers, experts, inputs, outputs of both halves

@@ -10,31 +10,29 @@ import pytest
 import jlora
 
 PACKAGE = pathlib.Path(jlora.__file__).parent
-# A module may import from its own line and from those above it.
-LAYERS = [
-    ["_errors", "_compat", "_product"],
-    ["_paths", "_labels", "_adapter", "_dora", "_lowrank"],
-    ["_init", "_rules"],
-    ["_program", "_interpret", "_partition", "_resolve"],
-    ["_merge_kernels", "_merge", "_scanned", "_stack", "_targets", "_tokens", "_lorafy",
-     "_transform", "_summary", "_survey"],
-    ["optim", "sharding", "quant"],
-    ["train", "checkpoint", "peft", "sweep"],
-    ["_inspect", "_convert", "cli", "__main__"],
-]  # fmt: skip
-LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
-# Private halves of a public module stand on its layer.
+# The rooms, lowest first: what is in one imports from its own room and from those below.
+FLOORS = [
+    ["_errors", "_compat", "_paths", "_text", "_files"],
+    ["_kernel"],
+    ["_transform"],
+    ["_tree"],
+    ["init", "adapters", "quant", "optim", "sharding"],
+    ["data", "models", "train", "sweep", "checkpoint", "peft"],
+    ["cli", "__main__"],
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Plain Flax and plain data: they know errors and words, and nothing of LoRA.
+UNAWARE = {
+    "models": {"_errors", "_text", "_files"},
+    "data": {"_errors", "_text", "_files"},
+}
 FILES = sorted(
     p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE
 )
 
 
-def level_of(module):
-    """The layer of `jlora.<module>`; a private helper belongs to layer 6.
-
-    The models stand above it: only the console uses them.
-    """
-    return LEVEL.get(module, LEVEL["cli"] if module == "models" else 6)
+def room_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path):
@@ -47,20 +45,36 @@ def imports(path):
                 yield from (f"jlora.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+def rooms_imported(path):
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] != "jlora" or len(parts) == 1:
+        if parts[0] == "jlora" and len(parts) > 1 and parts[1] != room_of(path):
+            yield parts[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    here = room_of(path)
+    for room in rooms_imported(path):
+        if room not in FLOOR:  # a name of `jlora` itself, such as its version
+            assert here in ("cli", "checkpoint"), f"{path} imports jlora.{room}"
             continue
-        if here == "models":
-            # Models are plain Flax: they know errors and each other.
-            assert parts[1] in ("models", "_errors"), f"{path} imports {name}"
-        elif parts[1] == "models" and level_of(here) < LEVEL["cli"]:
-            pytest.fail(f"{path} imports {name}: the library does not know its models")
-        else:
-            assert level_of(parts[1]) <= level_of(here), f"{path} imports {name}"
+        assert FLOOR[room] <= FLOOR[here], f"{path} imports {room}, a room above"
+        allowed = UNAWARE.get(here)
+        assert allowed is None or room in allowed, f"{path} imports {room}"
+        if room == "models":
+            assert FLOOR[here] == FLOOR["cli"], f"{path}: the library knows no models"
+
+
+def test_rooms_of_one_floor_do_not_need_each_other():
+    needs = {room: set() for room in FLOOR}
+    for path in FILES:
+        needs[room_of(path)].update(rooms_imported(path))
+    order = []
+    while len(order) < len(needs):
+        free = sorted(r for r in needs if r not in order and not needs[r] - {*order})
+        assert free, f"a cycle among {sorted(needs.keys() - {*order})}"
+        order += free
 
 
 def test_only_compat_imports_jax_internals():

@@ -254,7 +254,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_features_of_the_models(name, dtype):
-    from jlora.models._families import FAMILIES
+    from jlora.models._hf.families import FAMILIES
 
     config = CONFIGS[name]
     family = FAMILIES[config["model_type"]]

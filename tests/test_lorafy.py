@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import jlora
-from jlora._paths import coverage, generalise, match_entry, match_regex, path_str
+from jlora._paths import generalise, path_str
+from jlora._tree.matching import coverage, match_entry, match_regex
 
 SHAPE = jax.ShapeDtypeStruct
 

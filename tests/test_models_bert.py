@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from jlora import LoraError, models
 from jlora._errors import CheckpointError, ShapeError, StructureError
 from jlora.models import BertConfig, label_loss, mean_pool
-from jlora.models.bert import with_its_head
+from jlora.models.bert._model import with_its_head
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ["bert", "roberta"]

@@ -13,7 +13,7 @@ import jlora
 from jlora import models
 from jlora._errors import StructureError
 from jlora.models import MoeConfig
-from jlora.models._feed_forward import Experts, Mixture
+from jlora.models.llama._feed_forward import Experts, Mixture
 
 E, K, D, F, N = 5, 2, 7, 3, 11  # experts, experts a token, widths, tokens
 CONFIG = MoeConfig(
@@ -128,7 +128,7 @@ def test_chosen_experts_weights(kind):
             return jnp.sum(weights, axis=1, keepdims=True) * x
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jlora.models._feed_forward.Experts", Sum)
+        patch.setattr("jlora.models.llama._feed_forward.Experts", Sum)
         got = layer.apply({"params": params}, x)
     probs = jax.nn.softmax(x @ params["gate"]["kernel"])
     total = jnp.sort(probs)[..., -K:].sum(-1, keepdims=True)

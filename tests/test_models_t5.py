@@ -17,7 +17,7 @@ from tools import equations
 from jlora import LoraError, models, stack_layers
 from jlora._errors import CheckpointError, ShapeError
 from jlora.models import T5, T5Config
-from jlora.models._t5_layers import position_buckets
+from jlora.models.t5._layers import position_buckets
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = ["v10", "v11"]

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from tools import assert_close, equations, lowrank, randomise
 
 import jlora
-from jlora import _merge_kernels
-from jlora._rules.layout import reshape_groups
+from jlora._transform._rules.layout import reshape_groups
+from jlora._tree import merge_kernels as _merge_kernels
 
 PARAMS = {
     "query": {"kernel": jnp.linspace(-1, 1, 35).reshape(7, 5), "bias": jnp.ones(5)},

@@ -15,8 +15,8 @@ from tools import randomise
 import jlora
 import jlora.peft
 from jlora import models
-from jlora._peft_config import pattern_for, rank_of, short_names, targets
-from jlora._peft_names import Table
+from jlora.peft._config import pattern_for, rank_of, short_names, targets
+from jlora.peft._names import Table
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "peft"
 T5 = GOLDEN / "t5_qv"
@@ -483,7 +483,7 @@ def test_a_full_disk_leaves_what_was_there(what, overwrite, tmp_path, monkeypatc
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"jlora._peft_files.{what}", full)
+    monkeypatch.setattr(f"jlora.peft._files.{what}", full)
     with pytest.raises(jlora.CheckpointError, match="No space left"):
         saved(tmp_path, adapted(rank=3), overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["a"] if overwrite else [])

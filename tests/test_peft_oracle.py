@@ -25,7 +25,7 @@ from tools import randomise
 import jlora
 import jlora.peft
 from jlora import models
-from jlora._peft_fields import DEFAULTS, HONOURED, NEUTRAL
+from jlora.peft._fields import DEFAULTS, HONOURED, NEUTRAL
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from tools import assert_close, products
 
-from jlora._product import factor_product
+from jlora._kernel.product import factor_product
 
 # Shapes and dimension numbers: contracted axes, batch axes.
 CASES = {

@@ -16,8 +16,8 @@ from tools import equations, randomise
 
 import jlora
 from jlora import StructureError, models
-from jlora.models import _decoder
-from jlora.models._blocks import Configured
+from jlora.models._parts import decoder as _decoder
+from jlora.models._parts.blocks import Configured
 
 GOLDEN = Path(__file__).parent / "golden"
 # Where the blocks are, by form: for unstacking.

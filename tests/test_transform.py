@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 from tools import TOL, assert_close, lowrank, products, randomise
 
 import jlora
-from jlora import _interpret
+from jlora._transform import replay as _interpret
 
 I, H, O, R = 23, 29, 31, 2  # primes, so that a shape says whose it is  # noqa: E741
 

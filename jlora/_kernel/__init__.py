@@ -1,0 +1,1 @@
+"""What an adapted kernel is: axes, factors, nodes. Knows no function and no tree."""

@@ -1,0 +1,194 @@
+"""One adapter: two factors, a scale, and what its variants add."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._compat import is_explicit
+from jlora._errors import ShapeError
+from jlora._kernel.axes import RANK, Array, Dims, contract, outer_sum, spread, widen
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """One low-rank term `scale * a @ b` on a kernel, or on a window of it.
+
+    Attributes:
+      a, b: the factors; each has one axis of size r, marked `RANK` in its dims.
+      scale: alpha/r, or alpha/sqrt(r); float32, `[*batch]`.
+      key: PRNG keys for dropout, `[*batch]`; None switches dropout off.
+      magnitude: DoRA's lengths of the columns, `[*batch, *out]`; None without DoRA.
+      bias: of `b`'s product, `[*batch, *out]`; it counts `scale` times, and is added to
+        the bias of the kernel's layer. None without.
+      gain: what each column of the kernel is multiplied by, `[*batch, *out]`, where
+        `jlora.lora` has put it in the magnitude's place; in no tree of parameters.
+      a_dims, b_dims, s_dims, o_dims: the kernel dimension along each axis of `a`, `b`,
+        of `scale` and `key`, and of `magnitude`, `bias` and `gain`.
+      starts: where the term's window begins in each kernel dimension; its size is that
+        of the factors. All zero for an adapter of the whole kernel.
+      dropout: probability of dropping an input of `a`.
+      rslora: whether scale is alpha/sqrt(r); kept for files.
+      role: the role name that chose this kernel, if any.
+    """
+
+    a: Array
+    b: Array
+    scale: Array
+    key: Array | None
+    magnitude: Array | None
+    bias: Array | None
+    gain: Array | None
+    a_dims: Dims
+    b_dims: Dims
+    s_dims: Dims
+    o_dims: Dims
+    starts: Dims
+    dropout: float = 0.0
+    rslora: bool = False
+    role: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension r."""
+        return self.a.shape[self.a_dims.index(RANK)]
+
+    @property
+    def a_only(self) -> tuple[int, ...]:
+        """Kernel dimensions that only `a` spans: the inputs of an ordinary kernel."""
+        return tuple(d for d in self.a_dims if d != RANK and d not in self.b_dims)
+
+    @property
+    def b_only(self) -> tuple[int, ...]:
+        """Kernel dimensions that only `b` spans: the outputs of an ordinary kernel."""
+        return tuple(d for d in self.b_dims if d != RANK and d not in self.a_dims)
+
+    @property
+    def both(self) -> tuple[int, ...]:
+        """Kernel dimensions with an adapter of their own at each index."""
+        return tuple(d for d in self.a_dims if d != RANK and d in self.b_dims)
+
+    def size(self, dim: int) -> int | None:
+        """The window's size along a kernel dimension; None if no factor spans it."""
+        for array, dims in ((self.a, self.a_dims), (self.b, self.b_dims)):
+            if dim in dims:
+                return array.shape[dims.index(dim)]
+        return None
+
+    def map(self, f: Callable[[Array, Dims], tuple[Array, Dims]]) -> Adapter:
+        """Apply `f(array, dims) -> (array, dims)` to every factor."""
+        changed: dict[str, Any] = {}
+        for name, dims in DIMS_OF.items():
+            array = getattr(self, name)
+            if array is not None:
+                changed[name], changed[dims] = f(array, getattr(self, dims))
+        return dataclasses.replace(self, **changed)
+
+    def rename(self, new_dim: Mapping[int, int], ndim: int) -> Adapter:
+        """The same term on a kernel whose dimension d is now `new_dim[d]` of `ndim`."""
+        names = {**new_dim, RANK: RANK}
+        starts = [0] * ndim
+        for dim, new in new_dim.items():
+            starts[new] = self.starts[dim]
+        out = self.map(lambda x, dims: (x, tuple(names[d] for d in dims)))
+        return dataclasses.replace(out, starts=tuple(starts))
+
+    def covers(self, shape: Sequence[int]) -> bool:
+        """Whether the term's window is the whole kernel."""
+        return all(self.full(dim, size) for dim, size in enumerate(shape))
+
+    def full(self, dim: int, size: int) -> bool:
+        """Whether the window spans all of one dimension."""
+        return self.size(dim) in (None, size)
+
+    def delta(self, shape: Sequence[int], *, fuse_up_to: int = 0) -> Array:
+        """The dense update `scale * a @ b` of a kernel of that shape, float32.
+
+        Args:
+          shape: the kernel's.
+          fuse_up_to: the largest rank of which the update is in a form that XLA fuses
+            with the sum it goes into.
+        """
+        dims = tuple(range(len(shape)))
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        a = a * spread(self.scale, self.s_dims, self.a_dims)
+        explicit = is_explicit(a) or is_explicit(b)
+        if self.rank <= fuse_up_to and not explicit:
+            out, labels = outer_sum(a, self.a_dims, b, self.b_dims)
+        else:
+            out, labels = contract(
+                a, self.a_dims, b, self.b_dims, keep=dims, precision="highest"
+            )
+        starts = [self.starts[d] if d in labels else None for d in dims]
+        out = widen(spread(out, labels, dims), starts, shape)
+        return jnp.broadcast_to(out, shape)
+
+    @functools.cached_property
+    def static(self) -> tuple[Any, ...]:
+        """Everything that is not an array."""
+        return tuple(getattr(self, n) for n in _STATIC)
+
+    # A jitted step flattens the whole tree at each call, so this is kept lean.
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Children; the rest is static."""
+        children = (
+            self.a, self.b, self.scale, self.key, self.magnitude, self.bias, self.gain,
+        )  # fmt: skip
+        return children, self.static
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Children by name."""
+        children, static = self.tree_flatten()
+        return list(zip(KEYS, children, strict=True)), static
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Adapter:
+        """Inverse of `tree_flatten`; checks nothing, as JAX asks."""
+        adapter = object.__new__(cls)  # a frozen dataclass sets each field slowly
+        adapter.__dict__.update(
+            zip(_FIELDS, (*children, *static), strict=True), static=static
+        )
+        return adapter
+
+
+# Each array, and the field that says which dimensions its axes lie along.
+DIMS_OF = {
+    "a": "a_dims", "b": "b_dims", "scale": "s_dims", "key": "s_dims",
+    "magnitude": "o_dims", "bias": "o_dims", "gain": "o_dims",
+}  # fmt: skip
+KEYS = tuple(jax.tree_util.GetAttrKey(n) for n in DIMS_OF)
+_FIELDS = tuple(f.name for f in dataclasses.fields(Adapter))
+_STATIC = _FIELDS[len(DIMS_OF) :]
+
+
+def new_adapter(
+    a: Array, b: Array, scale: Array, *, batch: Dims, ins: Dims, outs: Dims,
+    magnitude: Array | None = None, bias: Array | None = None,
+    starts: Dims | None = None, **static: Any,
+) -> Adapter:  # fmt: skip
+    """An adapter in the storage layout, `a [*batch, *in, r]`, `b [*batch, r, *out]`.
+
+    Magnitude and bias are `[*batch, *out]`.
+
+    Raises:
+      ShapeError: the factors disagree on the rank.
+    """
+    if a.shape[-1] != b.shape[len(batch)]:
+        raise ShapeError(
+            f"a is {tuple(a.shape)} (rank {a.shape[-1]}) but b is {tuple(b.shape)} "
+            f"(rank {b.shape[len(batch)]}).\nPass a as [*batch, *in, r] and b as "
+            "[*batch, r, *out]; PyTorch files store both transposed."
+        )
+    starts = starts or (0,) * (len(batch) + len(ins) + len(outs))
+    wide = magnitude is not None or bias is not None
+    return Adapter(
+        a, b, scale, None, magnitude, bias, None,
+        (*batch, *ins, RANK), (*batch, RANK, *outs), batch,
+        (*batch, *outs) if wide else (), starts, **static,
+    )  # fmt: skip

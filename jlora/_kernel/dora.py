@@ -1,0 +1,91 @@
+"""DoRA: a kernel's columns keep a trained length, whatever their direction becomes.
+
+    W' = m · (W + s·A·B) / ‖W + s·A·B‖        the norm is that of each output's column
+
+So W' is `g·W + s·A·(g·B)` with the gain g = m / ‖W + s·A·B‖: ordinary low-rank terms,
+and a factor for each output of the frozen product. The norm has no gradient.
+
+Source: Liu et al. 2024, arXiv:2402.09353, section 4.3 for the detached norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.axes import RANK, Array, Dims, align, contract, spread, widen
+
+_RANK_TOO = -2  # the rank axis of the second A in Aᵀ·A
+
+
+def column_norm(base: Array, t: Adapter) -> Array:
+    """‖W + s·A·B‖ of every output's column, float32, laid out as `o_dims`.
+
+    The sum is never formed. Of column o the square is
+    ‖W‖² + 2s·Σ_r (Aᵀ·W)[r,o]·B[r,o] + s²·Σ_r (Aᵀ·A·B)[r,o]·B[r,o].
+
+    Args:
+      base: the kernel; of it the adapter's window counts.
+      t: the adapter, with `o_dims`.
+    """
+    dims = tuple(range(base.ndim))
+    sizes = [t.size(d) or n for d, n in enumerate(base.shape)]
+    ends = [start + n for start, n in zip(t.starts, sizes, strict=True)]
+    window = lax.slice(base, t.starts, ends)
+    batch = set(t.both)
+    # As the forward product sees them: in the kernel's dtype, summed up in float32.
+    a, b = t.a.astype(base.dtype), t.b.astype(base.dtype)
+    into = {"preferred_element_type": jnp.float32, "precision": "highest"}
+    cross, cross_dims = contract(a, t.a_dims, window, dims, batch, **into)
+    a_too = tuple(_RANK_TOO if d == RANK else d for d in t.a_dims)
+    gram, gram_dims = contract(a, t.a_dims, a, a_too, {*batch, RANK, _RANK_TOO}, **into)
+    b_too = tuple(_RANK_TOO if d == RANK else d for d in t.b_dims)
+    b = b.astype(jnp.float32)
+    square, square_dims = contract(gram, gram_dims, b, b_too, batch, **into)
+
+    order = (*t.o_dims, RANK)
+    scale = spread(t.scale, t.s_dims, order)
+    linear = 2 * scale * align(cross, cross_dims, order)
+    update = linear + scale**2 * align(square, square_dims, order)
+    update = jnp.sum(update * align(b, t.b_dims, order), axis=-1)
+    others = [d for d in dims if d not in t.o_dims]
+    own = jnp.sum(jnp.square(window.astype(jnp.float32)), axis=others)
+    own = align(own, [d for d in dims if d in t.o_dims], t.o_dims)
+    return jnp.sqrt(jnp.maximum(own + update, 0))
+
+
+def with_gain(base: Array, t: Adapter) -> Adapter:
+    """The adapter with its gain, in `b` too, in the place of its magnitude."""
+    if t.magnitude is None:
+        return t
+    norm = lax.stop_gradient(column_norm(base, t))
+    # A column of zeros has magnitude zero, and stays.
+    gain = t.magnitude.astype(jnp.float32) / jnp.maximum(norm, jnp.finfo(norm).tiny)
+    b = t.b * spread(gain, t.o_dims, t.b_dims).astype(t.b.dtype)
+    return dataclasses.replace(t, b=b, magnitude=None, gain=gain)
+
+
+def common_gain(
+    shape: Sequence[int], adapters: Sequence[Adapter]
+) -> tuple[Array, Dims] | None:
+    """What several adapters multiply a kernel by: `1 + Σ (gain - 1)`, and its dims.
+
+    Source: PEFT, whose DoRA layers add `(gain - 1)·x·W` each.
+    """
+    gained = [(t.gain, t) for t in adapters if t.gain is not None]
+    if len(gained) == 1 and gained[0][1].covers(shape):
+        gain, t = gained[0]
+        return gain, t.o_dims
+    if not gained:
+        return None
+    dims = tuple(sorted({d for _, t in gained for d in t.o_dims}))
+    total = jnp.ones((), jnp.float32)
+    for gain, t in gained:
+        starts = [t.starts[d] if d in t.o_dims else None for d in dims]
+        more = widen(spread(gain - 1, t.o_dims, dims), starts, [shape[d] for d in dims])
+        total = total + more
+    return total, dims

@@ -1,0 +1,53 @@
+"""Where factors lie on a mesh: the kernel's partition spec, axis by axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.axes import Array, Dims
+from jlora._kernel.nodes import LowRank
+
+
+def factor_spec(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
+    """The partition spec of a factor of a kernel partitioned by `spec`.
+
+    >>> tuple(factor_spec(PartitionSpec("x", "y"), (-1, 1)))
+    (None, 'y')
+    """
+    parts = tuple(spec)
+    return PartitionSpec(*(parts[d] if 0 <= d < len(parts) else None for d in dims))
+
+
+def place_spec(
+    w: LowRank, spec: PartitionSpec, make: Callable[[PartitionSpec], Any] = lambda s: s
+) -> LowRank:
+    """A node like w that holds, for each array, its part of the kernel's spec."""
+
+    def one(_: Array, dims: Dims) -> tuple[Any, Dims]:
+        return make(factor_spec(spec, dims)), dims
+
+    return w.map(make(spec), lambda t: t.map(one))
+
+
+def placed(x: Any, dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a factor that lies along `dims` of a kernel, sharded as it is.
+
+    A kernel that is on no named mesh, or is traced, gives a shape without sharding.
+    """
+    traced = isinstance(leaf, jax.core.Tracer)
+    sharding = None if traced else getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, factor_spec(sharding.spec, dims))
+    else:
+        sharding = None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def placed_adapter(adapter: Adapter, leaf: Any) -> Adapter:
+    """An abstract adapter, sharded along with its kernel."""
+    return adapter.map(lambda x, dims: (placed(x, dims, leaf), dims))

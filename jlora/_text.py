@@ -1,0 +1,25 @@
+"""Tables and lists for what is printed and for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Set
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as aligned text, the first column left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: tuple[str, ...]) -> Iterator[str]:
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            yield cell.rjust(width) if i else cell.ljust(width)
+
+    lines = ["  ".join(line(row)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def listed(items: Iterable[str], most: int = 8) -> str:
+    """Lines for a message: the first few, and how many more; sets in order."""
+    lines = sorted(items) if isinstance(items, Set) else list(items)
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n  ".join(lines[:most] + more)

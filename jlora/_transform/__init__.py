@@ -1,0 +1,1 @@
+"""Functions to functions: `lora` replays a program with adapted kernels in it."""

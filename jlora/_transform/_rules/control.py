@@ -1,0 +1,249 @@
+"""Higher-order primitives: jit, scan, while, cond, checkpoint, shard_map.
+
+Each re-enters JAX's public function with a body that replays the inner jaxpr, so that
+batching, differentiation and lowering are JAX's own, and low-rank operands travel as
+the pytrees they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora import _compat
+from jlora._compat import Eqn, Jaxpr
+from jlora._errors import UnsupportedOpError
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.axes import Array, Dims
+from jlora._kernel.nodes import LowRank, is_node, same_structure
+from jlora._kernel.placement import place_spec
+from jlora._transform._rules._table import Run, rule
+
+
+@rule(*_compat.JIT)
+def jit(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """An inner `jax.jit`; the same inner function is traced and compiled once."""
+    parts = _compat.jit_parts(eqn)
+    in_shardings = tuple(
+        _operand_sharding(arg, s)
+        for arg, s in zip(args, parts.in_shardings, strict=True)
+    )
+    shardings = jax.tree.leaves((in_shardings, parts.out_shardings))
+    if not shardings:
+        return _jitted(run, parts.body, parts.name)(*args)
+    f = _named(functools.partial(_replay, run, parts.body), parts.name)
+    return jax.jit(
+        f, in_shardings=in_shardings, out_shardings=list(parts.out_shardings)
+    )(*args)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(run: Run, body: Jaxpr, name: str) -> Callable[..., list[Any]]:
+    """One jitted function for each inner jaxpr.
+
+    JAX hands out the same jaxpr object for the same inner function and shapes, so a
+    block that is called for every layer is traced once, and an eager caller of a
+    jitted function does not compile at every call.
+    """
+    return jax.jit(_named(functools.partial(_replay, run, body), name))
+
+
+def _replay(run: Run, body: Jaxpr, *args: Any) -> list[Any]:
+    return run.replay(body, args)
+
+
+def _named(f: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Keep the inner function's name in profiles and HLO."""
+    f.__name__ = name
+    return f
+
+
+def _operand_sharding(arg: Any, sharding: Any) -> Any:
+    if isinstance(arg, LowRank) and isinstance(sharding, NamedSharding):
+        return place_spec(
+            arg, sharding.spec, lambda spec: NamedSharding(sharding.mesh, spec)
+        )
+    return sharding
+
+
+@rule(*_compat.REMAT)
+def remat(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """`jax.checkpoint` with its policy."""
+    parts = _compat.remat_parts(eqn)
+    f = jax.checkpoint(
+        lambda *xs: run.replay(parts.body, xs),
+        prevent_cse=parts.prevent_cse,
+        policy=parts.policy,
+    )
+    return f(*args)
+
+
+@rule("closed_call", "core_call", "call")
+def call(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """A plain call is inlined."""
+    params = eqn.params
+    return run.replay(params.get("call_jaxpr", params.get("jaxpr")), args)
+
+
+@rule("cond")
+def cond(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """`lax.cond` and `lax.switch`."""
+    index, *operands = args
+
+    def branch(body: Jaxpr) -> Callable[..., list[Any]]:
+        return lambda *xs: run.replay(body, xs)
+
+    branches = [branch(body) for body in _compat.cond_branches(eqn)]
+    if _results_differ([jax.eval_shape(f, *operands) for f in branches]):
+        return NotImplemented
+    return lax.switch(index, branches, *operands)
+
+
+def _results_differ(results: Sequence[Any]) -> bool:
+    """Low-rank results must agree in structure over the branches."""
+    kinds = [[isinstance(x, LowRank) for x in result] for result in results]
+    return any(map(any, kinds)) and not same_structure(*results)
+
+
+@rule("while")
+def while_loop(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """`lax.while_loop` and `fori_loop`; kernels are usually constants of the body."""
+    parts = _compat.while_parts(eqn)
+    split = parts.num_cond_consts, parts.num_cond_consts + parts.num_body_consts
+    cond_consts, body_consts = args[: split[0]], args[split[0] : split[1]]
+    init = args[split[1] :]
+
+    def test(carry: list[Any]) -> Array:
+        return run.replay(parts.cond, [*cond_consts, *carry])[0]
+
+    def step(carry: list[Any]) -> list[Any]:
+        out = run.replay(parts.body, [*body_consts, *carry])
+        _check_carry(init, out, "while_loop")
+        return out
+
+    return lax.while_loop(test, step, init)
+
+
+@rule("scan")
+def scan(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """`lax.scan`: stacked kernels among the xs, shared ones among the constants."""
+    parts = _compat.scan_parts(eqn)
+    split = parts.num_consts, parts.num_consts + parts.num_carry
+    consts, init, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+    stacked = [Stacked.of(x) if isinstance(x, LowRank) else None for x in xs]
+    if any(s is not None and not s.whole for s in stacked):
+        return NotImplemented
+
+    def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        operands = [
+            one if s is None else s.rebuild(one)
+            for s, one in zip(stacked, slices, strict=True)
+        ]
+        out = run.replay(parts.body, [*consts, *carry, *operands])
+        carry_out, ys = out[: parts.num_carry], out[parts.num_carry :]
+        _check_carry(init, carry_out, "scan")
+        _check_carry(ys, [None] * len(ys), "scan")
+        return carry_out, ys
+
+    arrays = [x if s is None else s.arrays for s, x in zip(stacked, xs, strict=True)]
+    carry, ys = lax.scan(
+        step, init, arrays,
+        length=parts.length, reverse=parts.reverse, unroll=parts.unroll,
+    )  # fmt: skip
+    return [*carry, *ys]
+
+
+def _check_carry(init: Sequence[Any], out: Sequence[Any], name: str) -> None:
+    """A kernel that a loop changes from step to step has no low-rank form."""
+    for before, after in zip(init, out, strict=True):
+        node = next((x for x in (before, after) if isinstance(x, LowRank)), None)
+        if node is not None and not same_structure(before, after):
+            raise UnsupportedOpError(
+                f"the adapted kernel {node.path!r} {node.shape} changes its form "
+                f"inside a `{name}` (it is returned by the body other than it came "
+                "in).\nClose over the kernel instead of carrying it, leave the leaf "
+                "out of the targets, or pass lora(fn, on_missing='materialize')."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A kernel taken apart for a scan over its first dimension.
+
+    Attributes:
+      arrays: the base and every factor that spans the dimension, it first.
+      whole: whether every term spans all of it (a window cannot be scanned).
+    """
+
+    node: LowRank
+    arrays: list[Array]
+    whole: bool
+
+    @classmethod
+    def of(cls, w: LowRank) -> Stacked:
+        """Take w apart."""
+        arrays = [w.base]
+
+        def collect(x: Array, dims: Dims) -> tuple[Array, Dims]:
+            if 0 in dims:
+                arrays.append(jnp.moveaxis(x, dims.index(0), 0))
+            return x, dims
+
+        w.map(w.base, lambda t: t.map(collect))
+        return cls(w, arrays, all(t.full(0, w.shape[0]) for t in w.adapters.values()))
+
+    def rebuild(self, slices: Sequence[Array]) -> LowRank:
+        """The kernel of one step; factors that do not span the stack are shared."""
+        feed = iter(slices)
+        base = next(feed)
+
+        def pick(x: Array, dims: Dims) -> tuple[Array, Dims]:
+            x = next(feed) if 0 in dims else x
+            return x, tuple(d - 1 if d > 0 else d for d in dims if d != 0)
+
+        def one(t: Adapter) -> Adapter:
+            return dataclasses.replace(t.map(pick), starts=t.starts[1:])
+
+        return self.node.map(base, one)
+
+
+@rule("shard_map")
+def shard_map(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """`jax.shard_map`: each factor is split as the kernel's spec says of its axes."""
+    parts = _compat.shard_map_parts(eqn)
+    if any(not _shardable(a, s) for a, s in zip(args, parts.in_specs, strict=True)):
+        return NotImplemented
+    in_specs = tuple(
+        place_spec(arg, spec) if isinstance(arg, LowRank) else spec
+        for arg, spec in zip(args, parts.in_specs, strict=True)
+    )
+
+    def body(*xs: Any) -> list[Any]:
+        out = run.replay(parts.body, xs)
+        if any(is_node(x) for x in out):
+            raise UnsupportedOpError(
+                "an adapted kernel is returned from inside a `shard_map`.\nReturn the "
+                "kernel from outside of it."
+            )
+        return out
+
+    f = jax.shard_map(
+        body, mesh=parts.mesh, in_specs=in_specs, out_specs=list(parts.out_specs),
+        check_vma=parts.check_vma, axis_names=parts.axis_names,
+    )  # fmt: skip
+    return f(*args)
+
+
+def _shardable(arg: Any, spec: PartitionSpec) -> bool:
+    """A window of a partitioned dimension is not the same window on each device."""
+    if not isinstance(arg, LowRank):
+        return True
+    split = [d for d, names in enumerate(tuple(spec)) if names is not None]
+    return all(t.full(d, arg.shape[d]) for t in arg.adapters.values() for d in split)

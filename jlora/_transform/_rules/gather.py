@@ -1,0 +1,121 @@
+"""`gather` from an adapted table: embedding lookups, `jnp.take`, `W[ids]`.
+
+    (W + s·A·B)[ids] = W[ids] + s·A[ids]·B
+
+Looking up along a stack (`experts[ids]`) gives kernels, not activations: each with its
+own factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+
+from jlora._compat import Eqn, rebind
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.axes import RANK, Array, Dims, contract, spread
+from jlora._kernel.nodes import LowRank
+from jlora._transform._rules._table import Run, rule
+from jlora._transform._rules.matmul import gained
+
+Label = Any  # an int names a kernel dimension, ("i", k) the k-th axis of the indices
+
+
+@rule("gather")
+def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """Rows of a low-rank table, dense: the product with `b` follows the lookup."""
+    w, indices = args
+    p = eqn.params
+    numbers = p["dimension_numbers"]
+    if not isinstance(w, LowRank) or numbers.operand_batching_dims:
+        return NotImplemented
+    touched = {d for d in range(w.ndim) if p["slice_sizes"][d] != w.shape[d]}
+    touched |= {*numbers.start_index_map, *numbers.collapsed_slice_dims}
+    adapters = list(w.adapters.values())
+    if not all(t.covers(w.shape) for t in adapters):
+        return NotImplemented
+    order = _output_order(w, numbers, indices.ndim - 1)
+    if all(touched <= set(t.both) and t.key is None for t in adapters):
+        (base,) = rebind(eqn, [w.base, indices])
+        return [w.map(base, lambda t: _kernels(t, indices, p, order))]
+    if not all(touched <= set(t.a_only) or touched <= set(t.b_only) for t in adapters):
+        return NotImplemented
+    (out,) = rebind(eqn, [w.base, indices])
+    gain = w.gain()
+    if gain is not None:
+        looked_up = touched <= set(gain[1])
+        found = _look_up(*gain, indices, p) if looked_up else gain
+        out = gained(out, found, order)
+    for t in adapters:
+        out = out + _rows(w, t, indices, p, touched, order).astype(out.dtype)
+    return [out]
+
+
+def _rows(
+    w: LowRank, t: Adapter, indices: Array, p: Any, touched: set[int],
+    order: list[Label],
+) -> Array:  # fmt: skip
+    """`s·A[ids]·B`, or `s·A·B[ids]` where the lookup is along outputs."""
+    first, second = (t.a, t.a_dims), (t.b, t.b_dims)
+    if touched <= set(t.b_only):
+        first, second = second, first
+    rows, labels = _look_up(*first, indices, p)
+    rows = rows * spread(t.scale, t.s_dims, labels)
+    factor, dims = second
+    low, labels = contract(
+        rows.astype(w.dtype), labels, factor.astype(w.dtype), dims, set(order)
+    )
+    return spread(low, labels, order)
+
+
+def _kernels(t: Adapter, indices: Array, p: Any, order: list[Label]) -> Adapter:
+    """The term of each kernel that is looked up, on the result's dimensions."""
+
+    def one(x: Array, dims: Dims) -> tuple[Array, Dims]:
+        x, labels = _look_up(x, dims, indices, p)
+        return x, tuple(n if n == RANK else order.index(n) for n in labels)
+
+    # It covers the whole table, so it covers what is looked up: no window.
+    return dataclasses.replace(t.map(one), starts=(0,) * len(order))
+
+
+def _look_up(
+    x: Array, dims: Dims, indices: Array, p: Any
+) -> tuple[Array, Sequence[Label]]:
+    """The kernel's lookup done to one factor: `[*indices, *what is left of it]`."""
+    numbers = p["dimension_numbers"]
+    window = [d for d in dims if d not in numbers.collapsed_slice_dims]
+    ids = [("i", k) for k in range(indices.ndim - 1)]
+
+    def axes(ds: Any) -> tuple[int, ...]:
+        return tuple(dims.index(d) for d in ds)
+
+    found = lax.gather(
+        x,
+        indices,
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(ids), len(ids) + len(window))),
+            collapsed_slice_dims=tuple(sorted(axes(numbers.collapsed_slice_dims))),
+            start_index_map=axes(numbers.start_index_map),
+        ),
+        [p["slice_sizes"][d] if d >= 0 else x.shape[dims.index(d)] for d in dims],
+        unique_indices=p["unique_indices"],
+        indices_are_sorted=p["indices_are_sorted"],
+        mode=p["mode"],
+        # Where the lookup is out of bounds the base already holds the fill value.
+        fill_value=0,
+    )
+    return found, [*ids, *window]
+
+
+def _output_order(w: LowRank, numbers: Any, index_axes: int) -> list[Label]:
+    """The labels of the gather's output, axis by axis."""
+    window = [d for d in range(w.ndim) if d not in numbers.collapsed_slice_dims]
+    feed, rest = iter(window), iter(range(index_axes))
+    return [
+        next(feed) if axis in numbers.offset_dims else ("i", next(rest))
+        for axis in range(len(window) + index_axes)
+    ]

@@ -1,0 +1,201 @@
+"""`dot_general` with an adapted kernel on either side.
+
+    x·(W + s·A·B) = x·W + s·(x·A)·B
+
+The order of the small products follows the contraction: `a` meets x first where x is
+contracted with the kernel's inputs, `b` where the kernel is used transposed (a tied
+head). Nothing of the kernel's size is formed, forward or backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _compat
+from jlora._compat import Eqn
+from jlora._errors import ShapeError
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.axes import RANK, Array, Dims, Label, contract, spread, widen
+from jlora._kernel.nodes import LowRank
+from jlora._transform._rules._table import Run, rule
+from jlora._transform._rules.shared import shared_inputs
+
+
+@rule("dot_general")
+def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
+    """x·W with W low-rank, or W·x."""
+    w_left = isinstance(args[0], LowRank)
+    w, x = args if w_left else reversed(args)
+    if isinstance(x, LowRank):
+        return NotImplemented
+    contracted, batch = eqn.params["dimension_numbers"]
+    (wc, xc), (wb, xb) = (
+        (contracted, batch) if w_left else map(reversed, (contracted, batch))
+    )
+    labels: list[Label] = [("x", i) for i in range(x.ndim)]
+    for axis, dim in zip((*xc, *xb), (*wc, *wb), strict=True):
+        labels[axis] = dim
+    w_free = [d for d in range(w.ndim) if d not in (*wc, *wb)]
+    x_free = [n for n in labels if not isinstance(n, int)]
+    order = [*wb, *(w_free + x_free if w_left else x_free + w_free)]
+    params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
+    for adapter in w.adapters.values():
+        check_axes(w, adapter, wc, wb)
+    gain = w.gain()
+    out = _base_product(run, eqn, w, x, w_left, gain, labels, order)
+    if out is NotImplemented:
+        return NotImplemented
+    lows = {} if w_left or batch[0] else shared_inputs(run, eqn, w, x, labels, wc)
+    for name, adapter in w.adapters.items():
+        low = _low(run, w, adapter, x, labels, wc, w_left, params, lows.get(name))
+        term = _term(w, adapter, low, wc, order, out.shape, w_left, params)
+        out = out + _compat.sharded_like(term.astype(out.dtype), out)
+    return [out]
+
+
+def _base_product(
+    run: Run, eqn: Eqn, w: LowRank, x: Array, w_left: bool,
+    gain: tuple[Array, Dims] | None, labels: list[Label], order: list[Label],
+) -> Any:  # fmt: skip
+    """x·(g·W): each output's gain goes to the result; to x where W is transposed."""
+    scaled_x = gain is not None and set(gain[1]) <= set(labels)
+    if gain is not None and scaled_x:
+        x = gained(x, gain, labels)
+    elif gain is not None and not set(gain[1]) <= set(order):
+        return NotImplemented
+    (out,) = run.rebind(eqn, [w.base, x] if w_left else [x, w.base])
+    return out if gain is None or scaled_x else gained(out, gain, order)
+
+
+def gained(
+    x: Array, gain: tuple[Array, Sequence[Label]], order: Sequence[Label]
+) -> Array:
+    """X times the gain, in float32, its axes labelled by `order`; x's dtype again."""
+    factor = spread(*gain, order)
+    return (x.astype(factor.dtype) * factor).astype(x.dtype)
+
+
+def _low(
+    run: Run, w: LowRank, t: Adapter, x: Array, labels: list[Label],
+    contracted: Sequence[int], w_left: bool, params: dict[str, Any],
+    made: Array | None,
+) -> tuple[Array, tuple[Label, ...]]:  # fmt: skip
+    """`s·x·A` and its labels, from x·A where that is `made` already."""
+    dtype = x.dtype
+    x = drop_inputs(run, w, t, x)
+    x, labels = _window(w, t, x, labels)
+    x, labels = _sum_absent(t, x, labels, contracted)
+    first, second = _factors(t, contracted)
+    # Where the kernel is stacked and summed over the stack, that sum waits for the
+    # second product: both factors need the stack's index.
+    gone = {d for d in contracted if d not in second[1]}
+    keep = {n for n in (*labels, *first[1]) if n not in gone}
+    if made is None:
+        low, low_labels = _product(x, labels, *first, w, keep, w_left, params)
+    else:
+        low, low_labels = made, (*(n for n in labels if n not in contracted), RANK)
+    return low.astype(dtype), low_labels
+
+
+def _factors(
+    t: Adapter, contracted: Sequence[int]
+) -> tuple[tuple[Array, Dims], tuple[Array, Dims]]:
+    """The factor that x meets first, and the other; `b` first where W is transposed.
+
+    The first has the scale in it: factors are smaller than x·A.
+    """
+    factors = [(t.a, t.a_dims), (t.b, t.b_dims)]
+    (first, dims), second = (
+        factors[::-1] if set(contracted) & set(t.b_only) else factors
+    )
+    return (first * spread(t.scale, t.s_dims, dims), dims), second
+
+
+def _term(
+    w: LowRank, t: Adapter, low: tuple[Array, tuple[Label, ...]],
+    contracted: Sequence[int], order: list[Label], shape: Sequence[int], w_left: bool,
+    params: dict[str, Any],
+) -> Array:  # fmt: skip
+    """`(s·x·A)·B` with its axes in `order`, padded to the whole output `shape`."""
+    low, low_labels = low
+    second = _factors(t, contracted)[1]
+    low, low_labels = _product(low, low_labels, *second, w, set(order), w_left, params)
+    starts = [_start(t, n) if n in low_labels else None for n in order]
+    return widen(spread(low, low_labels, order), starts, shape)
+
+
+def _product(
+    x: Array, labels: Sequence[Label], factor: Array, dims: Sequence[int], w: LowRank,
+    keep: set[Label], w_left: bool, params: dict[str, Any],
+) -> tuple[Array, tuple[Label, ...]]:  # fmt: skip
+    """One small product, the factor cast to the kernel's dtype and on its side."""
+    factor = factor.astype(w.dtype)
+    if w_left:
+        return contract(factor, dims, x, labels, keep, **params)
+    return contract(x, labels, factor, dims, keep, **params)
+
+
+def _start(t: Adapter, label: Label) -> int:
+    return t.starts[label] if isinstance(label, int) else 0
+
+
+def _window(
+    w: LowRank, t: Adapter, x: Array, labels: list[Label]
+) -> tuple[Array, list[Label]]:
+    """The part of x that meets the term's window of the kernel."""
+    for axis, dim in enumerate(labels):
+        if isinstance(dim, int) and not t.full(dim, w.shape[dim]):
+            start, size = t.starts[dim], t.size(dim) or 0
+            x = lax.slice_in_dim(x, start, start + size, axis=axis)
+    return x, labels
+
+
+def _sum_absent(
+    t: Adapter, x: Array, labels: list[Label], contracted: Sequence[int]
+) -> tuple[Array, list[Label]]:
+    """Sum x over contracted dimensions along which the term is constant."""
+    axes = [i for i, n in enumerate(labels) if n in contracted and t.size(n) is None]
+    if not axes:
+        return x, labels
+    return jnp.sum(x, axis=axes), [n for i, n in enumerate(labels) if i not in axes]
+
+
+def check_axes(
+    w: LowRank, t: Adapter, contracted: Sequence[int], batch: Sequence[int] = ()
+) -> None:
+    """Refuse a contraction over other axes than the adapter was factored for."""
+    real = {d for d in contracted if t.size(d) not in (None, 1) and d not in t.both}
+    sides = [{d for d in side if t.size(d) != 1} for side in (t.a_only, t.b_only)]
+    stray = [d for d in batch if d in t.a_only or d in t.b_only]
+    if real in sides and not stray:
+        return
+    outs = tuple(d for d in range(w.ndim) if d not in (*contracted, *batch))
+    raise ShapeError(
+        f"the kernel {w.path!r} {w.shape} is contracted over axes "
+        f"{tuple(sorted(contracted))}"
+        f"{f' with batch axes {tuple(batch)}' if batch else ''}, but its adapter was "
+        f"factored for inputs {t.a_only} and outputs {t.b_only}"
+        f"{f', one for each index of {t.both}' if t.both else ''}.\n"
+        f"Pass jlora.Target(in_axes={tuple(sorted(contracted))}, out_axes={outs}"
+        f"{f', batch_axes={tuple(batch)}' if batch else ''}) for it (in the kernel's "
+        "own axes), or let jlora find the axes: "
+        "lorafy(params, survey=jlora.survey(fn, params, *args))."
+    )
+
+
+def drop_inputs(run: Run, w: LowRank, t: Adapter, x: Array) -> Array:
+    """Inverted dropout on the adapter's input; nothing without a key.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, and PEFT's `lora_dropout`.
+    """
+    if t.key is None or not t.dropout:
+        return x
+    key = t.key.reshape(-1)[0] if t.s_dims else t.key
+    key = jax.random.fold_in(key, run.use_number(w.path))
+    keep = jax.random.bernoulli(key, 1.0 - t.dropout, x.shape)
+    return jnp.where(keep, x / (1.0 - t.dropout), 0).astype(x.dtype)

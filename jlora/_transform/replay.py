@@ -1,0 +1,136 @@
+"""The replay loop: run a jaxpr with low-rank values in the place of kernels.
+
+Equations without a low-rank operand run as they stand. The others go to their
+primitive's rule. Only this loop decides what happens where no rule answers.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jlora import _compat
+from jlora._compat import Eqn, Jaxpr
+from jlora._errors import JloraWarning, UnsupportedOpError
+from jlora._kernel.nodes import LowRank
+from jlora._transform._rules import RULES
+from jlora._transform.program import Program
+
+OnMissing = Literal["error", "materialize"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """A replay's settings; equal settings share compiled inner functions.
+
+    Attributes:
+      on_missing: what to do where a primitive has no rule.
+    """
+
+    on_missing: OnMissing = "error"
+    _uses: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter, compare=False, repr=False
+    )
+    _programs: _Programs = dataclasses.field(
+        default_factory=lambda: _Programs(), compare=False, repr=False
+    )
+
+    def use_number(self, path: str) -> int:
+        """How often this leaf has been used so far in this replay."""
+        self._uses[path] += 1
+        return self._uses[path]
+
+    def products_of(self, eqn: Eqn) -> list[tuple[Eqn, Any]]:
+        """The products with the same left operand, and their right ones if known."""
+        program = self._programs.running[-1]
+        products = program.products().get(eqn.invars[0], [])
+        return [(e, program.env.get(e.invars[1])) for e in products]
+
+    def shared(self) -> dict[Any, Any]:
+        """What rules keep for later equations of the program that is running."""
+        return self._programs.running[-1].shared
+
+    def rebind(self, eqn: Eqn, args: Sequence[Any]) -> list[Any]:
+        """Run an equation of the running program as it stands on other operands."""
+        return self._programs.running[-1].rebind(eqn, args)
+
+    def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+        """Run a jaxpr; operands and results may be low-rank."""
+        bare, consts = _compat.open_jaxpr(jaxpr)
+        env: dict[Any, Any] = {}
+        env.update(zip(bare.constvars, consts, strict=True))
+        env.update(zip(bare.invars, args, strict=True))
+        self._programs.running.append(Program(bare, env))
+        try:
+            return self._run(self._programs.running[-1])
+        finally:
+            self._programs.running.pop()
+
+    def _run(self, program: Program) -> list[Any]:
+        number = 0
+        while number < len(program.eqns):
+            eqn = program.eqns[number]
+            stretch = program.stretch(number)
+            with _compat.eqn_context(eqn):
+                if stretch:
+                    program.run(stretch)
+                else:
+                    operands = [program.read(v) for v in eqn.invars]
+                    program.keep([eqn], eqn.outvars, self._step(eqn, operands))
+            number += len(stretch) or 1
+        return program.results()
+
+    def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
+        if not any(isinstance(x, LowRank) for x in operands):
+            return self.rebind(eqn, operands)
+        rule = RULES.get(eqn.primitive.name)
+        results = NotImplemented if rule is None else rule(self, eqn, operands)
+        if results is not NotImplemented:
+            return list(results)
+        return self._without_rule(eqn, operands)
+
+    def _without_rule(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
+        nodes = [x for x in operands if isinstance(x, LowRank)]
+        if self.on_missing == "error":
+            raise UnsupportedOpError(_no_rule_message(eqn, nodes))
+        for node in nodes:
+            _say_once(node.path, eqn.primitive.name)
+        dense = [x.merged() if isinstance(x, LowRank) else x for x in operands]
+        return self.rebind(eqn, dense)
+
+
+class _Programs(threading.local):
+    """The programs that a thread is replaying, the innermost last."""
+
+    def __init__(self) -> None:
+        self.running: list[Program] = []
+
+
+def _no_rule_message(eqn: Eqn, nodes: list[LowRank]) -> str:
+    where = ", ".join(f"{n.path!r} {n.shape} {n.dtype}" for n in nodes)
+    source = _compat.source_of(eqn)
+    return (
+        f"the adapted kernel {where} meets the primitive `{eqn.primitive.name}`"
+        f"{f' at {source}' if source else ''}, which has no low-rank form that jlora "
+        "knows.\nEither leave that leaf out of `targets` (or list it in `exclude`), or "
+        "accept a dense kernel of the leaf's size at this one use: "
+        "jlora.lora(fn, on_missing='materialize')."
+    )
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say_once(path: str, primitive: str) -> None:
+    if (path, primitive) not in _said:
+        _said.add((path, primitive))
+        warnings.warn(
+            f"the kernel {path!r} is merged with its adapter for `{primitive}`, which "
+            "has no low-rank rule: a dense kernel is formed at each step.",
+            JloraWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,95 @@
+"""What a replay starts from: every node as a plain array or a sum of low-rank terms.
+
+Magnitudes become gains, biases of adapters go into those of their layers, trained rows
+become a low-rank term, fully trained leaves are themselves. Rules know terms and gains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._errors import StructureError
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.axes import Array, align, spread, widen
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node
+from jlora._paths import BIAS_NAMES, module_of, path_str
+
+Tree = Any
+
+
+def resolve(tree: Tree) -> Tree:
+    """The tree with arrays and low-rank nodes only, these without variants.
+
+    Raises:
+      StructureError: an adapter with a bias on a layer without.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
+    named = {path_str(path): x for path, x in leaves}
+    terms = bias_terms(named)
+    out = [_plain(x, terms.get(path_str(path))) for path, x in leaves]
+    return jax.tree.unflatten(treedef, out)
+
+
+def _plain(x: Any, bias: Array | None) -> Any:
+    if isinstance(x, LowRank):
+        x = x.with_gains()
+        return x.map(x.base, lambda t: dataclasses.replace(t, bias=None))
+    if isinstance(x, Rows):
+        return x.lowrank()
+    return plain_leaf(x, bias)
+
+
+def plain_leaf(x: Any, bias: Array | None) -> Any:
+    """A leaf or fully trained leaf as an array, with what adapters add to it."""
+    x = x.value if isinstance(x, Full) else x
+    return x if bias is None else (x + bias).astype(x.dtype)
+
+
+def bias_terms(leaves: Mapping[str, Any]) -> dict[str, Array]:
+    """What adapters add to biases, float32, by the bias's path.
+
+    Args:
+      leaves: nodes and plain leaves by path.
+
+    Raises:
+      StructureError: an adapter with a bias on a layer without.
+    """
+    terms: dict[str, Array] = {}
+    for path, x in leaves.items():
+        if not isinstance(x, LowRank):
+            continue
+        for t in x.adapters.values():
+            if t.bias is not None:
+                name = bias_of(path, x, leaves)
+                terms[name] = terms.get(name, 0) + _bias_term(x, t, t.bias)
+    return terms
+
+
+def bias_of(path: str, kernel: Any, leaves: Mapping[str, Any]) -> str:
+    """The path of the bias of a kernel's layer.
+
+    Raises:
+      StructureError: it has none.
+    """
+    for name in BIAS_NAMES:
+        beside = f"{module_of(path)}/{name}".lstrip("/")
+        if beside in leaves:
+            return beside
+    raise StructureError(
+        f"the adapter of {path!r} {tuple(kernel.shape)} is to have a bias, and its "
+        f"layer has none ({' or '.join(BIAS_NAMES)} beside the kernel) that it could "
+        "be added to.\nLeave lora_bias out, or the layer out of targets."
+    )
+
+
+def _bias_term(w: LowRank, t: Adapter, bias: Array) -> Array:
+    """`scale * bias` on the outputs of the whole kernel, in the kernel's order."""
+    order = tuple(sorted(t.o_dims))
+    term = align(bias.astype(jnp.float32), t.o_dims, order)
+    term = term * spread(t.scale, t.s_dims, order)
+    return widen(term, [t.starts[d] for d in order], [w.shape[d] for d in order])

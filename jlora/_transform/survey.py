@@ -1,0 +1,409 @@
+"""`survey(fn, params, *args)`: how a function uses each of its parameters.
+
+The jaxpr is read, never run. Each leaf is followed through layout changes and inner
+programs to the primitives that consume it; those tell which of its axes are inputs,
+outputs or stacks, where names and numbers of dimensions could only be guessed at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import _compat
+from jlora._compat import Eqn, Jaxpr
+from jlora._kernel.axes import Dims
+from jlora._kernel.nodes import is_node
+from jlora._paths import path_str
+from jlora._text import table
+from jlora._transform._rules.experts import is_plain
+from jlora._transform._rules.layout import reshape_groups
+
+Tree = Any
+Axes = tuple[frozenset[int], ...]  # for each dimension of a value, the leaf's axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a leaf.
+
+    Attributes:
+      kind: `matmul`, `gather`, `conv`, `bias`, `scale`, or `other`.
+      primitive: the primitive that consumes it.
+      in_axes: the leaf's axes that are contracted or looked up.
+      out_axes: those that go on to the result.
+      batch_axes: those with a product for each index: stacks of layers, experts.
+      flops: multiply-adds times two, all steps of a scan counted.
+    """
+
+    kind: str
+    primitive: str
+    in_axes: Dims = ()
+    out_axes: Dims = ()
+    batch_axes: Dims = ()
+    flops: int = 0
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether an adapter could serve this use."""
+        contracts = self.kind in ("matmul", "gather", "conv")
+        return contracts and bool(self.in_axes) and bool(self.out_axes)
+
+    def __str__(self) -> str:
+        if not self.is_kernel:
+            return self.primitive if self.kind == "other" else self.kind
+        axes = f"{list(self.in_axes)}->{list(self.out_axes)}"
+        return f"{self.kind} {axes}" + (
+            f" for each of {list(self.batch_axes)}" if self.batch_axes else ""
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafUses:
+    """A leaf and all its uses, in the program's order."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    uses: tuple[Use, ...]
+
+    def axes(self) -> tuple[Dims, Dims, Dims, bool]:
+        """Inputs, outputs, stacks, and whether it is an embedding table.
+
+        A table that is looked up and also multiplied (a tied head) has one adapter,
+        factored as the lookup wants it.
+        """
+        kernels = [u for u in self.uses if u.is_kernel]
+        use = next((u for u in kernels if u.kind == "gather"), kernels[0])
+        return use.in_axes, use.out_axes, use.batch_axes, use.kind == "gather"
+
+    def adapter_size(self, rank: int = 1) -> int:
+        """How many numbers an adapter of that rank has."""
+        ins, outs, batch, _ = self.axes()
+        sizes = [math.prod(self.shape[d] for d in dims) for dims in (ins, outs, batch)]
+        return rank * sizes[2] * (sizes[0] + sizes[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What `survey` found, by leaf; prints as a table."""
+
+    leaves: Mapping[str, LeafUses]
+
+    def knows(self, path: str) -> bool:
+        """Whether the leaf was among the surveyed parameters."""
+        return path in self.leaves
+
+    def is_kernel(self, path: str) -> bool:
+        """Whether the leaf is contracted or looked up somewhere."""
+        return any(u.is_kernel for u in self.leaves[path].uses)
+
+    def axes(self, path: str) -> tuple[Dims, Dims, Dims, bool]:
+        """A kernel's inputs, outputs and stacks; whether it is an embedding table."""
+        return self.leaves[path].axes()
+
+    def matmul_kernels(self) -> list[str]:
+        """Every leaf that is multiplied with an input, and never looked up."""
+        return [
+            path
+            for path, leaf in self.leaves.items()
+            if any(u.is_kernel and u.kind == "matmul" for u in leaf.uses)
+            and not any(u.kind == "gather" for u in leaf.uses)
+        ]
+
+    def __str__(self) -> str:
+        rows = [("leaf", "shape", "uses", "FLOPs", "adapter, per rank")]
+        for leaf in self.leaves.values():
+            uses = ", ".join(dict.fromkeys(str(u) for u in leaf.uses)) or "none"
+            flops = sum(u.flops for u in leaf.uses)
+            size = f"{leaf.adapter_size():,}" if self.is_kernel(leaf.path) else ""
+            rows.append(
+                (leaf.path, str(leaf.shape), uses, f"{flops:,}" if flops else "", size)
+            )
+        return table(rows)
+
+
+def survey(fn: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> Survey:
+    """Read off a function's program how it uses each parameter.
+
+    Args:
+      fn: the function, `fn(params, *args, **kwargs)`.
+      params: the plain tree that `lorafy` will get: arrays or `ShapeDtypeStruct`s.
+      *args: further arguments, arrays or shapes; others are handed on as they are.
+      **kwargs: likewise.
+
+    Returns:
+      A `Survey` for `lorafy(params, survey=...)`. Nothing is computed or allocated.
+
+    >>> use = lambda p, x: x @ p["kernel"] + p["bias"]
+    >>> shape = jax.ShapeDtypeStruct
+    >>> params = {"kernel": shape((3, 2), "float32"), "bias": shape((2,), "float32")}
+    >>> print(survey(use, params, shape((5, 3), "float32")))
+    leaf     shape             uses  FLOPs  adapter, per rank
+    ------  ------  ---------------  -----  -----------------
+    bias      (2,)             bias
+    kernel  (3, 2)  matmul [0]->[1]     60                  5
+    """
+    leaves, treedef = jax.tree.flatten((params, args, kwargs), is_leaf=is_node)
+    traced = [i for i, x in enumerate(leaves) if _is_array(x)]
+
+    def flat(*arrays: Any) -> Any:
+        full = list(leaves)
+        for i, x in zip(traced, arrays, strict=True):
+            full[i] = x
+        p, a, k = jax.tree.unflatten(treedef, full)
+        return jax.tree.leaves(fn(p, *a, **k))
+
+    jaxpr = jax.make_jaxpr(flat)(*[leaves[i] for i in traced])
+    named = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
+    walk = _Walk({path_str(p): [] for p, x in named if _is_array(x)})
+    places = [
+        (_Place(path_str(p), _one_to_one(x.shape)),) for p, x in named if _is_array(x)
+    ]
+    walk.follow(jaxpr, [*places, *[()] * (len(traced) - len(places))], 1)
+    return Survey(
+        {
+            path_str(p): LeafUses(
+                path_str(p), tuple(x.shape), x.dtype, tuple(walk.uses[path_str(p)])
+            )
+            for p, x in named
+            if _is_array(x)
+        }
+    )
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _one_to_one(shape: Sequence[int]) -> Axes:
+    return tuple(frozenset({d}) for d in range(len(shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a leaf's axes are in some value; `stack` ones are gone, an index each."""
+
+    path: str
+    axes: Axes
+    stack: frozenset[int] = frozenset()
+
+    def flat(self, dims: Sequence[int]) -> Dims:
+        return tuple(sorted(frozenset().union(*(self.axes[d] for d in dims))))
+
+    def drop(self, dims: set[int]) -> _Place:
+        gone = frozenset(self.flat(sorted(dims)))
+        kept = tuple(a for d, a in enumerate(self.axes) if d not in dims)
+        return _Place(self.path, kept, self.stack | gone)
+
+
+Places = tuple[_Place, ...]  # a concatenation holds several leaves
+
+
+class _Walk:
+    """Follows leaves through a program and collects their uses."""
+
+    def __init__(self, uses: dict[str, list[Use]]) -> None:
+        self.uses = uses
+
+    def follow(self, jaxpr: Jaxpr, args: Sequence[Places], times: int) -> list[Places]:
+        """Walk a jaxpr whose operands hold those leaves; the places of its results."""
+        bare, _ = _compat.open_jaxpr(jaxpr)
+        env: dict[Any, Places] = dict(zip(bare.invars, args, strict=True))
+
+        def read(atom: Any) -> Places:
+            return () if isinstance(atom, _compat.Literal) else env.get(atom, ())
+
+        for eqn in bare.eqns:
+            operands = [read(v) for v in eqn.invars]
+            if any(operands):
+                results = self._equation(eqn, operands, times)
+                env.update(zip(eqn.outvars, results, strict=False))
+        return [read(v) for v in bare.outvars]
+
+    def _equation(
+        self, eqn: Eqn, operands: list[Places], times: int
+    ) -> Sequence[Places]:
+        inner = list(_inner_programs(eqn, operands))
+        if inner:
+            results = [
+                self.follow(body, args, times * repeat) for body, args, repeat in inner
+            ]
+            # What a loop or a branch returns is no longer the leaf that went in.
+            return () if eqn.primitive.name in _CHOOSING else results[0]
+        moved = _moved(eqn, operands)
+        if moved is not None:
+            return moved
+        for number, places in enumerate(operands):
+            for place in places:
+                use = _use(eqn, number, place, operands)
+                use = dataclasses.replace(use, flops=use.flops * times)
+                self.uses[place.path].append(use)
+        return ()
+
+
+def _inner_programs(
+    eqn: Eqn, operands: list[Places]
+) -> Iterator[tuple[Jaxpr, list[Places], int]]:
+    """The programs inside an equation: each with its operands and repetitions."""
+    name = eqn.primitive.name
+    if name in _compat.JIT:
+        jit = _compat.jit_parts(eqn)
+        # A loss looks up the head's columns; that makes it no embedding.
+        yield jit.body, [()] * len(operands) if jit.name == _OWN else operands, 1
+    elif name in _compat.REMAT:
+        yield _compat.remat_parts(eqn).body, operands, 1
+    elif name == "shard_map":
+        yield _compat.shard_map_parts(eqn).body, operands, 1
+    elif name == "cond":
+        for body in _compat.cond_branches(eqn):
+            yield body, operands[1:], 1
+    elif name == "while":
+        w = _compat.while_parts(eqn)
+        middle = w.num_cond_consts + w.num_body_consts
+        carry = operands[middle:]
+        yield w.cond, [*operands[: w.num_cond_consts], *carry], 1
+        yield w.body, [*operands[w.num_cond_consts : middle], *carry], 1
+    elif name == "scan":
+        s = _compat.scan_parts(eqn)
+        first_x = s.num_consts + s.num_carry
+        sliced = [tuple(p.drop({0}) for p in places) for places in operands[first_x:]]
+        yield s.body, [*operands[:first_x], *sliced], s.length
+    elif "call_jaxpr" in eqn.params:  # custom_jvp_call, custom_vjp_call, closed_call
+        yield eqn.params["call_jaxpr"], operands, 1
+
+
+_OWN = "label_columns"  # of `_linear_loss`
+_CHOOSING = ("scan", "while", "cond")
+
+_UNMOVED = frozenset(
+    [
+        "convert_element_type", "reduce_precision", "copy", "copy_p", "name", "neg",
+        "stop_gradient", "sharding_constraint", "slice", "dynamic_slice", "rev",
+        "optimization_barrier", "all_gather", *_compat.PVARY, *_compat.RESHARD,
+    ]
+)  # fmt: skip
+
+
+def _moved(eqn: Eqn, operands: list[Places]) -> list[Places] | None:
+    """The places after a layout change, or None if the equation consumes the leaf."""
+    name, p = eqn.primitive.name, eqn.params
+    first = operands[0]
+    if name == "optimization_barrier":
+        return operands
+    if name in ("slice", "dynamic_slice", "split") and not any(operands[1:]):
+        return [first] * len(eqn.outvars)
+    if name in _UNMOVED:
+        return [first]
+    if name in ("mul", "div") and _by_scalar(eqn):
+        return [first or operands[1]]
+    if name == "concatenate":
+        return [tuple(place for places in operands for place in places)]
+    change = _CHANGES.get(name)
+    if change is None or (any(operands[1:]) and name != "stack"):
+        return None
+    shape = [v.aval.shape for v in (eqn.invars[0], eqn.outvars[0])]
+    places = [place for places in operands for place in places]
+    return [tuple(change(place, p, *shape) for place in places)]
+
+
+def _by_scalar(eqn: Eqn) -> bool:
+    shapes = [np.shape(v.val) if isinstance(v, _compat.Literal) else v.aval.shape
+              for v in eqn.invars]  # fmt: skip
+    return () in shapes and shapes[0] != shapes[1]
+
+
+def _transpose(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+    axes = tuple(place.axes[d] for d in p["permutation"])
+    return dataclasses.replace(place, axes=axes)
+
+
+def _squeeze(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+    return place.drop({d % len(old) for d in p["dimensions"]})
+
+
+def _broadcast(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+    axes = [frozenset[int]()] * len(new)
+    for d, to in enumerate(p["broadcast_dimensions"]):
+        axes[to] = place.axes[d]
+    return dataclasses.replace(place, axes=tuple(axes))
+
+
+def _reshape(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+    axes = [frozenset[int]()] * len(new)
+    for left, right in reshape_groups(old, new):
+        for d in right:
+            axes[d] = frozenset().union(*(place.axes[x] for x in left))
+    return dataclasses.replace(place, axes=tuple(axes))
+
+
+def _stack(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+    axes = list(place.axes)
+    axes.insert(p["axis"] % len(new), frozenset())
+    return dataclasses.replace(place, axes=tuple(axes))
+
+
+_CHANGES = {
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "stack": _stack,
+}
+
+
+def _use(eqn: Eqn, number: int, place: _Place, operands: list[Places]) -> Use:
+    """The use that an equation makes of its `number`-th operand."""
+    name = eqn.primitive.name
+    others = [places for i, places in enumerate(operands) if i != number]
+    if name == "dot_general" and not any(others):
+        return _matmul(eqn, number, place)
+    if name == "ragged_dot_general" and number == 1 and is_plain(eqn.params):
+        flops = 2 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[1]
+        return _kernel_use(eqn, "matmul", place, (1,), (0,), flops)
+    if name == "gather" and number == 0:
+        return _lookup(eqn, place)
+    if name == "conv_general_dilated" and number == 1:
+        return _convolution(eqn, place)
+    kind = {"add": "bias", "sub": "bias", "mul": "scale", "div": "scale"}.get(name)
+    return Use(kind or "other", name)
+
+
+def _kernel_use(
+    eqn: Eqn, kind: str, place: _Place, ins: Sequence[int], batch: Sequence[int],
+    flops: int,
+) -> Use:  # fmt: skip
+    """A contraction over the value's dimensions `ins`."""
+    outs = [d for d in range(len(place.axes)) if d not in (*ins, *batch)]
+    stack = tuple(sorted({*place.flat(batch), *place.stack}))
+    in_axes = tuple(d for d in place.flat(ins) if d not in stack)
+    out_axes = tuple(d for d in place.flat(outs) if d not in (*stack, *in_axes))
+    return Use(kind, eqn.primitive.name, in_axes, out_axes, stack, flops)
+
+
+def _matmul(eqn: Eqn, number: int, place: _Place) -> Use:
+    contracted, batch = eqn.params["dimension_numbers"]
+    lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    flops = 2 * math.prod(out) * math.prod(lhs[d] for d in contracted[0])
+    return _kernel_use(eqn, "matmul", place, contracted[number], batch[number], flops)
+
+
+def _lookup(eqn: Eqn, place: _Place) -> Use:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = eqn.invars[0].aval.shape
+    touched = {d for d, size in enumerate(shape) if sizes[d] != size}
+    touched |= {*numbers.start_index_map, *numbers.collapsed_slice_dims}
+    batch = numbers.operand_batching_dims
+    return _kernel_use(eqn, "gather", place, sorted(touched - {*batch}), batch, 0)
+
+
+def _convolution(eqn: Eqn, place: _Place) -> Use:
+    _, *in_dims = eqn.params["dimension_numbers"].rhs_spec
+    kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    flops = 2 * math.prod(out) * math.prod(kernel[d] for d in in_dims)
+    return _kernel_use(eqn, "conv", place, in_dims, (), flops)

@@ -1,0 +1,1 @@
+"""Parameters to parameters: put adapters on a tree, part it, fold them in."""

@@ -1,0 +1,271 @@
+"""Fold adapters into their kernels, say what rounding cost, and undo it exactly."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._errors import NonFiniteError, StructureError
+from jlora._kernel.axes import Array
+from jlora._kernel.nodes import LowRank, Rows, is_node, same_structure, wide
+from jlora._paths import path_str
+from jlora._text import table
+from jlora._transform.resolve import bias_terms, plain_leaf
+from jlora._tree.merge_kernels import bare, merge_kernels, merge_node
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedLeaf:
+    """What merging did to one kernel.
+
+    Attributes:
+      path: the kernel.
+      delta_norm: Frobenius norm of the update `scale * a @ b`, in float32.
+      lost: norm of the part of the update lost to rounding, over `delta_norm`: 0 is
+        exact, 1 means that the merged kernel knows nothing of the update.
+      max_error: largest absolute rounding error of one weight.
+      unchanged: fraction of the weights that the update should have changed and whose
+        bits are what they were.
+    """
+
+    path: str
+    delta_norm: float
+    lost: float
+    max_error: float
+    unchanged: float
+
+
+class MergeReport(tuple[MergedLeaf, ...]):
+    """One `MergedLeaf` a kernel; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("kernel", "|update|", "lost to rounding", "max error", "unchanged")]
+        rows += [
+            (m.path, f"{m.delta_norm:.3g}", f"{m.lost:.2%}", f"{m.max_error:.2g}",
+             f"{m.unchanged:.2%}")
+            for m in self
+        ]  # fmt: skip
+        return table(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Undo:
+    """What turns a merged tree back: the lorafied tree, whose arrays it shares."""
+
+    lorafied: Tree
+
+
+def merge(
+    tree: Tree, *, report: bool = False, undo: bool = False, donate: bool = False
+) -> Any:
+    """Fold every adapter into its kernel.
+
+    Each kernel becomes `base + scale * a @ b`, with DoRA brought to its magnitude,
+    accumulated in float32 and rounded once to the base's dtype. Biases of adapters go
+    into those of their layers. Fully trained leaves and rows become plain leaves.
+
+    Args:
+      tree: a lorafied tree.
+      report: also return a `MergeReport`, with the part of each update lost to
+        rounding (in bfloat16 that can be most of a small one).
+      undo: also return what `unmerge` needs. It keeps the base arrays alive.
+      donate: write each merged kernel over its base, so that no second model needs
+        room (nor, on a CPU, new pages, which take longer than merging does). The bases
+        are deleted in `tree`, and in the parameters it was made of, even where merging
+        fails. A base that stands in the tree twice is kept.
+
+    Returns:
+      The dense tree; with `report` or `undo` a tuple of it, the report, the undo.
+
+    Raises:
+      NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
+      StructureError: a report inside `jax.jit`; `donate` there, or with what needs the
+        bases; arrays that were donated before.
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
+    leaves = {path_str(path): x for path, x in pairs}
+    nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
+    tracing = _is_tracing(nodes)
+    _refuse_options(tracing, report=report, undo=undo, donate=donate)
+    if not tracing:
+        _refuse_deleted(leaves)
+    biases = bias_terms(leaves)
+    given = _bases_of_their_own(leaves, nodes) if donate else ()
+    if tracing:
+        done = {path: merge_node(x.base, bare(x))[0] for path, x in nodes.items()}
+    else:
+        done, bad = merge_kernels(nodes, given)
+        if bad is not None:
+            _refuse(bad, nodes[bad], donated=bool(given))
+    plain = [
+        done[path] if path in done else plain_leaf(x, biases.get(path))
+        for path, x in leaves.items()
+    ]
+    out = [jax.tree.unflatten(structure, plain)]
+    if report:
+        # In a pass of its own, so that asking for a report changes no bit.
+        figures = {
+            path: _figures(x.base, bare(x), done[path]) for path, x in nodes.items()
+        }
+        stats = jax.device_get(figures)
+        out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
+    if undo:
+        out.append(Undo(tree))
+    return out[0] if len(out) == 1 else tuple(out)
+
+
+def unmerge(merged: Tree, undo: Undo) -> Tree:
+    """The lorafied tree that `merge(tree, undo=True)` came from, bit for bit.
+
+    Subtracting the update would not give the base back: in bfloat16 over 40 % of the
+    weights come out different. The base is kept instead.
+
+    Args:
+      merged: the merged tree. It must still be what `merge` returned.
+      undo: from `merge(tree, undo=True)`.
+
+    Raises:
+      StructureError: `merged` is of another tree, or was changed since.
+    """
+    again = merge(undo.lorafied)
+    if not same_structure(again, merged):
+        raise StructureError(
+            "the merged tree and the undo are not of one tree.\nPass what one "
+            "jlora.merge(tree, undo=True) returned."
+        )
+    changed = [
+        path_str(path)
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(again), jax.tree.leaves(merged),
+            strict=True,
+        )
+        if not _same_bits(x, y)
+    ]  # fmt: skip
+    if changed:
+        raise StructureError(
+            f"{len(changed)} merged leaves were changed since the merge, "
+            f"{changed[:3]} first: unmerging would lose the change.\nTrain before "
+            "merging, or make a new adapter on the merged tree with jlora.lorafy."
+        )
+    return undo.lorafied
+
+
+def _refuse_options(tracing: bool, *, report: bool, undo: bool, donate: bool) -> None:
+    if tracing and report:
+        raise StructureError(
+            "a merge report needs numbers, and inside jax.jit there are none yet.\n"
+            "Call jlora.merge(tree, report=True) outside of jit."
+        )
+    if donate and (report or undo):
+        raise StructureError(
+            "a report and an undo need the bases that jlora.merge(donate=True) writes "
+            "over.\nLeave out one or the other."
+        )
+    if donate and tracing:
+        raise StructureError(
+            "inside jax.jit jlora.merge(donate=True) has no memory to give.\nDonate "
+            "the tree to the jitted function: jax.jit(f, donate_argnums=0)."
+        )
+
+
+def _refuse_deleted(leaves: Mapping[str, Any]) -> None:
+    for path, leaf in leaves.items():
+        arrays = (x for x in jax.tree.leaves(leaf) if isinstance(x, jax.Array))
+        gone = next((x for x in arrays if x.is_deleted()), None)
+        if gone is not None:
+            raise StructureError(
+                f"an array {gone.shape} {gone.dtype} of {path!r} is gone: it was "
+                "donated, to a jitted function or to jlora.merge(donate=True).\nMerge "
+                "what that returned, or load the parameters again."
+            )
+
+
+def _bases_of_their_own(
+    leaves: Mapping[str, Any], nodes: Mapping[str, Any]
+) -> frozenset[str]:
+    """The nodes whose bases are nobody else's in the tree."""
+    places = {path: _place(x.base) for path, x in nodes.items()}
+    others = jax.tree.leaves([x for path, x in leaves.items() if path not in nodes])
+    uses = collections.Counter([*places.values(), *map(_place, others)])
+    return frozenset(path for path, place in places.items() if uses[place] == 1)
+
+
+def _place(x: Any) -> int:
+    """What two arrays on one piece of memory have in common; others do not."""
+    if not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return id(x)
+    shards = x.addressable_shards
+    return shards[0].data.unsafe_buffer_pointer() if shards else id(x)
+
+
+@jax.jit
+def _figures(base: Array, w: LowRank | Rows, merged: Array) -> dict[str, Array]:
+    """What a report says of a merged kernel, of its base and its bare node."""
+    w = dataclasses.replace(w, base=base)
+    base, rounded = wide(w.base), wide(merged)
+    if isinstance(w, Rows):
+        delta = dataclasses.replace(w, base=base).merged() - base
+    else:
+        delta = w.delta()
+    error = (rounded - base) - delta
+    moved = delta != 0
+    same = moved & (merged == w.base)
+    return {
+        "delta": _norm(delta),
+        "error": _norm(error),
+        "max": jnp.max(jnp.abs(error)),
+        "same": jnp.sum(same) / jnp.maximum(jnp.sum(moved), 1),
+    }
+
+
+def _norm(x: Array) -> Array:
+    # Of any number of axes, and without the reshape that explicit sharding refuses.
+    return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+
+def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
+    lost = float(s["error"] / s["delta"]) if s["delta"] else 0.0
+    return MergedLeaf(path, float(s["delta"]), lost, float(s["max"]), float(s["same"]))
+
+
+def _refuse(path: str, w: LowRank | Rows, *, donated: bool) -> NoReturn:
+    done = "Nothing was merged."
+    if donated:
+        done = "The bases were donated and are gone: load them again."
+    if isinstance(w.base, jax.Array) and w.base.is_deleted():
+        where = "its base, its adapter or their sum"
+    elif jnp.all(jnp.isfinite(w.base)):
+        where = "its adapter or their sum"
+    else:
+        where = "its base"
+    raise NonFiniteError(
+        f"the kernel {path!r} {w.shape} {w.dtype} cannot be merged: NaN or infinity in "
+        f"{where}.\n{done} Check the checkpoint, or the training run that made the "
+        "adapter (a learning rate too high?)."
+    )
+
+
+def _is_tracing(tree: Tree) -> bool:
+    """Whether what is computed of the tree here has no numbers yet.
+
+    Inside `jax.jit` that holds for arrays from outside of it too, as for a new one.
+    """
+    arrays = [*jax.tree.leaves(tree), jnp.zeros(())]
+    return any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def _same_bits(x: Any, y: Any) -> bool:
+    if x is y:
+        return True
+    if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return bool(np.all(x == y))
+    x, y = np.asarray(x), np.asarray(y)
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()

@@ -1,0 +1,104 @@
+"""Which leaves are trained: masks, labels, and the split that optimisers take."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jlora._errors import StructureError
+from jlora._kernel.adapter import DIMS_OF, Adapter
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node, same_structure
+from jlora._paths import path_str
+
+Tree = Any
+
+
+def labels(tree: Tree) -> Tree:
+    """A label for every leaf, for `optax.multi_transform`.
+
+    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), `"magnitude"`
+    DoRA's, `"full"` a fully trained leaf, `"bias"` one that is named bias or an
+    adapter's own, `"rows"` the trained rows of a table, `"frozen"` the rest.
+
+    >>> tree = lorafy({"w": jnp.ones((3, 2))}, rank=1, targets=["w"])
+    >>> [str(x) for x in jax.tree.leaves(labels(tree))]
+    ['frozen', 'a', 'b', 'frozen']
+    """
+
+    def label(path: Any, node: Any) -> Any:
+        if isinstance(node, Full):
+            is_bias = path_str(path).rpartition("/")[2] == "bias"
+            return Full("bias" if is_bias else "full")
+        if isinstance(node, LowRank):
+            return node.map("frozen", _label_adapter)
+        if isinstance(node, Rows):
+            return dataclasses.replace(node, base="frozen", rows="rows")
+        return "frozen"
+
+    return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_node)
+
+
+def _label_adapter(t: Adapter) -> Adapter:
+    frozen = ("scale", "key", "gain")
+    present = [n for n in DIMS_OF if getattr(t, n) is not None]
+    named: dict[str, Any] = {n: "frozen" if n in frozen else n for n in present}
+    return dataclasses.replace(t, **named)
+
+
+def trainable_mask(tree: Tree) -> Tree:
+    """True for every leaf that is trained, for `optax.masked`.
+
+    Raises:
+      StructureError: nothing in the tree is trained.
+    """
+    mask = jax.tree.map(lambda label: label != "frozen", labels(tree))
+    if not any(jax.tree.leaves(mask)):
+        raise StructureError(
+            "nothing in this tree is trained: it holds no adapter and no fully trained "
+            "leaf.\nCall jlora.lorafy(params, ...) first, and pass its result on."
+        )
+    return mask
+
+
+def split(tree: Tree) -> tuple[Tree, Tree]:
+    """The trainable half and the frozen half; each holds None in the other's places.
+
+    `jax.grad` with respect to the trainable half never forms a frozen gradient, and
+    optimiser state, clipping and accumulation touch only that half.
+
+    Args:
+      tree: a lorafied tree, of arrays, shapes, shardings or anything else.
+
+    Raises:
+      StructureError: nothing in the tree is trained.
+    """
+    mask = trainable_mask(tree)
+    trainable = jax.tree.map(lambda x, m: x if m else None, tree, mask)
+    frozen = jax.tree.map(lambda x, m: None if m else x, tree, mask)
+    return trainable, frozen
+
+
+def combine(trainable: Tree, frozen: Tree) -> Tree:
+    """Undo `split`.
+
+    Raises:
+      StructureError: the halves are of different trees, or both hold a leaf.
+    """
+    is_none = lambda x: x is None  # noqa: E731
+    if not same_structure(trainable, frozen, is_leaf=is_none):
+        raise StructureError(
+            "the two halves are not of one tree.\nPass the results of one "
+            "jlora.split(tree), or updates of them."
+        )
+
+    def pick(path: Any, x: Any, y: Any) -> Any:
+        if x is not None and y is not None:
+            raise StructureError(
+                f"both halves hold the leaf {path_str(path)!r}.\nPass the trainable "
+                "half and the frozen half of one jlora.split(tree)."
+            )
+        return y if x is None else x
+
+    return jax.tree_util.tree_map_with_path(pick, trainable, frozen, is_leaf=is_none)

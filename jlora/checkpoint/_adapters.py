@@ -1,0 +1,186 @@
+"""Adapters and merged parameters: saved, and loaded onto their base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.nodes import Full, LowRank, Rows
+from jlora._kernel.placement import placed_adapter
+from jlora._paths import path_str
+from jlora._tree.merge import MergeReport, merge
+from jlora._tree.partition import trainable_mask
+from jlora._tree.rows import abstract_rows
+from jlora.checkpoint import _storage
+from jlora.checkpoint._entries import (
+    Check,
+    adapter_arrays,
+    adapter_entries,
+    check_base,
+    check_is_plain,
+    make_adapter,
+    named_factors,
+    nodes,
+    sharded,
+)
+from jlora.checkpoint._fingerprint import fingerprint
+from jlora.checkpoint._storage import PathLike
+
+Tree = Any
+
+
+# -- adapters --------------------------------------------------------------------------
+
+
+def save_adapter(
+    path: PathLike,
+    params: Tree,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save the adapters and fully trained leaves, not the base.
+
+    With them go each adapter's configuration and the base's fingerprint.
+
+    Args:
+      path: the folder to write.
+      params: a lorafied tree.
+      metadata: what else to keep, as JSON; `load_metadata` returns it.
+      overwrite: replace a checkpoint that is there already.
+
+    Raises:
+      CheckpointError: something is at `path` already, or it cannot be written.
+      StructureError: `params` holds nothing that is trained.
+    """
+    trainable_mask(params)  # nothing to save is an error
+    place = _storage.absolute(path)
+    _storage.check_place(place, overwrite)
+    config = {
+        "adapters": adapter_entries(params),
+        "full": [name for name, x in nodes(params) if isinstance(x, Full)],
+        "rows": {p: list(x.indices) for p, x in nodes(params) if isinstance(x, Rows)},
+        "base": fingerprint(params).to_json(),
+        "metadata": dict(metadata or {}),
+    }
+    _storage.write(place, "adapter", adapter_arrays(params), config)
+
+
+def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") -> Tree:
+    """Put saved adapters onto their base.
+
+    Args:
+      path: what `save_adapter` wrote.
+      base_params: the plain parameters it was trained on. Adapters of sharded kernels
+        are sharded along; a tree of shapes gives real adapters on an abstract base.
+      check: `"values"` compares the base byte for byte (where it has values);
+        `"shapes"` compares paths and shapes only, for a base in another dtype, say.
+
+    Returns:
+      The lorafied tree.
+
+    Raises:
+      CheckpointError: another base, or a checkpoint that is damaged or of another kind.
+    """
+    place = _storage.absolute(path)
+    check_is_plain(base_params)
+    config = _storage.read_config(place, "adapter")
+    check_base(place, config, fingerprint(base_params, trained=config["full"]), check)
+    shapes = {
+        name: jax.ShapeDtypeStruct(x["shape"], x["dtype"])
+        for name, x in config["arrays"].items()
+    }
+    bases = {
+        path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(base_params)
+    }
+    template: dict[str, Any] = {}
+    for entry in config["adapters"]:
+        shape = make_adapter(place, entry, shapes)
+        adapter = placed_adapter(shape, bases.get(entry["path"]))
+        template.update(named_factors(entry["path"], entry["name"], adapter))
+    for name in config["full"]:
+        own = shapes[f"{name}/full"]
+        sharding = getattr(bases[name], "sharding", None)
+        template[f"{name}/full"] = sharded(own, sharding)
+    for name in config.get("rows", {}):
+        own = shapes[f"{name}/rows"]
+        template[f"{name}/rows"] = abstract_rows(bases[name], own.shape[0], own.dtype)
+    arrays = _storage.read_arrays(place, config, template)
+    return _lorafied(place, config, arrays, base_params)
+
+
+def load_metadata(path: PathLike) -> dict[str, Any]:
+    """The metadata given to `save_adapter`."""
+    return _storage.read_config(_storage.absolute(path), "adapter")["metadata"]
+
+
+def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -> Tree:
+    adapters: dict[str, dict[str, Adapter]] = {}
+    for entry in config["adapters"]:
+        own = adapters.setdefault(entry["path"], {})
+        own[entry["name"]] = make_adapter(place, entry, arrays)
+
+    def one(path: Any, leaf: Any) -> Any:
+        name = path_str(path)
+        if name in adapters:
+            return LowRank(leaf, adapters[name], name)
+        if name in config.get("rows", {}):
+            return Rows(leaf, arrays[f"{name}/rows"], tuple(config["rows"][name]), name)
+        full = arrays.get(f"{name}/full")
+        return leaf if full is None else Full(full)
+
+    return jax.tree_util.tree_map_with_path(one, base)
+
+
+# -- merged parameters -----------------------------------------------------------------
+
+
+def save_merged(
+    path: PathLike,
+    params: Tree,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> MergeReport:
+    """Fold the adapters in and save plain parameters.
+
+    `path/arrays` is an ordinary Orbax item: `StandardCheckpointer().restore` reads it.
+
+    Args:
+      path: the folder to write.
+      params: a lorafied tree.
+      metadata: what else to keep, as JSON.
+      overwrite: replace a checkpoint that is there already.
+
+    Returns:
+      What merging lost to rounding, see `jlora.merge`.
+
+    Raises:
+      CheckpointError: something is at `path` already, or it cannot be written.
+      NonFiniteError: an adapter or a kernel holds NaN or infinity.
+    """
+    place = _storage.absolute(path)
+    _storage.check_place(place, overwrite)
+    merged, report = merge(params, report=True)
+    _storage.write(place, "merged", merged, {"metadata": dict(metadata or {})})
+    return report
+
+
+def load_merged(path: PathLike, like: Tree | None = None) -> Tree:
+    """Load plain parameters.
+
+    Args:
+      path: what `save_merged` wrote.
+      like: a tree of arrays or shapes that gives structure and shardings; None gives
+        nested dicts and lists on the default device.
+
+    Raises:
+      CheckpointError: a checkpoint that does not fit, is damaged or of another kind.
+    """
+    place = _storage.absolute(path)
+    config = _storage.read_config(place, "merged")
+    return _storage.read_arrays(place, config, like)

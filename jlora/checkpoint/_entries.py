@@ -1,0 +1,192 @@
+"""Adapters as files hold them: arrays by name, the rest as JSON, and their base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import NamedSharding
+
+from jlora._errors import CheckpointError
+from jlora._kernel.adapter import Adapter
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node
+from jlora._paths import path_str
+from jlora.checkpoint._fingerprint import Fingerprint, leaf_print
+
+Tree = Any
+Check = Literal["values", "shapes"]
+
+
+def nodes(params: Tree) -> Iterator[tuple[str, Any]]:
+    """Jlora's nodes in a tree, with their paths."""
+    for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node):
+        if is_node(x):
+            yield path_str(path), x
+
+
+def adapter_arrays(params: Tree) -> dict[str, Any]:
+    """What an adapter checkpoint holds: all that is trained, by name."""
+    arrays: dict[str, Any] = {}
+    for name, x in nodes(params):
+        if isinstance(x, Full):
+            arrays[f"{name}/full"] = x.value
+        elif isinstance(x, Rows):
+            arrays[f"{name}/rows"] = x.rows
+        else:
+            for own, adapter in x.adapters.items():
+                arrays.update(named_factors(name, own, adapter))
+    return arrays
+
+
+def _factors(adapter: Adapter) -> dict[str, Any]:
+    """The arrays of an adapter by name; a dropout key belongs to one step only."""
+    children, _ = adapter.tree_flatten_with_keys()
+    return {key.name: x for key, x in children if key.name != "key"}
+
+
+def named_factors(path: str, name: str, adapter: Adapter) -> dict[str, Any]:
+    """The arrays of one adapter by the names they have in a file."""
+    factors = _factors(adapter).items()
+    return {_factor_name(path, name, f): x for f, x in factors if x is not None}
+
+
+def _factor_name(path: str, name: str, factor: str) -> str:
+    return "/".join(filter(None, (path, name, factor)))
+
+
+def adapter_entries(params: Tree) -> list[dict[str, Any]]:
+    """The configuration of each adapter: all that is not an array."""
+    entries: list[dict[str, Any]] = []
+    for path, x in nodes(params):
+        if not isinstance(x, LowRank):
+            continue
+        for name, adapter in x.adapters.items():
+            factors = _factors(adapter)
+            static = {
+                field.name: getattr(adapter, field.name)
+                for field in dataclasses.fields(adapter)
+                if field.name not in factors and field.name != "key"
+            }
+            kept = [f for f, value in factors.items() if value is not None]
+            rank = adapter.rank
+            entries.append(
+                {"path": path, "name": name, "rank": rank, "factors": kept, **static}
+            )
+    return json.loads(json.dumps(entries))  # as it will be read again
+
+
+def make_adapter(
+    place: Path, entry: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> Any:
+    """An adapter from its entry and its arrays."""
+    settings = {k: _tuples(v) for k, v in entry.items()}
+    path, name = settings.pop("path"), settings.pop("name")
+    del settings["rank"]
+    names = {f: _factor_name(path, name, f) for f in settings.pop("factors")}
+    known = {field.name for field in dataclasses.fields(Adapter)}
+    strange = sorted((set(settings) | set(names)) - known)
+    if strange:
+        raise CheckpointError(
+            f"the adapter of {path!r} in {str(place)!r} has {strange}, which this "
+            "jlora does not know.\nUpgrade jlora."
+        )
+    factors = {f: arrays[full] for f, full in names.items()}
+    given: dict[str, Any] = {**factors, **settings}
+    fields = dataclasses.fields(Adapter)
+    absent = [f.name for f in fields if f.default is dataclasses.MISSING]
+    return Adapter(**{**dict.fromkeys(absent), **given})
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(_tuples(y) for y in x) if isinstance(x, list) else x
+
+
+def sharded(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The shape, on a mesh if that is where the sharding is."""
+    named = sharding if isinstance(sharding, NamedSharding) else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named)
+
+
+def check_adapters(place: Path, saved: Any, own: Any) -> None:
+    """Refuse to go on with adapters of another configuration than was saved."""
+    saved, own = ({(e["path"], e["name"]): e for e in x} for x in (saved, own))
+    lines = [f"{p!r} has no adapter here" for p, _ in saved if (p, _) not in own]
+    lines += [f"{p!r} has no adapter there" for p, _ in own if (p, _) not in saved]
+    for place_of, old in saved.items():
+        new = own.get(place_of, old)
+        for field in sorted(set(old) | set(new)):
+            was, now = old.get(field), new.get(field)
+            if was != now and None not in (was, now):
+                lines.append(f"{place_of[0]!r}: {field} was {was}, is {now}")
+    if not lines:
+        return
+    more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+    listed = "\n  ".join(lines[:8])
+    raise CheckpointError(
+        f"the adapters in {str(place)!r} are not configured as those they are restored "
+        f"into.\n  {listed}{more}\nPass jlora.lorafy what it was given then."
+    )
+
+
+def scale_entries(params: Tree) -> list[dict[str, Any]]:
+    """`adapter_entries` with what a training state takes from its base.
+
+    These are the scales, and which rows of a table are trained.
+    """
+    entries = iter(adapter_entries(params))
+    out: list[dict[str, Any]] = []
+    for path, x in nodes(params):
+        if isinstance(x, Rows):
+            out.append({"path": path, "name": "rows", "indices": list(x.indices)})
+        for adapter in x.adapters.values() if isinstance(x, LowRank) else ():
+            scale = leaf_print(adapter.scale)
+            out.append({**next(entries), "scale": _brief_scale(adapter, scale.digest)})
+    return out
+
+
+def _brief_scale(adapter: Adapter, digest: str | None) -> Any:
+    """The scale itself, or for a stack of them what tells one from another."""
+    if digest is None:
+        return None
+    return float(adapter.scale) if not adapter.scale.shape else digest
+
+
+# -- the base --------------------------------------------------------------------------
+
+
+def check_is_plain(base_params: Tree) -> None:
+    """Refuse a tree that has nodes already."""
+    adapted = [name for name, _ in nodes(base_params)]
+    if adapted:
+        raise CheckpointError(
+            f"load_adapter takes the plain base, but {adapted[0]!r} is adapted or "
+            "trained already.\nPass the parameters as they were before jlora.lorafy."
+        )
+
+
+def check_base(place: Path, config: Any, base: Fingerprint, check: Check) -> None:
+    """Refuse a base that is not the one a checkpoint was saved on."""
+    if check not in ("values", "shapes"):
+        raise ValueError(f"check={check!r}; it is 'values' or 'shapes'.")
+    saved = Fingerprint.from_json(config["base"])
+    lines = saved.differences(base, values=check == "values")
+    if not lines:
+        return
+    more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+    listed = "\n  ".join(lines[:8])
+    remedy = (
+        ""
+        if check == "shapes"
+        else (
+            " To use another dtype or version of it all the same, pass check='shapes'."
+        )
+    )
+    raise CheckpointError(
+        f"{str(place)!r} was saved on another base.\n  fingerprint there: "
+        f"{saved.digest}\n  fingerprint here:  {base.digest}\n  {listed}{more}\nPass "
+        f"the parameters it was trained on, in the same dtype.{remedy}"
+    )

@@ -1,0 +1,1 @@
+"""Compiled generation: greedy, beam search, sampling."""

@@ -1,0 +1,265 @@
+"""Hugging Face folders to Flax models and parameters, without PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from jlora._errors import CheckpointError
+from jlora._text import listed
+from jlora.models._hf import heads, reading
+from jlora.models._hf.families import Family, family_of
+from jlora.models._hf.sources import Source, names, places
+from jlora.models._hf.tensors import TensorFolder, read_json
+
+Params = dict[str, Any]
+
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def load(
+    source: str | Path,
+    dtype: Any = None,
+    *,
+    compute_dtype: Any = None,
+    sharding: reading.Shardings = None,
+    scan_layers: bool = False,
+    remat: bool = False,
+    attn_implementation: str = "einsum",
+    head: str | None = None,
+    num_labels: int | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Any, Params]:
+    """Return the model and the parameters of a Hugging Face checkpoint.
+
+    Leaves are read one by one into their dtype and sharding, each device's part alone;
+    the host holds little more than one tensor besides.
+
+    Args:
+      source: a folder with `config.json` and safetensors, or a repository's name on
+        the Hugging Face hub, which is downloaded or found in its cache.
+      dtype: the parameters' dtype; `None` keeps the file's.
+      compute_dtype: what the model computes in; `None` is bfloat16 where the
+        parameters are, float32 otherwise (T5 overflows in float16).
+      sharding: where the leaves lie. `None` is the default device; a
+        `jax.sharding.Sharding` is for all of them; a function of a leaf's path
+        (`"model/layers/0/mlp/up_proj/kernel"`) and shape answers with its sharding,
+        or `None`; a tree of shardings in the structure of the parameters, or the
+        beginning of one, says it leaf by leaf, as `jax.jit`'s `in_shardings`.
+      scan_layers: whether the model scans its blocks: it is traced and compiled for
+        one, however many there are. A block's number then leaves the paths, and leaves
+        gain a leading axis of blocks, `model/layers/mlp/up_proj/kernel` `[L, i, o]`;
+        T5's position bias, which the first block alone holds, stays at
+        `block/0/layer/0/SelfAttention/...`. `jlora.stack_layers` and `unstack_layers`
+        turn one form into the other.
+      remat: whether the backward pass computes a block's activations again instead of
+        keeping them.
+      attn_implementation: how whole sequences attend. `"einsum"` forms the scores,
+        `[B, H, T, S]` in float32, and serves every model; `"cudnn"` and `"xla"` are
+        those of `jax.nn.dot_product_attention`, of which the first forms none.
+      head: of BERT and RoBERTa, `"base"` (hidden states), `"classification"` or
+        `"masked_lm"`, whatever head the checkpoint was saved with; `None` takes that
+        one. What the head needs and the checkpoint lacks is newly initialised, and a
+        warning lists it.
+      num_labels: outputs of the classification head; `None` takes config.json's.
+        Where the checkpoint's head has another number, its last layer is made anew.
+      key: for what is newly initialised; `None` is `jax.random.key(0)`.
+
+    Returns:
+      A Flax module, and its parameters for `model.apply({"params": params}, ...)`.
+
+    Raises:
+      CheckpointError: files missing or damaged, tensors that are missing, unknown or
+        of another shape, or a configuration that no model here honours.
+      ShapeError: a sharding that does not divide its leaf.
+      StructureError: shardings that are not those of the parameters, or blocks that
+        are not alike and shall be scanned.
+    """
+    folder = _folder(source)
+    raw = read_json(folder / "config.json")
+    family = family_of(raw.get("model_type"), str(folder / "config.json"))
+    given_head = head is not None or num_labels is not None
+    raw = heads.chosen(family, raw, head, num_labels)
+    tensors = TensorFolder(folder)
+    config = family.config.from_dict(raw)
+    tensors.rename(family.spelling(config, tensors.names))
+    config = family.settle(config, raw, tensors.names, tensors.same)
+    if hasattr(config, "generation") and (folder / GENERATION).exists():
+        said = read_json(folder / GENERATION)
+        config = dataclasses.replace(config, generation=said)
+    form: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
+    form["attn_implementation"] = attn_implementation
+    model = family.model(config=config, **form)
+    abstract = family.abstract_params(model)
+    shardings = reading.shardings_of(sharding, abstract)
+    new: dict[str, jax.Array] = {}
+    if given_head:
+        new = _new_leaves(tensors, family, model, abstract, key)
+    params = _fill(tensors, family, config, abstract, dtype, shardings, new)
+    if new:
+        heads.report(folder, {path: leaf.shape for path, leaf in new.items()})
+    if compute_dtype is None:
+        bf16 = all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+        compute_dtype = jnp.bfloat16 if bf16 else jnp.float32
+    param_dtype = jax.tree.leaves(params)[0].dtype
+    dtypes = {"dtype": compute_dtype, "param_dtype": param_dtype}
+    model = family.model(config=config, **dtypes, **form)
+    return model, params
+
+
+def sources_of(
+    family: Family, config: Any, params: Mapping[str, Any], held: Collection[str] = ()
+) -> dict[str, Source]:
+    """Return where every leaf is found in a file, by its path joined with "/".
+
+    `held` are the names in a file; where one is to be written there are none.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    keys = [tuple(str(entry.key) for entry in path) for path in paths]
+    return {"/".join(key): family.source_of(key, config, held) for key in keys}
+
+
+def _folder(source: str | Path) -> Path:
+    """Return the folder itself, or the hub's snapshot of that name."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    # A repository is called "name" or "owner/name"; anything else was meant as a path.
+    if isinstance(source, Path) or name.count("/") > 1 or name[:1] in "./~\\":
+        raise CheckpointError(f"{folder} is no folder; is the path right?")
+    patterns = ["config.json", GENERATION, "*.safetensors"]
+    patterns += ["*.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise CheckpointError(
+            f"{name!r} is no local folder, and the Hugging Face hub gave no "
+            f"repository of that name: {error}\nCheck the name and the connection, or "
+            "pass the path of a downloaded folder."
+        ) from error
+
+
+def _new_leaves(
+    tensors: TensorFolder, family: Family, model: Any, abstract: Params, key: Any
+) -> dict[str, jax.Array]:
+    """Return what the chosen head needs and `tensors` lack, newly initialised.
+
+    What `tensors` hold of another head is hidden.
+    """
+    sources = sources_of(family, model.config, abstract, tensors.names)
+    wanted = {name for source in sources.values() for name in names(source)}
+    wanted |= family.aliases(model.config).keys()
+    heads.hide_others(tensors, family, wanted)
+    leaves = jax.tree.leaves(abstract)
+    shapes = {path: leaf.shape for path, leaf in zip(sources, leaves, strict=True)}
+    absent = heads.absent(tensors, family, sources, shapes)
+    return heads.initial(family, model, absent, key) if absent else {}
+
+
+def _fill(
+    tensors: TensorFolder,
+    family: Family,
+    config: Any,
+    abstract: Params,
+    dtype: Any,
+    shardings: list[Sharding | None],
+    new: Mapping[str, jax.Array],
+) -> Params:
+    """Return `abstract` with every leaf taken from `new` or read from `tensors`.
+
+    Nothing is left over.
+    """
+    sources = sources_of(family, config, abstract, tensors.names)
+    read = {path: source for path, source in sources.items() if path not in new}
+    _check_names(tensors, family, config, sources, read)
+    leaves, treedef = jax.tree.flatten(abstract)
+    shapes = {path: leaf.shape for path, leaf in zip(sources, leaves, strict=True)}
+    for path, source in read.items():
+        _check_shapes(tensors, path, source, shapes[path])
+    dtypes = {
+        path: jax.dtypes.canonicalize_dtype(dtype or _dtype_of(tensors, source))
+        for path, source in read.items()
+    }
+    like = next(iter(dtypes.values()))
+    filled = []
+    for path, sharding in zip(sources, shardings, strict=True):
+        if path in new:
+            leaf = new[path].astype(like)
+            leaf = leaf if sharding is None else jax.device_put(leaf, sharding)
+        else:
+            leaf = reading.read(
+                tensors, read[path], shapes[path], dtypes[path], sharding
+            )
+        filled.append(leaf)
+    return jax.tree.unflatten(treedef, filled)
+
+
+def _dtype_of(tensors: TensorFolder, source: Source) -> Any:
+    """Return the dtype that loses nothing of a leaf's tensors."""
+    return reduce(jnp.promote_types, [tensors.dtype(name) for name in names(source)])
+
+
+def _check_names(
+    tensors: TensorFolder,
+    family: Family,
+    config: Any,
+    sources: Mapping[str, Source],
+    read: Mapping[str, Source],
+) -> None:
+    wanted = {name for source in sources.values() for name in names(source)}
+    aliases = family.aliases(config)
+    missing = {name for source in read.values() for name in names(source)}
+    missing -= tensors.names
+    unknown = tensors.names - wanted - set(aliases)
+    unknown = {name for name in unknown if not family.ignores(name)}
+    if missing or unknown:
+        lines = [f"{tensors.folder} does not fit the model in its config.json."]
+        if missing:
+            lines += [f"{len(missing)} tensors are missing:\n  {listed(missing)}"]
+        if unknown:
+            lines += [f"{len(unknown)} tensors have no place:\n  {listed(unknown)}"]
+        lines += ["Check that weights and config.json are of the same model."]
+        raise CheckpointError("\n".join(lines))
+    for alias, name in aliases.items():
+        if alias in tensors.names - wanted and not tensors.same(alias, name):
+            raise CheckpointError(
+                f"{tensors.where(alias)}: {alias} must equal {name}, and does not.\n"
+                "The model holds one tensor for both; the checkpoint is of another."
+            )
+
+
+def _check_shapes(
+    tensors: TensorFolder, path: str, source: Source, shape: tuple[int, ...]
+) -> None:
+    for place in places(source, shape):
+        name = place.tensor.name
+        held = tensors.shape(name)
+        if held != place.shape:
+            raise CheckpointError(
+                f"{tensors.where(name)}: {name} is {list(held)}, but by config.json it "
+                f"is {list(place.shape)} ({path} {list(shape)}).\n"
+                "Check that weights and config.json are of the same model."
+            )

@@ -1,0 +1,217 @@
+"""Flax parameters back to a Hugging Face folder, written beside and then renamed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jlora._errors import CheckpointError, StructureError
+from jlora._text import listed
+from jlora.models._hf.families import family_of
+from jlora.models._hf.load import GENERATION, TOKENIZER_FILES, Params, sources_of
+from jlora.models._hf.sources import Place, places
+from jlora.models._hf.tensors import INDEX, WEIGHTS
+
+# What `transformers` wants to read in a file before it takes it for its own.
+_METADATA = {"format": "pt"}
+_COPIED = (*TOKENIZER_FILES, GENERATION)
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+Tensors = list[tuple[Place, jax.Array]]  # a tensor, and the leaf that it is of
+
+
+def save(
+    model: Any,
+    params: Params,
+    path: str | Path,
+    *,
+    tokenizer_from: str | Path | None = None,
+    max_shard_bytes: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint folder that `load` and `transformers` read.
+
+    Everything is written to a folder beside `path` first, which then takes its name:
+    a full disk or an interruption leaves what was there.
+
+    Args:
+      model: a model of `jlora.models`; its configuration becomes `config.json`, and
+        `generation_config.json` where it has such settings.
+      params: its parameters, dense.
+      path: the folder to write.
+      tokenizer_from: a folder whose tokenizer files are copied (and
+        `generation_config.json`, if the model has no settings of its own).
+      max_shard_bytes: begins a new file where one would grow beyond it; `None`
+        writes one file.
+      overwrite: replaces configuration and weights in `path`; other files there,
+        the tokenizer's among them, stay unless they are written anew.
+
+    Raises:
+      CheckpointError: `path` is not empty and `overwrite` is off, or
+        `tokenizer_from` holds no tokenizer.
+      StructureError: `params` are not the model's.
+    """
+    tensors = _tensors(model, params)
+    copied = _tokenizer_files(tokenizer_from)
+    target = Path(path).expanduser().resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        _check_replaceable(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.saving-"
+    staged = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        _write(staged, model, tensors, max_shard_bytes)
+        for file in copied:
+            shutil.copyfile(file, staged / file.name)
+        generation = getattr(model.config, "generation", None)
+        if generation:
+            _write_json(staged / GENERATION, dict(generation))
+        _put(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _tensors(model: Any, params: Params) -> Tensors:
+    """Return the file's tensors in order, after checking that all leaves are there."""
+    family = family_of(model.config.to_dict()["model_type"], repr(type(model)))
+    wanted = _shapes(family.abstract_params(model))
+    held = _shapes(params)
+    if wanted != held:
+        wrong = {k for k in wanted.keys() | held if wanted.get(k) != held.get(k)}
+        lines = [f"{k}: {held.get(k)}, wanted {wanted.get(k)}" for k in wrong]
+        raise StructureError(
+            f"The parameters are not those of this {type(model).__name__}:\n  "
+            f"{listed(lines)}\nIf the tree carries adapters, merge them first."
+        )
+    sources = sources_of(family, model.config, params)
+    leaves = zip(sources.values(), jax.tree.leaves(params), strict=True)
+    found = [(p, leaf) for source, leaf in leaves for p in places(source, leaf.shape)]
+    # By name, so that files do not depend on which tensors make up a leaf.
+    return sorted(found, key=lambda item: _in_order(item[0].tensor.name))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names with their numbers as numbers."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _tokenizer_files(folder: str | Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    here = Path(folder).expanduser()
+    found = [here / name for name in _COPIED if (here / name).exists()]
+    if not any(file.name in TOKENIZER_FILES for file in found):
+        raise CheckpointError(
+            f"{here} holds no tokenizer files.\nPass the folder that the model was "
+            "loaded from, or leave tokenizer_from out."
+        )
+    return found
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; pass the path of a folder.")
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} is not empty.\nPass overwrite=True to replace the checkpoint "
+            "in it, or another path."
+        )
+
+
+def _write(folder: Path, model: Any, tensors: Tensors, most: int | None) -> None:
+    """Write configuration, shards and, where there are several, their index."""
+    dtypes = {str(leaf.dtype) for _, leaf in tensors}
+    config = {k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"}
+    config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    _write_json(folder / "config.json", config)
+    shards = list(_shards(tensors, most))
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = WEIGHTS
+        if len(shards) > 1:
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        # One shard at a time is brought to the host and into the file's layout.
+        arrays = {p.tensor.name: _layout(p, leaf) for p, leaf in shard}
+        save_file(arrays, folder / file, metadata=_METADATA)
+        weight_map.update(dict.fromkeys(arrays, file))
+    if len(shards) > 1:
+        size = sum(_bytes(*each) for each in tensors)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index)
+
+
+def _layout(place: Place, leaf: jax.Array) -> np.ndarray:
+    value = np.asarray(leaf)[place.box][(0,) * place.depth]
+    if place.tensor.transposed:
+        value = value.swapaxes(-1, -2)
+    return np.ascontiguousarray(value)
+
+
+def _bytes(place: Place, leaf: jax.Array) -> int:
+    return math.prod(place.shape) * leaf.dtype.itemsize
+
+
+def _shards(tensors: Tensors, most: int | None) -> Iterator[Tensors]:
+    shard: Tensors = []
+    size = 0
+    for place, leaf in tensors:
+        nbytes = _bytes(place, leaf)
+        if shard and most is not None and size + nbytes > most:
+            yield shard
+            shard, size = [], 0
+        shard.append((place, leaf))
+        size += nbytes
+    yield shard
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _put(staged: Path, target: Path) -> None:
+    """Give `staged` the name `target`; what was there goes only after that."""
+    for file in staged.iterdir():
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+    staged.chmod(0o777 & ~_umask())  # temporary folders are closed to others
+    if not target.exists():
+        staged.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old)  # onto an empty folder, which the system allows
+    try:
+        staged.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    for file in list(old.iterdir()):
+        stale = _WEIGHT_FILE.fullmatch(file.name) or (target / file.name).exists()
+        if not stale:
+            file.rename(target / file.name)
+    shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,218 @@
+"""A folder's safetensors, whole or in shards, as one mapping of names to tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jlora._errors import CheckpointError
+from jlora._text import listed
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_FLOATS: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+_AT_ONCE = 2**24  # bytes
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+      CheckpointError: the file is missing, cut off or holds no object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file} does not exist.\nA checkpoint folder holds config.json and "
+            "model.safetensors; is the path right?"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as JSON: {error}.\nCopy or download it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not a {type(value)}.")
+    return value
+
+
+class TensorFolder:
+    """The tensors of a checkpoint folder, none of which is read before it is used.
+
+    Args:
+      folder: holds `model.safetensors`, or an index and the shards it names.
+
+    Raises:
+      CheckpointError: no safetensors, a shard missing or damaged, an index that does
+        not describe its shards, or one that leads out of the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._held: dict[str, _Held] = {}
+        for file, names in self._shards().items():
+            self._held.update(_contents(folder / file, names))
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._held)
+
+    def rename(self, spelling: Mapping[str, str | None]) -> None:
+        """Call tensors by other names from here on; `None` hides one.
+
+        Raises:
+          CheckpointError: two tensors would get one name.
+        """
+        renamed: dict[str, _Held] = {}
+        for old, held in self._held.items():
+            name = spelling.get(old, old)
+            if name is None:
+                continue
+            if name in renamed:
+                raise CheckpointError(
+                    f"{self.folder} holds both {renamed[name].name} and {held.name}, "
+                    "two spellings of one tensor.\nRemove the one that does not belong."
+                )
+            renamed[name] = held
+        self._held = renamed
+
+    def where(self, name: str) -> str:
+        """Return the path of the file that holds a tensor."""
+        return str(self._held[name].file)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return self._held[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Return a tensor's dtype without reading it.
+
+        Raises:
+          CheckpointError: it does not hold floating-point numbers.
+        """
+        dtype = self._held[name].dtype
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{self.where(name)}: {name} is of dtype {dtype}; jlora.models loads "
+                "F64, F32, F16 and BF16.\nQuantised checkpoints need their dense "
+                "original."
+            )
+        return np.dtype(_FLOATS[dtype])
+
+    def view(self, name: str) -> np.ndarray:
+        """Return a tensor mapped into memory: only what is used of it is read.
+
+        What was read counts as the process's memory as long as the view lives.
+        """
+        dtype, held = self.dtype(name), self._held[name]
+        if 0 in held.shape:
+            return np.empty(held.shape, dtype)  # an empty file region has no mapping
+        return np.memmap(held.file, dtype, "r", held.offset, held.shape)
+
+    def same(self, name: str, other: str) -> bool:
+        """Return whether two tensors are equal, a few rows at a time."""
+        if name == other or self.shape(name) != self.shape(other):
+            return name == other
+        views = [np.atleast_1d(self.view(n)) for n in (name, other)]
+        rows = max(1, _AT_ONCE // max(1, views[0][:1].nbytes))
+        starts = range(0, len(views[0]), rows)
+        return all(
+            np.array_equal(views[0][i : i + rows], views[1][i : i + rows])
+            for i in starts
+        )
+
+    def _shards(self) -> dict[str, set[str] | None]:
+        """Return each file and the names it must hold, or `None` for any."""
+        if (self.folder / WEIGHTS).exists():
+            return {WEIGHTS: None}
+        if (self.folder / INDEX).exists():
+            return self._indexed()
+        pickles = [name for name in _PICKLES if (self.folder / name).exists()]
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder} holds its weights as {pickles[0]} only, a pickle, "
+                "which can run code when read.\nConvert it where you trust it: "
+                "AutoModel.from_pretrained(...).save_pretrained(..., "
+                "safe_serialization=True) in PyTorch's transformers."
+            )
+        raise CheckpointError(
+            f"{self.folder} holds neither {WEIGHTS} nor {INDEX}.\nDownload the "
+            "weights beside config.json."
+        )
+
+    def _indexed(self) -> dict[str, set[str] | None]:
+        index = self.folder / INDEX
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map; download it again.")
+        shards: dict[str, set[str] | None] = {}
+        for name, file in weight_map.items():
+            # A shard lies beside its index; anything else could read foreign files.
+            if not isinstance(file, str) or file != Path(file).name or "\\" in file:
+                raise CheckpointError(
+                    f"{index} places {name} in {file!r}, which is no file name in "
+                    "this folder.\nThe index is damaged or made to mislead."
+                )
+            names = shards.setdefault(file, set())
+            assert names is not None
+            names.add(name)
+        missing = [file for file in shards if not (self.folder / file).exists()]
+        if missing:
+            raise CheckpointError(
+                f"{index} names {len(missing)} of {len(shards)} shards that are not "
+                f"there:\n  {listed(missing)}\nDownload them beside the index."
+            )
+        return shards
+
+
+class _Held(NamedTuple):
+    """Where a tensor lies: its file, name, dtype and shape there, and first byte."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _contents(path: Path, names: set[str] | None) -> dict[str, _Held]:
+    """Return what a safetensors file holds, after checking that it is whole."""
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            # The format: the header's size, the header, and then the tensors.
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read: {error}.\n"
+            "It is cut off or damaged; copy or download it again."
+        ) from error
+    header.pop("__metadata__", None)
+    if names is not None and header.keys() != names:
+        raise CheckpointError(
+            f"{path} and {INDEX} disagree on what it holds:\n  "
+            f"{listed(header.keys() ^ names)}\nThey belong to different checkpoints."
+        )
+    return {
+        name: _Held(
+            path,
+            name,
+            held["dtype"],
+            tuple(held["shape"]),
+            8 + size + held["data_offsets"][0],
+        )
+        for name, held in header.items()
+    }

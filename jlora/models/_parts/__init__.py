@@ -1,0 +1,1 @@
+"""Blocks, attention and norms that several families are made of."""

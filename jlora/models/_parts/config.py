@@ -1,0 +1,96 @@
+"""Reading the `config.json` of models that decode: what is known, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jlora._errors import CheckpointError, ShapeError
+from jlora.models._parts.layers import ACTIVATIONS
+
+# Keys that every file may hold, and that change no logit of a language model.
+_HARMLESS = re.compile(
+    r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|model_type"
+    r"|output_.*|return_dict|task_specific_params|id2label|label2id|num_labels"
+    r"|problem_type|finetuning_task|auto_map|gradient_checkpointing|tokenizer_class"
+    r"|prefix|pruned_heads|chunk_size_feed_forward|decoder_start_token_id"
+    r"|sep_token_id|pretraining_tp|max_length|min_length|do_sample|temperature"
+    r"|top_k|top_p|typical_p|num_beams|num_beam_groups|diversity_penalty"
+    r"|length_penalty|early_stopping|repetition_penalty|num_return_sequences"
+    r"|(encoder_)?no_repeat_ngram_size|bad_words_ids|(begin_)?suppress_tokens"
+    r"|forced_(bos|eos)_token_id|exponential_decay_length_penalty"
+    r"|remove_invalid_values|torchscript|tf_legacy_loss|use_bfloat16"
+)
+# Values of keys that are not read: each says that nothing is to be done.
+_NOTHING: tuple[Any, ...] = (None, False, {}, [], "")
+
+
+def read_keys(
+    kind: str, cls: Any, config: Mapping[str, Any], harmless: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of the dataclass `cls` in a `config.json`, and the other keys.
+
+    Args:
+      kind: the model's name, for errors.
+      cls: the configuration class. A null stands for the default, as in files of
+        older releases, but in fields that may be `None`.
+      config: the parsed file.
+      harmless: a regular expression; keys it matches change no logit, beside those
+        that every file may hold.
+
+    Raises:
+      CheckpointError: another key whose value says that something is to be computed.
+    """
+    # What are no keys of the file.
+    own = ("extra", "rope", "local_rope", "generation")
+    types = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in own}
+    known = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key in types and (value is not None or "None" in types[key])
+    }
+    extra = {key: value for key, value in config.items() if key not in types}
+    for key, value in extra.items():
+        harms = not (_HARMLESS.fullmatch(key) or re.fullmatch(harmless, key))
+        if harms and value not in _NOTHING:
+            raise CheckpointError(
+                f"{kind} config: {key} is {value!r}, and this model does not know that "
+                "key.\nIf it does not change what is computed, remove it from "
+                "config.json; otherwise the model is of another kind."
+            )
+    return known, extra
+
+
+def check_sizes(kind: str, config: Any, names: Collection[str]) -> None:
+    """Refuse sizes that are no positive integers."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ShapeError(
+                f"{kind} config: {name} is {value!r}; it must be a positive integer."
+            )
+
+
+def check_divides(kind: str, config: Any, part: str, whole: str) -> None:
+    """Refuse sizes of which one must be a multiple of the other."""
+    few, many = getattr(config, part), getattr(config, whole)
+    if many % few:
+        raise ShapeError(
+            f"{kind} config: {whole} is {many}; it must be a multiple of {part}, {few}."
+        )
+
+
+def check_activation(kind: str, name: str) -> None:
+    """Refuse activations without an implementation."""
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{kind} config: the activation {name!r} is not known.\n"
+            f"Known are {', '.join(sorted(ACTIVATIONS))}."
+        )
+
+
+def plain(value: Any) -> Any:
+    """Return a field's value as JSON holds it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""The Llama family: Llama, Mistral, Qwen, Gemma, and their mixtures of experts."""

@@ -1,0 +1,254 @@
+"""Whole adapters: a folder onto a tree, a tree into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jlora._errors import CheckpointError, StructureError, TargetError
+from jlora._kernel.nodes import is_node
+from jlora._paths import path_str
+from jlora._tree.conventions import stacked_leaves
+from jlora._tree.partition import trainable_mask
+from jlora.peft import _derived, _load, _save, _whole
+from jlora.peft._contents import sorted_out
+from jlora.peft._fields import check_config
+from jlora.peft._files import (
+    CONFIG,
+    WEIGHTS,
+    PathLike,
+    adapter_folder,
+    adapters_in,
+    check_place,
+    read_json,
+    read_tensors,
+    write,
+)
+from jlora.peft._names import Model, Names, Table
+
+Tree = Any
+
+
+def load(
+    folder: PathLike,
+    params: Tree,
+    *,
+    model: Model | None = None,
+    names: Names = None,
+    adapter: str | None = None,
+) -> Tree:
+    """Put a PEFT adapter onto its base.
+
+    Args:
+      folder: what PEFT's `save_pretrained` wrote.
+      params: the plain parameters of its base. Adapters of sharded kernels are sharded
+        along; a tree of shapes gives real adapters on an abstract base.
+      model: one whose `torch_names()` says what `names` would, as those of
+        `jlora.models` do.
+      names: what modules are called in PyTorch, where dots for slashes is not it: a
+        dict from modules (or leaves) of the tree, or a function of a module's path.
+        A table that several modules use has all their names: a tied head's ends in
+        `".T"`, that of a module which holds the table and is never called is in
+        parentheses. `{"wte": ("transformer.wte", "lm_head.T")}`; T5's is `{"shared":
+        ("(shared)", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head.T")}`.
+        Leaves of one module stand in the order of the PyTorch model's parameters.
+      adapter: an adapter that PEFT keeps in the subfolder of that name.
+
+    Returns:
+      The lorafied tree. Factors keep the file's dtype, `modules_to_save` and biases
+      become fully trained leaves in the base's.
+
+    Raises:
+      CheckpointError: files that are missing or damaged; a feature that jlora cannot
+        honour; tensors that match nothing, do not fit this base, or disagree with the
+        configuration; adapters that are missing.
+      StructureError: layers that are stacked for a scan.
+      TargetError: `names` that do not fit the tree.
+
+    Source: PEFT's `utils/save_and_load.py` and `tuners/tuners_utils.py`.
+    """
+    place = adapter_folder(folder, adapter)
+    leaves = _leaves(params)
+    adapted = [path for path, x in leaves.items() if is_node(x)]
+    if adapted:
+        raise CheckpointError(
+            f"jlora.peft.load takes the plain base, but {adapted[0]!r} is adapted or "
+            "trained already.\nPass the parameters as they were, or "
+            "jlora.merge(params)."
+        )
+    config = read_config(place)
+    contents = sorted_out(read_tensors(place), str(place / WEIGHTS))
+    table = _table(leaves, model, names)
+    nodes: dict[str, Any] = {}
+    for part in (_load.adapters, _whole.fulls, _whole.rows):
+        found = part(contents, config, table, leaves)
+        if both := sorted(found.keys() & nodes.keys()):
+            raise CheckpointError(
+                f"{contents.where} holds two of an adapter, a whole weight and trained "
+                f"rows for {both[0]!r}, whose users share one leaf here.\nPass a tree "
+                "that holds them apart."
+            )
+        nodes.update(found)
+    if not nodes:
+        raise CheckpointError(f"{contents.where} holds no tensors.")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: nodes.get(path_str(path), leaf), params
+    )
+
+
+def load_all(
+    folder: PathLike,
+    params: Tree,
+    *,
+    model: Model | None = None,
+    names: Names = None,
+    adapters: Sequence[str] | None = None,
+) -> dict[str, Tree]:
+    """Every adapter of a folder, by name, each on the same base.
+
+        trees = jlora.peft.load_all("folder", params)
+        logits = apply(trees["german"], ids)    # PEFT's set_adapter("german")
+        for name, tree in trees.items():        # PEFT's save_pretrained
+            jlora.peft.save("copy", tree, adapter=name)
+
+    The trees share the base's arrays. Each holds one adapter with whatever whole
+    modules, biases and tokens belong to it, so one tree's is active at a time, as in
+    PEFT.
+
+    Args:
+      folder: what PEFT's `save_pretrained` wrote; its own adapter is `"default"`, the
+        others are in subfolders by their names.
+      params: as for `load`.
+      model: as for `load`.
+      names: as for `load`.
+      adapters: the names to load; None is all that are there.
+
+    Raises:
+      CheckpointError: no adapter is there, or as for `load`.
+      TargetError: as for `load`.
+    """
+    wanted = adapters_in(folder) if adapters is None else list(adapters)
+    return {
+        name: load(folder, params, model=model, names=names, adapter=name)
+        for name in wanted
+    }
+
+
+def read_config(folder: PathLike, *, adapter: str | None = None) -> dict[str, Any]:
+    """An adapter's configuration, checked to be one that jlora honours.
+
+    Args:
+      folder: what PEFT's `save_pretrained` wrote.
+      adapter: as for `load`.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, or it says what jlora cannot do.
+    """
+    place = adapter_folder(folder, adapter)
+    config = read_json(place)
+    check_config(config, str(place / CONFIG))
+    return config
+
+
+def save(
+    folder: PathLike,
+    params: Tree,
+    *,
+    model: Model | None = None,
+    names: Names = None,
+    adapter: str | None = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    fan_in_fan_out: bool | None = None,
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write adapters and fully trained leaves as PEFT does.
+
+    The configuration is the smallest that says what the tree is. Of a module with a
+    trained leaf that is no bias every leaf is saved, for PEFT knows whole modules.
+    Adapters on slices of a fused kernel become one of the sum of their ranks.
+
+    Args:
+      folder: the folder to write; other files in it stay.
+      params: a lorafied tree.
+      model: as for `load`.
+      names: as for `load`.
+      adapter: write the subfolder of that name, as PEFT does for several adapters.
+      base_model_name_or_path: where PEFT finds the base.
+      task_type: PEFT's, `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, ... For classifiers and
+        question answering the head is saved too, as PEFT does, trained or not.
+      fan_in_fan_out: True for GPT-2, whose layers store their weights as [in, out].
+        The factors are the same; of layers that are trained whole it must be told.
+      config: keys to write as they are, e.g. from `read_config` of what was loaded.
+      overwrite: replace an adapter that is there already.
+
+    Raises:
+      CheckpointError: an adapter is at `folder` already, or it cannot be written.
+      StructureError: nothing is trained; an adapter that PEFT's format cannot hold;
+        layers that are stacked for a scan; a `config` that does not say what the tree
+        is. Nothing is written.
+      TargetError: `names` that do not fit the tree.
+    """
+    trainable_mask(params)  # nothing to save is an error
+    place = adapter_folder(folder, adapter)
+    check_place(place, overwrite)
+    nodes = _leaves(params)
+    table = _table(nodes, model, names)
+    keywords = {
+        "base_model_name_or_path": base_model_name_or_path,
+        "task_type": task_type,
+        "fan_in_fan_out": fan_in_fan_out,
+    }
+    given = {
+        **(config or {}),
+        **{key: value for key, value in keywords.items() if value is not None},
+    }
+    found = _save.adapters(nodes, table, given)
+    merged = {**_derived.derived(found, nodes, table, given), **given}
+    _derived.check_says(merged, found, nodes, table)
+    saved = _save.saved_params(merged, found, nodes, table)
+    _save.check_conv1d(given, saved)
+    write(place, merged, _save.tensors(found, saved, nodes, merged, table))
+
+
+def _table(leaves: Mapping[str, Any], model: Model | None, names: Names) -> Table:
+    if stacked := sorted(stacked_leaves(leaves)):
+        shape = _shapes(leaves)[stacked[0]]
+        raise StructureError(
+            f"the leaf {stacked[0]!r} {shape} holds several layers, for a scan, and "
+            "PyTorch has a module for each.\nUnstack them first, "
+            "jlora.unstack_layers(tree, at=[...]); what was loaded is stacked again by "
+            "jlora.stack_layers."
+        )
+    return Table(_shapes(leaves), _names(model, names))
+
+
+def _names(model: Model | None, names: Names) -> Names:
+    if model is None:
+        return names
+    if names is not None:
+        raise TargetError("pass model= or names=, not both: each says all names.")
+    if not hasattr(model, "torch_names"):
+        raise TargetError(
+            f"model= is a {type(model).__name__}, which has no torch_names().\nPass a "
+            "model of jlora.models, or names={module here: module in PyTorch}."
+        )
+    return model.torch_names()
+
+
+def _leaves(params: Tree) -> dict[str, Any]:
+    pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
+    leaves = {path_str(path): x for path, x in pairs}
+    if len(leaves) != len(pairs):
+        raise CheckpointError(
+            "two leaves of this tree have one path, so a file cannot tell them apart.\n"
+            "Rename one of them."
+        )
+    return leaves
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(getattr(x, "shape", ())) for path, x in leaves.items()}

@@ -1,0 +1,94 @@
+"""What the tensors of a PEFT file are, by their keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from jlora._errors import CheckpointError
+from jlora.peft._layouts import SUFFIXES, TABLE_SUFFIXES
+
+PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclasses.dataclass
+class Stored:
+    """One adapter's tensors: `a`, `b`, `magnitude`, `bias`, as far as they are there.
+
+    `table` says that the factors are an embedding's.
+    """
+
+    tensors: dict[str, np.ndarray]
+    table: bool = False
+
+
+@dataclasses.dataclass
+class Contents:
+    """The tensors of a file by what they are; modules by PyTorch's names.
+
+    Attributes:
+      where: the file, for messages.
+      adapters: by module.
+      tokens: trained rows of tables, by module.
+      plain: parameters by name that stand beside the adapters.
+      base: parameters by name of layers under an adapter.
+    """
+
+    where: str
+    adapters: dict[str, Stored] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    plain: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    base: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def sorted_out(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
+    """The file's tensors by what their keys say.
+
+    Raises:
+      CheckpointError: an unknown prefix; a copy of a module that differs from it.
+    """
+    out = Contents(where)
+    copies: dict[str, np.ndarray] = {}
+    for key, value in tensors.items():
+        if not key.startswith(PREFIX):
+            raise CheckpointError(
+                f"{where}: {key} does not begin with {PREFIX!r}, as PEFT's keys do."
+            )
+        _sort_one(out, copies, key.removeprefix(PREFIX), value)
+    for key, value in copies.items():
+        outer, _, rest = key.partition(".modules_to_save.")
+        # The adapter's name stays in the key where the parameter is of an inner module.
+        keys = [f"{outer}.{rest}", f"{outer}.{rest.partition('.')[2]}"]
+        found = [out.plain[k] for k in keys if k in out.plain]
+        if not found or not np.array_equal(found[0], value):
+            raise CheckpointError(f"{where}: {key} has no equal of its plain name.")
+    return out
+
+
+def _sort_one(
+    out: Contents, copies: dict[str, np.ndarray], key: str, value: np.ndarray
+) -> None:
+    for suffixes in (SUFFIXES, TABLE_SUFFIXES):
+        for name, suffix in suffixes.items():
+            if key.endswith(suffix):
+                module = key.removesuffix(suffix)
+                stored = out.adapters.setdefault(module, Stored({}))
+                stored.tensors[name] = value
+                stored.table |= suffix != SUFFIXES[name]
+                return
+    module, _, name = key.rpartition(".")
+    if key.endswith(TOKENS):
+        out.tokens[key.removesuffix(TOKENS)] = value
+    elif module.endswith(".base_layer"):
+        while module.endswith((".base_layer", ".token_adapter")):
+            module = module.rpartition(".")[0]
+        out.base[f"{module}.{name}"] = value
+    elif ".original_module." in key:
+        pass  # with bias="all" PEFT adds the copy that its wrapper never uses
+    elif ".modules_to_save." in key:  # and its own copy once more
+        copies[key] = value
+    else:
+        out.plain[key] = value

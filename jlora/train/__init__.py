@@ -1,0 +1,39 @@
+"""Training: the state, the jitted step, evaluation, and the checks around them.
+
+>>> def loss_fn(params, batch, key):
+...     return jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2)
+>>> tx = optax.adamw(1e-4)
+>>> params = lorafy({"kernel": jnp.ones((3, 2))}, rank=1, targets=["kernel"])
+>>> state = TrainState.create(params, tx, jax.random.key(0))
+>>> step = make_train_step(loss_fn, tx, accumulate=2, clip_norm=1.0)
+>>> batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))}
+>>> for _ in range(3):
+...     state, metrics = step(state, batch)
+>>> int(state.step), sorted(metrics)
+(3, ['grad_norm', 'loss', 'nonfinite', 'weight'])
+
+`loss_fn(params, batch, key)` is written for plain parameters; the step wraps it in
+`jlora.lora`. Only the trainable leaves are differentiated, clipped and optimised.
+"""
+
+try:
+    import optax as _optax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'jlora.train needs optax, which is not installed: pip install "jlora[train]"'
+    ) from error
+
+from jlora.train._evaluation import EvalStep as EvalStep
+from jlora.train._evaluation import check_gradients as check_gradients
+from jlora.train._evaluation import evaluate as evaluate
+from jlora.train._evaluation import make_eval_step as make_eval_step
+from jlora.train._gradients import LossFn as LossFn
+from jlora.train._linear_loss import linear_cross_entropy as linear_cross_entropy
+from jlora.train._losses import cross_entropy as cross_entropy
+from jlora.train._state import TrainState as TrainState
+from jlora.train._state import replicate as replicate
+from jlora.train._state import unreplicate as unreplicate
+from jlora.train._step import Hook as Hook
+from jlora.train._step import StepInfo as StepInfo
+from jlora.train._step import TrainStep as TrainStep
+from jlora.train._step import make_train_step as make_train_step

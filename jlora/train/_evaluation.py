@@ -1,0 +1,157 @@
+"""Evaluation steps, and the check that a loss trains what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._errors import StructureError
+from jlora._paths import path_str
+from jlora._transform.lora import lora
+from jlora._transform.replay import OnMissing
+from jlora._tree.dropout import with_dropout
+from jlora.train._gradients import (
+    AxisName,
+    GradientSettings,
+    LossFn,
+    cast,
+    cast_base,
+    cast_full,
+    gradients,
+)
+from jlora.train._state import TrainState
+from jlora.train._totals import Metrics, Totals, means, pair
+
+Array = Any
+Tree = Any
+
+
+class EvalStep:
+    """A compiled `(state or params, batch) -> metrics`."""
+
+    def __init__(self, totals: Callable[[Tree, Any], Totals]) -> None:
+        self._totals = jax.jit(totals)
+
+    def __call__(self, state: TrainState | Tree, batch: Any) -> Metrics:
+        """The metrics of one batch."""
+        return means(self.totals(state, batch))
+
+    def totals(self, state: TrainState | Tree, batch: Any) -> Totals:
+        """Each metric as `(total, count)`, to be summed over batches."""
+        return self._totals(_eval_params(state), batch)
+
+
+def _eval_params(state: TrainState | Tree) -> Tree:
+    params = state.params if isinstance(state, TrainState) else state
+    return with_dropout(params, None)
+
+
+def make_eval_step(
+    metric_fn: Callable[[Tree, Any], Mapping[str, Any]],
+    *,
+    compute_dtype: Any = None,
+    cast_batch: bool = True,
+    axis_name: AxisName | None = None,
+    on_missing: OnMissing = "error",
+) -> EvalStep:
+    """Compile an evaluation step, without dropout and without gradients.
+
+    Args:
+      metric_fn: `(params, batch)`, written for plain parameters; returns a dict of
+        metrics, each a scalar or a pair `(total, count)`. A `"weight"` among them says
+        what the scalars are means over.
+      compute_dtype: as in `make_train_step`.
+      cast_batch: as in `make_train_step`.
+      axis_name: as in `make_train_step`.
+      on_missing: as in `jlora.lora`.
+
+    Returns:
+      The step; `evaluate` runs it over many batches.
+    """
+
+    def read(params: Tree, batch: Any) -> Totals:
+        metrics = metric_fn(params, batch)
+        if not isinstance(metrics, Mapping):
+            raise StructureError(
+                f"the metric function returns {type(metrics).__name__}; it returns a "
+                "dict of metrics, each a scalar or a pair (total, count)."
+            )
+        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
+        named = {name: x for name, x in metrics.items() if name != "weight"}
+        return {name: pair(name, x, weight) for name, x in named.items()}
+
+    def totals(params: Tree, batch: Any) -> Totals:
+        params = cast_full(cast_base(params, compute_dtype), compute_dtype)
+        if cast_batch:
+            batch = cast(batch, compute_dtype)
+        out = lora(read, on_missing=on_missing)(params, batch)
+        return out if axis_name is None else lax.psum(out, axis_name)
+
+    return EvalStep(totals)
+
+
+def evaluate(
+    step: EvalStep, state: TrainState | Tree, batches: Iterable[Any]
+) -> dict[str, float]:
+    """The metrics over all batches; waits for the device once, at the end.
+
+    Raises:
+      StructureError: there are no batches.
+    """
+    sums: Totals | None = None
+    for batch in batches:
+        totals = step.totals(state, batch)
+        sums = totals if sums is None else jax.tree.map(jnp.add, sums, totals)
+    if sums is None:
+        raise StructureError(
+            "evaluate was given no batches.\nA generator is used up after one pass: "
+            "make a new one for each evaluation."
+        )
+    return {name: float(x) for name, x in jax.device_get(means(sums)).items()}
+
+
+def check_gradients(
+    loss_fn: LossFn, state: TrainState, batch: Any, *, on_missing: OnMissing = "error"
+) -> tuple[str, ...]:
+    """Name what the loss does not train: adapters and leaves of zero gradient.
+
+    An adapter counts as dead if the gradient of all its factors is zero; at the start
+    that of `a` is, as `b` is zero. Run it once, before a long run.
+
+    Args:
+      loss_fn: as in `make_train_step`.
+      state: the state.
+      batch: one batch.
+      on_missing: as in `jlora.lora`.
+
+    Returns:
+      The paths of the dead ones; empty if all is well.
+
+    Raises:
+      StructureError: every gradient is zero: the loss uses none of the adapters.
+    """
+    settings = GradientSettings(on_missing=on_missing)
+
+    @jax.jit
+    def is_zero(trainable: Tree, frozen: Tree, batch: Any, key: Array) -> Tree:
+        grads, _ = gradients(loss_fn, settings, trainable, frozen, batch, key)
+        return jax.tree.map(lambda g: ~jnp.any(g != 0), grads)
+
+    zero = is_zero(state.trainable, state.frozen, batch, state.key)
+    parts: dict[str, bool] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(zero)):
+        owner = path_str(path[:-1])
+        parts[owner] = parts.get(owner, True) and bool(x)
+    dead = tuple(path for path, is_dead in parts.items() if is_dead)
+    if len(dead) == len(parts):
+        raise StructureError(
+            f"the loss has no gradient at all: none of the {len(parts)} adapters and "
+            f"trained leaves ({', '.join(dead[:3])}, ...) moves it.\nSee that loss_fn "
+            "uses the params it is given (not some from outside), and that nothing "
+            "stops the gradient on the way."
+        )
+    return dead

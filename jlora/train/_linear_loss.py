@@ -1,0 +1,261 @@
+"""Head and cross entropy in one: the logits exist a chunk of the vocabulary at a time.
+
+With a vocabulary of V the logits of N tokens, `[N, V]`, and their gradient are the two
+largest arrays of a step. Both are the same matrix twice: `dh = softmax(h·W)·Wᵀ - W_y`
+is attention with the columns of W for keys and values, so one pass over W's chunks with
+a running maximum gives loss and gradient, and each chunk of W is read once for both
+products while it lies in the cache.
+
+Source: the running softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, and its use
+for attention, Dao et al. 2022, arXiv:2205.14135.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _compat
+from jlora._errors import ShapeError
+from jlora.train._losses import check_labels, weights_of
+
+Array = Any
+
+
+class _Settings(NamedTuple):
+    """Label smoothing, the z-loss's factor, classes a chunk and their axis in w."""
+
+    eps: float
+    z: float
+    chunk: int
+    axis: int
+
+
+def linear_cross_entropy(
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    mask: Array | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 2048,
+    vocab_axis: int | None = None,
+) -> tuple[Array, Array]:
+    """`cross_entropy(hidden @ kernel, labels, mask)` without the logits.
+
+    The gradient of `hidden` is made in the forward pass. That of `kernel`, where it is
+    asked for, costs the logits once more; where the kernel is adapted it is formed,
+    `[d, V]`, before it goes to the factors. Reverse mode only.
+
+    Args:
+      hidden: `[..., d]`, what goes into the head.
+      kernel: `[d, V]`, the head without bias; or `[V, d]`, the table of a tied
+        embedding as it lies: its transpose would be a copy at every step. It should
+        not be sharded over V.
+      labels: `[...]`, integers.
+      mask: as for `cross_entropy`.
+      label_smoothing: probability spread evenly over all classes.
+      z_loss: factor of `logsumexp(logits)²`.
+      chunk: classes at a time. A chunk of the kernel and of the logits should fit
+        into the processor's cache; on a GPU larger ones do better.
+      vocab_axis: 1 for `[d, V]`, 0 for `[V, d]`. `None` tells by d, and asks where the
+        kernel is square.
+
+    Returns:
+      The sum and the count, float32 scalars.
+
+    Raises:
+      ShapeError: the shapes do not fit each other, or fit either way.
+
+    >>> h, w, y = jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.array([1, 2, -100])
+    >>> total, count = linear_cross_entropy(h, w, y)
+    >>> float(total / count) == float(jnp.log(5.0)), int(count)
+    (True, 2)
+    """
+    axis = _vocab_axis(hidden, kernel, vocab_axis)
+    if chunk < 1:
+        raise ShapeError(f"chunk={chunk}: it is a number of classes, at least 1.")
+    check_labels("hidden", hidden, labels, mask)
+    weight = weights_of(labels, mask).reshape(-1)
+    counted = weight != 0
+    safe = jnp.where(counted, labels.reshape(-1), 0)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    settings = _Settings(float(label_smoothing), float(z_loss), chunk, axis)
+    # Inside shard_map a rule's gradients vary as its operands do.
+    rows, kernel, safe, counted = _compat.alike_varying(rows, kernel, safe, counted)
+    nll = _nll(rows, kernel, safe, counted, settings)
+    return jnp.sum(nll * weight), jnp.sum(weight)
+
+
+def _vocab_axis(hidden: Array, kernel: Array, given: int | None) -> int:
+    """The kernel's axis of classes: the one that is not d, or the one given."""
+    flat = len(kernel.shape) == 2 and len(hidden.shape) > 0
+    axes = [n for n in (1, 0) if flat and given in (None, n)]
+    fits = [n for n in axes if kernel.shape[1 - n] == hidden.shape[-1]]
+    if len(fits) == 1:
+        return fits[0]
+    shapes = f"hidden {tuple(hidden.shape)} and kernel {tuple(kernel.shape)}"
+    if fits:
+        raise ShapeError(
+            f"{shapes} fit either way.\nSay vocab_axis=1 for a kernel [d, V], "
+            "vocab_axis=0 for an embedding's table [V, d]."
+        )
+    also = "" if given is None else f" with vocab_axis={given}"
+    raise ShapeError(
+        f"{shapes} do not fit{also}: the kernel is [d, V], or [V, d] with "
+        "vocab_axis=0, and hidden [..., d]."
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _nll(h: Array, w: Array, labels: Array, counted: Array, s: _Settings) -> Array:
+    """The loss of each label `[N]`, float32; 0 where it is not counted."""
+    lse, _ = _softmax_pass(h, w, s, with_mean=False)
+    return _loss(h, w, labels, counted, lse, s)[0]
+
+
+def _loss(
+    h: Array, w: Array, labels: Array, counted: Array, lse: Array, s: _Settings
+) -> tuple[Array, Array]:
+    """The losses, and the part of the kernel that they count on, `[N, d]`."""
+    # (1 - eps)·W_y + eps·mean(W): what the logits of the targets are products with.
+    own = label_columns(w, labels, s.axis)
+    target = (1 - s.eps) * own.astype(jnp.float32)
+    if s.eps:
+        # As a product, which an adapted kernel has and a mean has not.
+        even, numbers = jnp.ones(w.shape[s.axis], w.dtype), ((0,), (s.axis,))
+        total = lax.dot_general(
+            even, w, (numbers, ((), ())), preferred_element_type=jnp.float32
+        )
+        target += s.eps / w.shape[s.axis] * total
+    loss = lse - jnp.sum(h.astype(jnp.float32) * target, axis=-1) + s.z * lse**2
+    return jnp.where(counted, loss, 0.0), target
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def label_columns(w: Array, labels: Array, axis: int) -> Array:
+    """W's columns for the labels, `[N, d]`; NaN for a label that is no class.
+
+    By name in a program, for this is no use of an embedding (see `_survey`).
+    """
+    spec = _compat.spec(labels)
+    if axis == 0:
+        where, spec = w.at[labels], (*spec, None)
+    else:
+        where, spec = w.at[:, labels], (None, *spec)
+    columns = where.get(
+        mode="fill", fill_value=jnp.nan, out_sharding=_compat.on_mesh_of(labels, spec)
+    )
+    return columns if axis == 0 else columns.T
+
+
+def _softmax_pass(
+    h: Array, w: Array, s: _Settings, *, with_mean: bool
+) -> tuple[Array, Array]:
+    """`logsumexp(h·W)` `[N]`, and the softmax's mean of W's columns, `[N, d]`."""
+
+    def step(columns: Array, start: Any, carry: Any) -> Any:
+        top, total, mean = carry
+        logits = _logits(h, columns, s)
+        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+        p = jnp.exp(logits - new_top[:, None])
+        shrink = jnp.exp(top - new_top)
+        total = total * shrink + jnp.sum(p, axis=-1)
+        if with_mean:
+            more = lax.dot_general(
+                p.astype(w.dtype), columns, (((1,), (s.axis,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            mean = mean * shrink[:, None] + more
+        return new_top, total, mean
+
+    like = functools.partial(jnp.full_like, dtype=jnp.float32)
+    start = (
+        like(h[:, 0], jnp.finfo(jnp.float32).min),
+        like(h[:, 0], 0),
+        like(h if with_mean else h[:, :0], 0),
+    )
+    top, total, mean = _over_chunks(w, s, step, start)
+    return top + jnp.log(total), mean / total[:, None]
+
+
+def _logits(h: Array, columns: Array, s: _Settings) -> Array:
+    numbers = ((1,), (1 - s.axis,)), ((), ())
+    return lax.dot_general(h, columns, numbers, preferred_element_type=jnp.float32)
+
+
+def _over_chunks(
+    w: Array, s: _Settings, step: Callable[[Array, Any, Any], Any], carry: Any
+) -> Any:
+    """Feed the columns of w, one for each class, chunk by chunk of even sizes."""
+    classes = w.shape[s.axis]
+    size = -(-classes // -(-classes // s.chunk))
+    whole, rest = divmod(classes, size)
+
+    def one(number: Any, carry: Any) -> Any:
+        columns = lax.dynamic_slice_in_dim(w, number * size, size, axis=s.axis)
+        return step(columns, number * size, carry)
+
+    carry = lax.fori_loop(0, whole, one, carry)
+    if not rest:
+        return carry
+    last = lax.slice_in_dim(w, whole * size, classes, axis=s.axis)
+    return step(last, whole * size, carry)
+
+
+def _forward(
+    h: Any, w: Any, labels: Any, counted: Any, s: _Settings
+) -> tuple[Array, Any]:
+    wants_kernel = w.perturbed
+    h, w, labels, counted = h.value, w.value, labels.value, counted.value
+    lse, mean = _softmax_pass(h, w, s, with_mean=True)
+    loss, target = _loss(h, w, labels, counted, lse, s)
+    slope = (1 + 2 * s.z * lse)[:, None]
+    # A token that is not counted may hold anything, NaN too.
+    dh = jnp.where(counted[:, None], mean * slope - target, 0.0)
+    kept = (h, w, labels, counted, lse) if wants_kernel else None
+    return loss, (dh.astype(h.dtype), kept)
+
+
+def _backward(s: _Settings, saved: Any, g: Any) -> tuple[Any, ...]:
+    dh, kept = saved
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    rows = (dh.astype(jnp.float32) * g[:, None]).astype(dh.dtype)
+    return rows, None if kept is None else _kernel_grad(kept, g, s), None, None
+
+
+def _kernel_grad(kept: Any, g: Array, s: _Settings) -> Array:
+    """`hᵀ·(softmax - target)`, laid as w; the logits made again chunk by chunk."""
+    h, w, labels, counted, lse = kept
+    h = jnp.where(counted[:, None], h, 0)
+    g, lse = jnp.where(counted, g, 0.0), jnp.where(counted, lse, 0.0)
+    slope = (g * (1 + 2 * s.z * lse))[:, None]
+
+    def step(columns: Array, start: Any, grad: Array) -> Array:
+        logits = _logits(h, columns, s)
+        classes = start + lax.broadcasted_iota(labels.dtype, logits.shape, 1)
+        hit = jnp.where(classes == labels[:, None], 1 - s.eps, 0.0)
+        hit += s.eps / w.shape[s.axis]
+        d = jnp.exp(logits - lse[:, None]) * slope
+        d = d - hit * g[:, None]
+        d = d.astype(h.dtype)
+        first, second = (h, d) if s.axis else (d, h)
+        numbers = ((0,), (0,)), ((), ())
+        own = lax.dot_general(
+            first, second, numbers, preferred_element_type=jnp.float32,
+            out_sharding=_compat.on_mesh_of(h, _compat.spec(w)),
+        )  # fmt: skip
+        own = own.astype(grad.dtype)
+        return lax.dynamic_update_slice_in_dim(grad, own, start, s.axis)
+
+    return _over_chunks(w, s, step, jnp.zeros_like(w))
+
+
+_nll.defvjp(_forward, _backward, symbolic_zeros=True)

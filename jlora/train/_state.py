@@ -1,0 +1,134 @@
+"""The training state, and its copies on several devices for `jax.pmap`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlora._tree.dropout import with_dropout
+from jlora._tree.partition import combine, split
+
+if TYPE_CHECKING:
+    import optax
+
+Array = Any
+Tree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on, as a pytree.
+
+    Attributes:
+      step: how many updates were made, int32.
+      trainable: the trainable half of the lorafied tree, see `jlora.split`.
+      frozen: the other half. The step hands it on, the same arrays: it is neither
+        copied nor donated.
+      opt_state: optimiser state of the trainable leaves alone.
+      key: the run's PRNG key. It stays as it is; step n uses it folded with n.
+    """
+
+    step: Array
+    trainable: Tree
+    frozen: Tree
+    opt_state: Any
+    key: Array
+
+    @classmethod
+    def create(
+        cls,
+        params: Tree,
+        tx: optax.GradientTransformation,
+        key: Array | None = None,
+    ) -> TrainState:
+        """The state before the first step.
+
+        Trainable leaves are copied, so a step that donates its state leaves `params`
+        usable. If a leaf lies on a mesh, leaves that lie nowhere in particular are
+        replicated over it; to train on a mesh with replicated parameters, put them
+        there first: `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`.
+
+        Args:
+          params: a lorafied tree, of arrays or of shapes (which give an abstract
+            state, for restoring into).
+          tx: the optimiser. It sees the trainable half only; label trees for
+            `optax.multi_transform` are `jlora.split(jlora.labels(params))[0]`.
+          key: the run's PRNG key; None is `jax.random.key(0)`.
+
+        Raises:
+          StructureError: nothing in `params` is trained.
+        """
+        key = jax.random.key(0) if key is None else key
+        leaves = jax.tree.leaves(params)
+        make = functools.partial(_new_state, cls, tx)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+            return jax.eval_shape(make, params, key)
+        return _on_one_mesh(make(params, key))
+
+    @property
+    def params(self) -> Tree:
+        """The lorafied tree: evaluate, merge or save this."""
+        return combine(self.trainable, self.frozen)
+
+
+def _new_state(
+    cls: type[TrainState], tx: optax.GradientTransformation, params: Tree, key: Array
+) -> TrainState:
+    trainable, frozen = split(with_dropout(params, None))
+    trainable = jax.tree.map(jnp.copy, trainable)
+    # Left on the host, a NumPy base would be sent to the device at every step.
+    frozen = jax.tree.map(_to_device, frozen)
+    # Some optimisers keep the parameters themselves; no buffer is donated twice.
+    opt_state = jax.tree.map(jnp.copy, tx.init(trainable))
+    return cls(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key)
+
+
+def _to_device(x: Any) -> Any:
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def _on_one_mesh(state: TrainState) -> TrainState:
+    """Replicate leaves that were never placed over the mesh that others lie on."""
+    leaves = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return state
+    meshes = (x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding))
+    mesh = next((m for m in meshes if isinstance(m, Mesh)), None)
+    if mesh is None:
+        return state
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(x: Any) -> Any:
+        free = isinstance(x, jax.Array) and not x.committed
+        return jax.device_put(x, everywhere) if free else x
+
+    return jax.tree.map(place, state)
+
+
+# -- pmap ------------------------------------------------------------------------------
+
+
+def replicate(state: TrainState, devices: Sequence[jax.Device] | None = None) -> Any:
+    """The state with a leading axis of devices, for `parallel="pmap"`."""
+    devices = list(jax.local_devices() if devices is None else devices)
+    mesh = Mesh(np.array(devices), ("batch",))
+    along = NamedSharding(mesh, PartitionSpec("batch"))
+
+    def one(x: Any) -> Any:
+        x = jnp.asarray(x)
+        return jax.device_put(jnp.broadcast_to(x, (len(devices), *x.shape)), along)
+
+    return jax.tree.map(one, state)
+
+
+def unreplicate(tree: Tree) -> Tree:
+    """The first device's copy: undo `replicate`, or read metrics of a pmapped step."""
+    return jax.tree.map(lambda x: x[0], tree)

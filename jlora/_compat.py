@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax._src import source_info_util
 from jax.extend import core as jex
+from jax.interpreters import ad, mlir
+from jax.interpreters import batching as batching_rules
 
 Atom = Any
 Eqn = Any
@@ -33,6 +35,51 @@ CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call")
 # A jitted function that is its operations where it is called. From 0.11 on, True says
 # so for the lowered program alone, and a jaxpr holds the call.
 INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+
+
+def define(
+    primitive: Any,
+    impl: Callable[..., Any],
+    aval: Callable[..., Any],
+    *,
+    batching: Callable[..., Any],
+    lowered: Mapping[str, Callable[..., Any]] | None = None,
+) -> None:
+    """Say what a primitive of one result computes.
+
+    Args:
+      primitive: a new one.
+      impl: its operation, in terms of JAX's.
+      aval: the result's abstract value, of those of the operands.
+      batching: `(operands, their axes) -> (result, its axis)` under `vmap`.
+      lowered: other operations to lower to, by platform.
+    """
+    primitive.def_impl(impl)
+    primitive.def_abstract_eval(aval)
+    batching_rules.primitive_batchers[primitive] = batching
+    for platform, f in [(None, impl), *(lowered or {}).items()]:
+        lowering = mlir.lower_fun(f, multiple_results=False)
+        mlir.register_lowering(primitive, lowering, platform)
+
+
+def define_transposes(primitive: Any, *rules: Callable[..., Any]) -> None:
+    """Declare a primitive linear in its operand, or in each of two.
+
+    Args:
+      primitive: from `define`.
+      rules: for each operand, `(cotangent, *operands, **params) -> cotangent`, the
+        operand itself given as an undefined primal.
+    """
+    if len(rules) == 2:
+        ad.defbilinear(primitive, *rules)
+    else:
+        (rule,) = rules
+        ad.deflinear2(primitive, lambda g, x, **params: (rule(g, x, **params),))
+
+
+def compilations(jitted: Any) -> int:
+    """How many programs a jitted function keeps."""
+    return jitted._cache_size()
 
 
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:

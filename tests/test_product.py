@@ -124,3 +124,33 @@ def test_in_shard_map_operands_may_vary_differently():
     mapped = jax.shard_map(f, mesh=mesh, in_specs=(p("d"), p()), out_specs=p("d"))
     x, y = jnp.arange(12.0).reshape(4, 3), jnp.ones((3, 5))
     np.testing.assert_allclose(jax.jit(mapped)(x, y), x @ y)
+
+
+# Where the transposition of a small batched product waited behind a barrier, XLA:CPU
+# could not write it, and the process died.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_gradients_of_small_batched_products_compile(dtype):
+    sizes = [(2, 2, 2), (2, 3, 2), (2, 3, 5), (3, 2, 2), (128, 5, 3), (1, 7, 2)]
+
+    def losses(operands):
+        numbers = (((2,), (1,)), ((0,), (0,)))
+        return sum(jnp.sum(factor_product(x, y, numbers) ** 2) for x, y in operands)
+
+    def vmapped(operands):
+        numbers = (((1,), (0,)), ((), ()))
+        one = lambda x, y: jnp.sum(factor_product(x, y, numbers) ** 2)
+        # Batched after the derivative is taken: what was no batch there is one here.
+        return [jax.vmap(jax.grad(one, argnums=(0, 1)))(x, y) for x, y in operands]
+
+    def plain(operands):
+        return sum(jnp.sum((x @ y) ** 2) for x, y in operands)
+
+    make = lambda n, *shape: jnp.sin(jnp.arange(n * np.prod(shape), dtype=dtype) + n)
+    operands = [
+        (make(4, n, i).reshape(4, n, i), make(4, i, o).reshape(4, i, o))
+        for n, i, o in sizes
+    ]
+    want = jax.jit(jax.grad(plain))(operands)
+    tol = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.1}
+    assert_close(jax.jit(jax.grad(losses))(operands), want, **tol)
+    assert_close(jax.jit(vmapped)(operands), want, **tol)

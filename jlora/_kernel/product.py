@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.interpreters import ad, batching, mlir
 
 from jlora import _compat
 
@@ -29,6 +28,7 @@ Axes = Sequence[int]
 Numbers = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
 
 factor_product_p = _compat.Primitive("factor_product")
+held_p = _compat.Primitive("held")
 
 
 def factor_product(
@@ -106,7 +106,7 @@ def _gradient(
         axes = [*wb, *wc, *w_free]
     if axes != sorted(axes):
         # Or XLA makes the transposed product at once, which on a CPU is the slow one.
-        out = lax.optimization_barrier(out)
+        out = out if wb else held_p.bind(out)
         out = lax.transpose(out, [axes.index(n) for n in range(wanted.ndim)])
     return out.astype(wanted.dtype)
 
@@ -152,12 +152,22 @@ def _to_front(x: Array, axis: int) -> Array:
     return jax.numpy.moveaxis(x, axis, 0)
 
 
-factor_product_p.def_impl(_dot)
-factor_product_p.def_abstract_eval(_compat.dot_aval)
-mlir.register_lowering(factor_product_p, mlir.lower_fun(_dot, multiple_results=False))
-for platform in ("cuda", "rocm"):
-    mlir.register_lowering(
-        factor_product_p, mlir.lower_fun(_apart, multiple_results=False), platform
-    )
-ad.defbilinear(factor_product_p, _transpose_x, _transpose_y)
-batching.primitive_batchers[factor_product_p] = _batched
+_compat.define(
+    factor_product_p,
+    _dot,
+    _compat.dot_aval,
+    batching=_batched,
+    lowered={"cuda": _apart, "rocm": _apart},
+)
+_compat.define_transposes(factor_product_p, _transpose_x, _transpose_y)
+
+# A barrier, but not under `vmap`: XLA folds transpositions into products of two
+# matrices alone, and for a batched product behind a barrier it may choose a layout that
+# its CPU backend cannot write, which ends the process.
+_compat.define(
+    held_p,
+    lax.optimization_barrier,
+    lambda x: x,
+    batching=lambda args, dims: (args[0], dims[0]),
+)
+_compat.define_transposes(held_p, lambda g, _: g)

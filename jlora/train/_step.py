@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from jlora import _compat
 from jlora._errors import StructureError
 from jlora._transform.replay import OnMissing
 from jlora.train._gradients import AxisName, GradientSettings, LossFn, gradients
@@ -173,7 +174,7 @@ class TrainStep:
         """How many times the step was compiled: 1, or its arguments change shape."""
         if self._parallel == "pmap":
             return self._traces
-        return sum(f._cache_size() for f in self._compiled.values())
+        return sum(map(_compat.compilations, self._compiled.values()))
 
     def _prepare(self, state: TrainState) -> tuple[Any, list[Any], Any]:
         """The compiled function, and what a step changes: the leaves it may donate."""

@@ -18,6 +18,7 @@ from jlora._errors import DtypeError as DtypeError
 from jlora._errors import JloraWarning as JloraWarning
 from jlora._errors import LoraError as LoraError
 from jlora._errors import NonFiniteError as NonFiniteError
+from jlora._errors import OptionError as OptionError
 from jlora._errors import ShapeError as ShapeError
 from jlora._errors import StructureError as StructureError
 from jlora._errors import TargetError as TargetError
@@ -57,6 +58,7 @@ __all__ = [
     "LoraError",
     "LowRank",
     "NonFiniteError",
+    "OptionError",
     "Rows",
     "ShapeError",
     "StructureError",

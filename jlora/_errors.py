@@ -15,6 +15,10 @@ class ShapeError(LoraError, ValueError):
     """Shapes, ranks or axes that do not fit each other."""
 
 
+class OptionError(LoraError, ValueError, TypeError):
+    """An argument with a value, or of a name, that the function does not know."""
+
+
 class UnsupportedOpError(LoraError, NotImplementedError):
     """A primitive without a low-rank rule met an adapted kernel."""
 

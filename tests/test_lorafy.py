@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import jlora
 from jlora._paths import generalise, path_str
@@ -361,16 +360,6 @@ def test_a_leaf_the_function_does_not_use_is_no_target():
 
 
 # -- paths -----------------------------------------------------------------------------
-
-
-def test_wrappers_of_an_array_do_not_count():
-    path = (DictKey("query"), DictKey("kernel"), GetAttrKey("value"))
-    assert path_str(path) == "query/kernel"
-    assert (
-        path_str((DictKey("h"), SequenceKey(0), GetAttrKey("weight"))) == "h/0/weight"
-    )
-    assert path_str((DictKey("value"),)) == "value"
-    assert path_str((DictKey("value"), DictKey("kernel"))) == "value/kernel"
 
 
 names = st.lists(

@@ -98,6 +98,16 @@ def test_masks_and_labels():
     assert not jnp.any(t.base)
 
 
+@pytest.mark.parametrize(("kernel", "bias"), [("w", "b"), ("weight", "bias")])
+def test_a_bias_is_labelled_so_whatever_the_framework_calls_it(kernel, bias):
+    params = {"lin": {kernel: jnp.ones((3, 5)), bias: jnp.ones(5), "c": jnp.ones(5)}}
+    tree = jlora.lorafy(params, 2, [f"lin/{kernel}"], train=["c"], bias="all")
+    labels = jlora.labels(tree)["lin"]
+    assert (labels[bias].value, labels["c"].value) == ("bias", "full")
+    tree = jlora.lorafy(params, 2, [f"lin/{kernel}"], train=[bias])
+    assert jlora.labels(tree)["lin"][bias].value == "bias"
+
+
 def test_masked_training_equals_training_the_half():
     tree = tree_of()
     x = jnp.ones((2, 7))

@@ -126,7 +126,7 @@ def test_forward_mode_and_gradients_inside():
 
 
 def test_unknown_on_missing_is_refused():
-    with pytest.raises(ValueError, match="materialize"):
+    with pytest.raises(jlora.OptionError, match="expected 'error' or"):
         jlora.lora(lambda x: x, on_missing="merge")
 
 

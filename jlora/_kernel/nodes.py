@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora._errors import UnmergedError
 from jlora._kernel import dora
@@ -277,3 +278,11 @@ def same_structure(*trees: Any, is_leaf: Callable[[Any], bool] | None = None) ->
 def is_node(x: Any) -> bool:
     """Whether x is one of jlora's nodes; an `is_leaf` for `jax.tree` functions."""
     return isinstance(x, LowRank | Full | Rows)
+
+
+def is_array(x: Any) -> bool:
+    """Whether x is an array or the shape of one.
+
+    Other leaves, functions and settings say, are none of jlora's business.
+    """
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)

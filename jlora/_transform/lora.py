@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora._errors import OptionError
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._transform.replay import OnMissing, Replay
 from jlora._transform.resolve import resolve
@@ -43,6 +44,7 @@ def lora(
       A function of the same arguments. Without a lorafied tree among them it is `fn`.
 
     Raises:
+      OptionError: an `on_missing` that is neither.
       UnsupportedOpError: a primitive without a rule, when called.
       ShapeError: a kernel is contracted over other axes than its adapter's.
 
@@ -51,7 +53,9 @@ def lora(
     Array([[3., 3.]], dtype=float32)
     """
     if on_missing not in ("error", "materialize"):
-        raise ValueError(f"on_missing={on_missing!r}; it is 'error' or 'materialize'.")
+        raise OptionError(
+            f"on_missing={on_missing!r}: expected 'error' or 'materialize'."
+        )
 
     @functools.wraps(fn)
     def lorafied(*args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from jlora._errors import StructureError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, align, spread, widen
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
-from jlora._paths import BIAS_NAMES, module_of, path_str
+from jlora._paths import BIAS_NAMES, leaf_paths, module_of
 
 Tree = Any
 
@@ -28,10 +28,10 @@ def resolve(tree: Tree) -> Tree:
     Raises:
       StructureError: an adapter with a bias on a layer without.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
-    named = {path_str(path): x for path, x in leaves}
-    terms = bias_terms(named)
-    out = [_plain(x, terms.get(path_str(path))) for path, x in leaves]
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
+    paths = leaf_paths(tree, is_leaf=is_node)
+    terms = bias_terms(dict(zip(paths, leaves, strict=True)))
+    out = [_plain(x, terms.get(p)) for p, x in zip(paths, leaves, strict=True)]
     return jax.tree.unflatten(treedef, out)
 
 

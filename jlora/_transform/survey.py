@@ -18,8 +18,8 @@ import numpy as np
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._kernel.axes import Dims
-from jlora._kernel.nodes import is_node
-from jlora._paths import path_str
+from jlora._kernel.nodes import is_array, is_node
+from jlora._paths import leaves_by_path
 from jlora._text import table
 from jlora._transform._rules.experts import is_plain
 from jlora._transform._rules.layout import reshape_groups
@@ -150,7 +150,7 @@ def survey(fn: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> S
     kernel  (3, 2)  matmul [0]->[1]     60                  5
     """
     leaves, treedef = jax.tree.flatten((params, args, kwargs), is_leaf=is_node)
-    traced = [i for i, x in enumerate(leaves) if _is_array(x)]
+    traced = [i for i, x in enumerate(leaves) if is_array(x)]
 
     def flat(*arrays: Any) -> Any:
         full = list(leaves)
@@ -160,25 +160,17 @@ def survey(fn: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> S
         return jax.tree.leaves(fn(p, *a, **k))
 
     jaxpr = jax.make_jaxpr(flat)(*[leaves[i] for i in traced])
-    named = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
-    walk = _Walk({path_str(p): [] for p, x in named if _is_array(x)})
-    places = [
-        (_Place(path_str(p), _one_to_one(x.shape)),) for p, x in named if _is_array(x)
-    ]
+    named = leaves_by_path(params, is_leaf=is_node)
+    arrays = {path: x for path, x in named.items() if is_array(x)}
+    walk = _Walk({path: [] for path in arrays})
+    places = [(_Place(p, _one_to_one(x.shape)),) for p, x in arrays.items()]
     walk.follow(jaxpr, [*places, *[()] * (len(traced) - len(places))], 1)
     return Survey(
         {
-            path_str(p): LeafUses(
-                path_str(p), tuple(x.shape), x.dtype, tuple(walk.uses[path_str(p)])
-            )
-            for p, x in named
-            if _is_array(x)
+            path: LeafUses(path, tuple(x.shape), x.dtype, tuple(walk.uses[path]))
+            for path, x in arrays.items()
         }
     )
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
 def _one_to_one(shape: Sequence[int]) -> Axes:

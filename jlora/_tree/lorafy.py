@@ -16,7 +16,7 @@ from jlora._kernel.axes import Dims
 from jlora._kernel.dora import column_norm
 from jlora._kernel.nodes import Full, LowRank, is_node
 from jlora._kernel.placement import placed_adapter
-from jlora._paths import path_str
+from jlora._paths import leaves_by_path
 from jlora._transform.resolve import bias_of
 from jlora._tree import conventions, initializers
 from jlora._tree.matching import Hit
@@ -106,10 +106,7 @@ def lorafy(
     LowRank('q/kernel', float32[4, 6], rank 2, scale 1)
     """
     base_target = Target(rank=rank, alpha=alpha, dropout=dropout, init=init)
-    leaves = {
-        path_str(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
-    }
+    leaves = leaves_by_path(params, is_leaf=is_node)
     _check_settings(dropout, bias, dora, lora_bias)
     check_survey(survey, leaves)
     chosen = choose(targets, leaves, exclude, survey)
@@ -121,8 +118,7 @@ def lorafy(
             bias_of(name, leaves[name], leaves)
     key = jax.random.key(0) if key is None else key
 
-    def place(path: Any, leaf: Any) -> Any:
-        name = path_str(path)
+    def place(name: str, leaf: Any) -> Any:
         if name in chosen:
             adapters = {
                 _adapter_name(c.hit): _make_adapter(
@@ -135,7 +131,8 @@ def lorafy(
             return make_rows(name, leaf, tables[name], dtype)
         return Full(leaf) if name in full else leaf
 
-    return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_node)
+    structure = jax.tree.structure(params, is_leaf=is_node)
+    return jax.tree.unflatten(structure, [place(*item) for item in leaves.items()])
 
 
 def _check_settings(dropout: float, bias: str, dora: bool, lora_bias: bool) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jlora._errors import NonFiniteError, StructureError
 from jlora._kernel.axes import Array
 from jlora._kernel.nodes import LowRank, Rows, is_node, same_structure, wide
-from jlora._paths import path_str
+from jlora._paths import leaf_paths, leaves_by_path
 from jlora._text import table
 from jlora._transform.resolve import bias_terms, plain_leaf
 from jlora._tree.merge_kernels import bare, merge_kernels, merge_node
@@ -87,11 +87,11 @@ def merge(
 
     Raises:
       NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
-      StructureError: a report inside `jax.jit`; `donate` there, or with what needs the
-        bases; arrays that were donated before.
+      StructureError: two leaves with one path; a report inside `jax.jit`; `donate`
+        there, or with what needs the bases; arrays that were donated before.
     """
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
-    leaves = {path_str(path): x for path, x in pairs}
+    leaves = leaves_by_path(tree, is_leaf=is_node)
+    structure = jax.tree.structure(tree, is_leaf=is_node)
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
     tracing = _is_tracing(nodes)
     _refuse_options(tracing, report=report, undo=undo, donate=donate)
@@ -141,14 +141,8 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
             "the merged tree and the undo are not of one tree.\nPass what one "
             "jlora.merge(tree, undo=True) returned."
         )
-    changed = [
-        path_str(path)
-        for (path, x), y in zip(
-            jax.tree_util.tree_leaves_with_path(again), jax.tree.leaves(merged),
-            strict=True,
-        )
-        if not _same_bits(x, y)
-    ]  # fmt: skip
+    each = zip(leaf_paths(again), *map(jax.tree.leaves, (again, merged)), strict=True)
+    changed = [path for path, x, y in each if not _same_bits(x, y)]
     if changed:
         raise StructureError(
             f"{len(changed)} merged leaves were changed since the merge, "

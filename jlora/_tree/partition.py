@@ -10,7 +10,7 @@ import jax
 from jlora._errors import StructureError
 from jlora._kernel.adapter import DIMS_OF, Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node, same_structure
-from jlora._paths import path_str
+from jlora._paths import BIAS_NAMES, leaf_paths, map_with_path, name_of
 
 Tree = Any
 
@@ -27,17 +27,16 @@ def labels(tree: Tree) -> Tree:
     ['frozen', 'a', 'b', 'frozen']
     """
 
-    def label(path: Any, node: Any) -> Any:
+    def label(path: str, node: Any) -> Any:
         if isinstance(node, Full):
-            is_bias = path_str(path).rpartition("/")[2] == "bias"
-            return Full("bias" if is_bias else "full")
+            return Full("bias" if name_of(path) in BIAS_NAMES else "full")
         if isinstance(node, LowRank):
             return node.map("frozen", _label_adapter)
         if isinstance(node, Rows):
             return dataclasses.replace(node, base="frozen", rows="rows")
         return "frozen"
 
-    return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_node)
+    return map_with_path(label, tree, is_leaf=is_node)
 
 
 def _label_adapter(t: Adapter) -> Adapter:
@@ -93,12 +92,14 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
             "jlora.split(tree), or updates of them."
         )
 
-    def pick(path: Any, x: Any, y: Any) -> Any:
-        if x is not None and y is not None:
-            raise StructureError(
-                f"both halves hold the leaf {path_str(path)!r}.\nPass the trainable "
-                "half and the frozen half of one jlora.split(tree)."
-            )
-        return y if x is None else x
-
-    return jax.tree_util.tree_map_with_path(pick, trainable, frozen, is_leaf=is_none)
+    leaves, structure = jax.tree.flatten(trainable, is_leaf=is_none)
+    others = jax.tree.leaves(frozen, is_leaf=is_none)
+    pairs = list(zip(leaves, others, strict=True))
+    twice = [i for i, pair in enumerate(pairs) if all(x is not None for x in pair)]
+    if twice:
+        path = leaf_paths(trainable, is_leaf=is_none)[twice[0]]
+        raise StructureError(
+            f"both halves hold the leaf {path!r}.\nPass the trainable half and the "
+            "frozen half of one jlora.split(tree)."
+        )
+    return jax.tree.unflatten(structure, [y if x is None else x for x, y in pairs])

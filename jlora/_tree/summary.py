@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
-from jlora._paths import generalise, path_str
+from jlora._paths import generalise, leaf_paths
 from jlora._text import table
 
 Tree = Any
@@ -93,22 +93,21 @@ def summary(tree: Tree) -> Summary:
     """
     rows: list[Row] = []
     total = total_bytes = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
+    paths, leaves = leaf_paths(tree, is_node), jax.tree.leaves(tree, is_leaf=is_node)
+    for path, leaf in zip(paths, leaves, strict=True):
         if isinstance(leaf, LowRank):
             rows += _adapter_rows(leaf)
             leaf = leaf.base
         elif isinstance(leaf, Rows):
             rows.append(
-                Row(path_str(path), leaf.shape, None, math.nan, "rows",
+                Row(path, leaf.shape, None, math.nan, "rows",
                     *_size([leaf.rows]))
             )  # fmt: skip
             leaf = leaf.base
         elif isinstance(leaf, Full):
             leaf = leaf.value
             size = _size([leaf])
-            rows.append(
-                Row(path_str(path), tuple(leaf.shape), None, math.nan, None, *size)
-            )
+            rows.append(Row(path, tuple(leaf.shape), None, math.nan, None, *size))
             continue
         count, size_bytes = _size([leaf])
         total, total_bytes = total + count, total_bytes + size_bytes

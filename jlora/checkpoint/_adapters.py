@@ -11,7 +11,7 @@ import jax
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows
 from jlora._kernel.placement import placed_adapter
-from jlora._paths import path_str
+from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.merge import MergeReport, merge
 from jlora._tree.partition import trainable_mask
 from jlora._tree.rows import abstract_rows
@@ -94,9 +94,7 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
         name: jax.ShapeDtypeStruct(x["shape"], x["dtype"])
         for name, x in config["arrays"].items()
     }
-    bases = {
-        path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(base_params)
-    }
+    bases = leaves_by_path(base_params)
     template: dict[str, Any] = {}
     for entry in config["adapters"]:
         shape = make_adapter(place, entry, shapes)
@@ -124,8 +122,7 @@ def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -
         own = adapters.setdefault(entry["path"], {})
         own[entry["name"]] = make_adapter(place, entry, arrays)
 
-    def one(path: Any, leaf: Any) -> Any:
-        name = path_str(path)
+    def one(name: str, leaf: Any) -> Any:
         if name in adapters:
             return LowRank(leaf, adapters[name], name)
         if name in config.get("rows", {}):
@@ -133,7 +130,7 @@ def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -
         full = arrays.get(f"{name}/full")
         return leaf if full is None else Full(full)
 
-    return jax.tree_util.tree_map_with_path(one, base)
+    return map_with_path(one, base)
 
 
 # -- merged parameters -----------------------------------------------------------------

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jlora._errors import CheckpointError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
-from jlora._paths import path_str
+from jlora._paths import leaves_by_path
 from jlora.checkpoint._fingerprint import Fingerprint, leaf_print
 
 Tree = Any
@@ -23,9 +23,9 @@ Check = Literal["values", "shapes"]
 
 def nodes(params: Tree) -> Iterator[tuple[str, Any]]:
     """Jlora's nodes in a tree, with their paths."""
-    for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node):
+    for path, x in leaves_by_path(params, is_leaf=is_node).items():
         if is_node(x):
-            yield path_str(path), x
+            yield path, x
 
 
 def adapter_arrays(params: Tree) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._errors import CheckpointError
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
-from jlora._paths import path_str
+from jlora._paths import leaves_by_path
 
 Tree = Any
 
@@ -112,11 +111,6 @@ def fingerprint(params: Tree, *, trained: Collection[str] = ()) -> Fingerprint:
     """
     leaves: dict[str, tuple[Any, bool]] = {}
     for path, x, is_trained in _base_leaves(params):
-        if path in leaves:
-            raise CheckpointError(
-                f"two leaves have the path {path!r}, so a file cannot tell them apart."
-                "\nRename one of them."
-            )
         leaves[path] = (x, is_trained or path in trained)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         prints = pool.map(lambda item: leaf_print(item[0], read=not item[1]),
@@ -125,16 +119,15 @@ def fingerprint(params: Tree, *, trained: Collection[str] = ()) -> Fingerprint:
 
 
 def _base_leaves(tree: Tree) -> Iterator[tuple[str, Any, bool]]:
-    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
-        name = path_str(path)
+    for name, x in leaves_by_path(tree, is_leaf=is_node).items():
         if isinstance(x, Full):
             yield name, x.value, True
         elif isinstance(x, Rows):
             yield name, x.base, False
         elif isinstance(x, LowRank):
             # A quantised base is itself a small tree.
-            for inner, leaf in jax.tree_util.tree_leaves_with_path(x.base):
-                yield "/".join(filter(None, (name, path_str(inner)))), leaf, False
+            for inner, leaf in leaves_by_path(x.base).items():
+                yield "/".join(filter(None, (name, inner))), leaf, False
         else:
             yield name, x, False
 

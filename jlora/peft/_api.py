@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jlora._errors import CheckpointError, StructureError, TargetError
 from jlora._kernel.nodes import is_node
-from jlora._paths import path_str
+from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.conventions import stacked_leaves
 from jlora._tree.partition import trainable_mask
 from jlora.peft import _derived, _load, _save, _whole
@@ -70,7 +68,7 @@ def load(
     Source: PEFT's `utils/save_and_load.py` and `tuners/tuners_utils.py`.
     """
     place = adapter_folder(folder, adapter)
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params, is_leaf=is_node)
     adapted = [path for path, x in leaves.items() if is_node(x)]
     if adapted:
         raise CheckpointError(
@@ -93,9 +91,7 @@ def load(
         nodes.update(found)
     if not nodes:
         raise CheckpointError(f"{contents.where} holds no tensors.")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: nodes.get(path_str(path), leaf), params
-    )
+    return map_with_path(nodes.get, params)
 
 
 def load_all(
@@ -195,7 +191,7 @@ def save(
     trainable_mask(params)  # nothing to save is an error
     place = adapter_folder(folder, adapter)
     check_place(place, overwrite)
-    nodes = _leaves(params)
+    nodes = leaves_by_path(params, is_leaf=is_node)
     table = _table(nodes, model, names)
     keywords = {
         "base_model_name_or_path": base_model_name_or_path,
@@ -237,17 +233,6 @@ def _names(model: Model | None, names: Names) -> Names:
             "model of jlora.models, or names={module here: module in PyTorch}."
         )
     return model.torch_names()
-
-
-def _leaves(params: Tree) -> dict[str, Any]:
-    pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
-    leaves = {path_str(path): x for path, x in pairs}
-    if len(leaves) != len(pairs):
-        raise CheckpointError(
-            "two leaves of this tree have one path, so a file cannot tell them apart.\n"
-            "Rename one of them."
-        )
-    return leaves
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 A pass trains on every sentence pair once, in batches of the same number of sentences.
 jlora's hold sentences of about the same length, in as many shapes as there are buckets,
-each compiled once; they are the example's, [_batches.py](../examples/_batches.py).
+each compiled once: `jlora.data.Batches`.
 PEFT's are padded to their longest, as `transformers` collates them, and drawn at random
 as it does by default, or grouped by length as its `Trainer` does on request.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from benchmarks import _results
 from benchmarks._cases import case
 from benchmarks._choice import contenders
 from benchmarks._race import Entry, call, race
-from benchmarks._workers import ROOT
 
 LONGEST = 128
 VOCABULARY = 8000
@@ -128,19 +126,20 @@ def prepare(data: str, count: int, file: str) -> int:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    _data = _example("_data")
+    from jlora import data as text
+
     folder = pathlib.Path(data)
     paths = [_first(folder, f"train.{code}") for code in ("de", "en")]
-    direction = _data.direction("de-en")
-    pairs = _data.LineFiles(*paths).read(direction, skip_empty=True)
+    direction = text.direction("de-en")
+    pairs = text.read_pairs(paths, direction, empty="skip")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<pad>", "</s>"], show_progress=False
     )
-    text = [direction.prompt, *(side for pair in pairs for side in pair)]
-    tokenizer.train_from_iterator(text, trainer)
+    lines = [direction.prompt, *(side for pair in pairs for side in pair)]
+    tokenizer.train_from_iterator(lines, trainer)
     chosen = np.random.default_rng(0).choice(len(pairs), count, replace=False)
 
     def ids(text: str) -> np.ndarray:
@@ -195,12 +194,12 @@ class Buckets:
         import jlora.train
         from benchmarks._contenders import adamw
         from benchmarks._workload import workload
+        from jlora.data import Batches, shapes_for
 
-        _batches = _example("_batches")
         sentences, work = read(file), workload(case)
-        shapes = _batches.shapes_for([sentences], buckets)
-        encoded = _batches.Encoded(*sentences)
-        self.batches = _batches.Batches(encoded, shapes, size, PAD, seed=0)
+        columns = {"input_ids": sentences.sources, "labels": sentences.targets}
+        shapes = shapes_for([columns], buckets)
+        self.batches = Batches(columns, shapes, size, PAD, seed=0)
         self.train = jlora.train.make_train_step(
             lambda params, batch, key: work.totals(params, batch), adamw()
         )
@@ -237,13 +236,3 @@ def _first(folder: pathlib.Path, name: str) -> pathlib.Path:
     if not found:
         raise FileNotFoundError(f"{folder} holds neither {name} nor {name}.gz")
     return found[0]
-
-
-def _example(name: str) -> Any:
-    """Return a module of the examples, whose batches are measured."""
-    import importlib
-
-    folder = str(ROOT / "examples")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)

@@ -87,12 +87,13 @@ __all__ = [
 if TYPE_CHECKING:
     from jlora import checkpoint as checkpoint
     from jlora import cli as cli
+    from jlora import data as data
     from jlora import models as models
     from jlora import peft as peft
     from jlora import train as train
 
 # Submodules that need more than JAX: imported when they are first asked for (PEP 562).
-_SUBMODULES = ("checkpoint", "cli", "models", "peft", "train")
+_SUBMODULES = ("checkpoint", "cli", "data", "models", "peft", "train")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,0 +1,32 @@
+"""Data: text and tables read to the letter, tokenised, and cut into batches.
+
+    read_pairs  read_dataset_pairs     sentences beside their translations
+    read_table  read_lines             any table, any text file
+    subset  hold_out                   some of the examples, and others held out
+    tokenise  prompted                 text to tokens, with what that costs it
+    shapes_for  Batches                length buckets, in an order that resumes
+
+What is read is never guessed: a file is what its name says, or an error that names the
+line. Nothing here knows of models or of LoRA.
+"""
+
+from jlora.data._batches import IGNORED as IGNORED
+from jlora.data._batches import Batch as Batch
+from jlora.data._batches import Batches as Batches
+from jlora.data._batches import shapes_for as shapes_for
+from jlora.data._dataset import read_dataset as read_dataset
+from jlora.data._dataset import read_dataset_pairs as read_dataset_pairs
+from jlora.data._languages import LANGUAGES as LANGUAGES
+from jlora.data._languages import Direction as Direction
+from jlora.data._languages import direction as direction
+from jlora.data._parallel import Pair as Pair
+from jlora.data._parallel import read_pairs as read_pairs
+from jlora.data._splits import hold_out as hold_out
+from jlora.data._splits import subset as subset
+from jlora.data._table import Table as Table
+from jlora.data._table import read_table as read_table
+from jlora.data._text import read_lines as read_lines
+from jlora.data._tokens import Tokens as Tokens
+from jlora.data._tokens import load_tokenizer as load_tokenizer
+from jlora.data._tokens import prompted as prompted
+from jlora.data._tokens import tokenise as tokenise

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax._src import source_info_util
+from jax._src import dtypes, source_info_util
 from jax.extend import core as jex
 from jax.interpreters import ad, mlir
 from jax.interpreters import batching as batching_rules
@@ -75,6 +75,16 @@ def define_transposes(primitive: Any, *rules: Callable[..., Any]) -> None:
     else:
         (rule,) = rules
         ad.deflinear2(primitive, lambda g, x, **params: (rule(g, x, **params),))
+
+
+def refuse_operands(kind: type, refuse: Callable[[Any], Any]) -> None:
+    """Have `refuse` raise where a primitive is given an object of that type.
+
+    JAX's own error says nothing of the object but that it is no array.
+    """
+    register = getattr(dtypes, "register_canonicalize_value_handler", None)
+    if register is not None:
+        register(kind, refuse)
 
 
 def compilations(jitted: Any) -> int:

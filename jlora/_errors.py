@@ -23,8 +23,11 @@ class UnsupportedOpError(LoraError, NotImplementedError):
     """A primitive without a low-rank rule met an adapted kernel."""
 
 
-class UnmergedError(LoraError, TypeError):
-    """An adapted kernel reached ordinary JAX code without `jlora.lora`."""
+class UnmergedError(LoraError, RuntimeError):
+    """An adapted kernel reached ordinary JAX code without `jlora.lora`.
+
+    It is no TypeError: those of an operand's conversion JAX replaces by its own.
+    """
 
 
 class DtypeError(LoraError, TypeError):

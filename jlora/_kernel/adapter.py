@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jlora._compat import is_explicit
 from jlora._errors import ShapeError
 from jlora._kernel.axes import RANK, Array, Dims, contract, outer_sum, spread, widen
+from jlora._kernel.opaque import Note
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -131,8 +132,8 @@ class Adapter:
 
     @functools.cached_property
     def static(self) -> tuple[Any, ...]:
-        """Everything that is not an array."""
-        return tuple(getattr(self, n) for n in _STATIC)
+        """Everything that is not an array; the role is a note."""
+        return (*(getattr(self, n) for n in _STATIC[:-1]), Note(self.role))
 
     # A jitted step flattens the whole tree at each call, so this is kept lean.
     def tree_flatten(self) -> tuple[Any, Any]:
@@ -152,8 +153,9 @@ class Adapter:
         """Inverse of `tree_flatten`; checks nothing, as JAX asks."""
         adapter = object.__new__(cls)  # a frozen dataclass sets each field slowly
         adapter.__dict__.update(
-            zip(_FIELDS, (*children, *static), strict=True), static=static
-        )
+            zip(_FIELDS, (*children, *static), strict=True),
+            role=static[-1].text, static=static,
+        )  # fmt: skip
         return adapter
 
 

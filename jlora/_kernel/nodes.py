@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._errors import UnmergedError
 from jlora._kernel import dora
 from jlora._kernel.adapter import KEYS, Adapter, new_adapter
 from jlora._kernel.axes import Array, Dims, spread
+from jlora._kernel.opaque import Note, Opaque
 
 
-class _OnBase:
+class _OnBase(Opaque):
     """What a node with a frozen base is to code that asks an array's questions."""
 
     base: Array
@@ -112,23 +112,6 @@ class LowRank(_OnBase):
         shape = f"{self.dtype}{list(self.shape)}"
         return f"LowRank({self.path!r}, {shape}" + "".join(terms) + ")"
 
-    def __jax_array__(self) -> Array:
-        """Called by JAX when the node meets ordinary code: never a quiet merge."""
-        raise UnmergedError(
-            f"the adapted kernel {self.path!r} reached JAX code that does not know "
-            "adapters.\nWrap the function that takes the parameters: "
-            "`jlora.lora(model.apply)(params, x)`; or fold the adapters in first: "
-            "`jlora.merge(params)`."
-        )
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        """NumPy's way in, refused for the same reason."""
-        return self.__jax_array__()
-
-    def __getitem__(self, index: Any) -> Any:
-        """Indexing's way in, refused for the same reason."""
-        return self.__jax_array__()
-
     def tree_flatten(self) -> tuple[Any, Any]:
         """Base first; the unnamed adapter's factors directly under the node."""
         children: list[Any] = [self.base]
@@ -141,7 +124,7 @@ class LowRank(_OnBase):
                 inline, meta = adapter.tree_flatten()
                 children.extend(inline)
                 static.append((name, meta))
-        return children, (self.path, tuple(static))
+        return children, (Note(self.path), tuple(static))
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Children by name."""
@@ -154,7 +137,7 @@ class LowRank(_OnBase):
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> LowRank:
         """Inverse of `tree_flatten`."""
-        path, metas = static
+        note, metas = static
         base, *rest = children
         adapters, at = {}, 0
         for name, meta in metas:
@@ -165,7 +148,7 @@ class LowRank(_OnBase):
                 end = at + len(KEYS)
                 adapters[name] = Adapter.tree_unflatten(meta, rest[at:end])
                 at = end
-        return cls(base, adapters, path)
+        return cls(base, adapters, note.text)
 
 
 def wide(x: Array) -> Array:
@@ -180,10 +163,17 @@ def _brief(scale: Any) -> str:
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class Full:
-    """A leaf that is trained as it is, beside the adapters (PEFT's modules_to_save)."""
+class Full(Opaque):
+    """A leaf that is trained as it is, beside the adapters (PEFT's modules_to_save).
+
+    Attributes:
+      value: the leaf.
+      path: where it stood, for messages.
+    """
 
     value: Array
+    path: str = ""
+    kind = "fully trained leaf"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -195,22 +185,20 @@ class Full:
         """The leaf's dtype."""
         return self.value.dtype
 
-    def __jax_array__(self) -> Array:
-        """As for `LowRank`: one rule for the whole lorafied tree."""
-        raise UnmergedError(
-            "a fully trained leaf reached JAX code that does not know jlora.\nWrap the "
-            "function that takes the parameters, `jlora.lora(model.apply)(params, x)`, "
-            "or make the tree plain first, `jlora.merge(params)`."
-        )
+    @property
+    def ndim(self) -> int:
+        """The leaf's number of dimensions."""
+        return len(self.value.shape)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """One child."""
-        return [(jax.tree_util.GetAttrKey("full"), self.value)], None
+        return [(jax.tree_util.GetAttrKey("full"), self.value)], Note(self.path)
 
     @classmethod
-    def tree_unflatten(cls, _: Any, children: Any) -> Full:
+    def tree_unflatten(cls, note: Any, children: Any) -> Full:
         """Inverse of `tree_flatten_with_keys`."""
-        return cls(*children)
+        (value,) = children
+        return cls(value, note.text)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -231,6 +219,7 @@ class Rows(_OnBase):
     rows: Array
     indices: tuple[int, ...]
     path: str = ""
+    kind = "table with trained rows"
 
     def lowrank(self) -> LowRank:
         """The same value as a low-rank node: selected rows, times what they change."""
@@ -246,24 +235,16 @@ class Rows(_OnBase):
         rows = self.rows.astype(self.dtype)
         return self.base.at[jnp.asarray(self.indices)].set(rows)
 
-    def __jax_array__(self) -> Array:
-        """As for `LowRank`: never a quiet merge."""
-        raise UnmergedError(
-            f"the table {self.path!r} with trained rows reached JAX code that does not "
-            "know jlora.\nWrap the function that takes the parameters, "
-            "`jlora.lora(model.apply)(params, x)`, or make the tree plain first, "
-            "`jlora.merge(params)`."
-        )
-
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Two children."""
         children = [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in _ROWS]
-        return children, (self.indices, self.path)
+        return children, (self.indices, Note(self.path))
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> Rows:
         """Inverse of `tree_flatten_with_keys`."""
-        return cls(*children, *static)
+        (base, rows), (indices, note) = children, static
+        return cls(base, rows, indices, note.text)
 
 
 _ROWS = ("base", "rows")

@@ -9,6 +9,7 @@ from typing import Any
 from jlora import _compat
 from jlora._compat import Eqn
 from jlora._kernel.nodes import LowRank
+from jlora._transform.masks import Uses
 
 OFTEN = 4  # layers that are not scanned repeat their operations
 
@@ -20,11 +21,13 @@ class Program:
       eqns: its equations, those left out whose results nobody reads.
       env: the values of its variables, as far as they are known and still needed.
       shared: what rules keep for later equations.
+      uses: how often each kernel was used.
     """
 
     def __init__(self, bare: Any, env: dict[Any, Any]) -> None:
         self.env = env
         self.shared: dict[Any, Any] = {}
+        self.uses = Uses()
         self.eqns, self._last_read = _needed(bare)
         self._outvars = bare.outvars
         self._operations = _repeated(self.eqns)

@@ -6,7 +6,6 @@ primitive's rule. Only this loop decides what happens where no rule answers.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import threading
 import warnings
@@ -32,17 +31,17 @@ class Replay:
     """
 
     on_missing: OnMissing = "error"
-    _uses: collections.Counter[str] = dataclasses.field(
-        default_factory=collections.Counter, compare=False, repr=False
-    )
     _programs: _Programs = dataclasses.field(
         default_factory=lambda: _Programs(), compare=False, repr=False
     )
 
     def use_number(self, path: str) -> int:
-        """How often this leaf has been used so far in this replay."""
-        self._uses[path] += 1
-        return self._uses[path]
+        """The number of this use of a leaf in the running program."""
+        return self._programs.running[-1].uses.number(path)
+
+    def enter(self, args: Sequence[Any], stacks: Sequence[Any] = ()) -> list[Any]:
+        """Operands for an inner program, with keys for masks of their own."""
+        return self._programs.running[-1].uses.enter(args, stacks)
 
     def products_of(self, eqn: Eqn) -> list[tuple[Eqn, Any]]:
         """The products with the same left operand, and their right ones if known."""

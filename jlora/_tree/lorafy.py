@@ -129,7 +129,7 @@ def lorafy(
             return LowRank(leaf, adapters, name)
         if name in tables:
             return make_rows(name, leaf, tables[name], dtype)
-        return Full(leaf) if name in full else leaf
+        return Full(leaf, name) if name in full else leaf
 
     structure = jax.tree.structure(params, is_leaf=is_node)
     return jax.tree.unflatten(structure, [place(*item) for item in leaves.items()])

@@ -29,7 +29,8 @@ def labels(tree: Tree) -> Tree:
 
     def label(path: str, node: Any) -> Any:
         if isinstance(node, Full):
-            return Full("bias" if name_of(path) in BIAS_NAMES else "full")
+            is_bias = name_of(path) in BIAS_NAMES
+            return dataclasses.replace(node, value="bias" if is_bias else "full")
         if isinstance(node, LowRank):
             return node.map("frozen", _label_adapter)
         if isinstance(node, Rows):

@@ -96,7 +96,7 @@ def summary(tree: Tree) -> Summary:
     paths, leaves = leaf_paths(tree, is_node), jax.tree.leaves(tree, is_leaf=is_node)
     for path, leaf in zip(paths, leaves, strict=True):
         if isinstance(leaf, LowRank):
-            rows += _adapter_rows(leaf)
+            rows += _adapter_rows(path, leaf)
             leaf = leaf.base
         elif isinstance(leaf, Rows):
             rows.append(
@@ -119,9 +119,9 @@ def summary(tree: Tree) -> Summary:
     )  # fmt: skip
 
 
-def _adapter_rows(w: LowRank) -> Iterable[Row]:
+def _adapter_rows(kernel: str, w: LowRank) -> Iterable[Row]:
     for name, t in w.adapters.items():
-        path = f"{w.path}/{name}" if name else w.path
+        path = f"{kernel}/{name}" if name else kernel
         trained = _size([t.a, t.b, t.magnitude, t.bias])
         yield Row(path, w.shape, t.rank, _scale(t), t.role, *trained)
 

@@ -24,7 +24,10 @@ class Run(Protocol):
         """Run an equation of the running program as it stands on other operands."""
 
     def use_number(self, path: str) -> int:
-        """How often this leaf has been used so far; a dropout mask for each use."""
+        """The number of this use of a leaf in its program; a mask for each."""
+
+    def enter(self, args: Sequence[Any], stacks: Sequence[Any] = ()) -> list[Any]:
+        """Operands for an inner program, with keys for masks of their own."""
 
     def products_of(self, eqn: Eqn) -> list[tuple[Eqn, Any]]:
         """The products with the same left operand, and their right ones if known."""

@@ -25,12 +25,13 @@ from jlora._kernel.axes import Array, Dims
 from jlora._kernel.nodes import LowRank, is_node, same_structure
 from jlora._kernel.placement import place_spec
 from jlora._transform._rules._table import Run, rule
+from jlora._transform.masks import fold, has_masks, restore
 
 
 @rule(*_compat.JIT)
 def jit(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """An inner `jax.jit`; the same inner function is traced and compiled once."""
-    parts = _compat.jit_parts(eqn)
+    parts, args = _compat.jit_parts(eqn), run.enter(args)
     in_shardings = tuple(
         _operand_sharding(arg, s)
         for arg, s in zip(args, parts.in_shardings, strict=True)
@@ -82,20 +83,20 @@ def remat(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         prevent_cse=parts.prevent_cse,
         policy=parts.policy,
     )
-    return f(*args)
+    return f(*run.enter(args))
 
 
 @rule("closed_call", "core_call", "call")
 def call(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """A plain call is inlined."""
     params = eqn.params
-    return run.replay(params.get("call_jaxpr", params.get("jaxpr")), args)
+    return run.replay(params.get("call_jaxpr", params.get("jaxpr")), run.enter(args))
 
 
 @rule("cond")
 def cond(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """`lax.cond` and `lax.switch`."""
-    index, *operands = args
+    index, *operands = run.enter(args)
 
     def branch(body: Jaxpr) -> Callable[..., list[Any]]:
         return lambda *xs: run.replay(body, xs)
@@ -119,16 +120,29 @@ def while_loop(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     split = parts.num_cond_consts, parts.num_cond_consts + parts.num_body_consts
     cond_consts, body_consts = args[: split[0]], args[split[0] : split[1]]
     init = args[split[1] :]
+    # Masks differ from iteration to iteration, so where there are any, one counts.
+    counted = any(map(has_masks, args))
+    if counted:
+        cond_consts, body_consts = run.enter(cond_consts), run.enter(body_consts)
+        init = [*run.enter(init), jnp.int32(0)]
+
+    def operands(consts: list[Any], carry: list[Any]) -> list[Any]:
+        if not counted:
+            return [*consts, *carry]
+        return [fold(x, carry[-1]) for x in (*consts, *carry[:-1])]
 
     def test(carry: list[Any]) -> Array:
-        return run.replay(parts.cond, [*cond_consts, *carry])[0]
+        return run.replay(parts.cond, operands(cond_consts, carry))[0]
 
     def step(carry: list[Any]) -> list[Any]:
-        out = run.replay(parts.body, [*body_consts, *carry])
+        out = run.replay(parts.body, operands(body_consts, carry))
+        if counted:
+            out = [*map(restore, out, carry[:-1]), carry[-1] + 1]
         _check_carry(init, out, "while_loop")
         return out
 
-    return lax.while_loop(test, step, init)
+    out = lax.while_loop(test, step, init)
+    return out[:-1] if counted else out
 
 
 @rule("scan")
@@ -136,25 +150,38 @@ def scan(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """`lax.scan`: stacked kernels among the xs, shared ones among the constants."""
     parts = _compat.scan_parts(eqn)
     split = parts.num_consts, parts.num_consts + parts.num_carry
+    args = run.enter(args, stacks=args[split[1] :])
     consts, init, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+    counted = any(map(has_masks, args))
     stacked = [Stacked.of(x) if isinstance(x, LowRank) else None for x in xs]
     if any(s is not None and not s.whole for s in stacked):
         return NotImplemented
 
-    def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    def step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+        slices, number = slices if counted else (slices, None)
         operands = [
             one if s is None else s.rebuild(one)
             for s, one in zip(stacked, slices, strict=True)
         ]
-        out = run.replay(parts.body, [*consts, *carry, *operands])
+        shared = [*consts, *carry]
+        if counted:  # those of a stack have keys of their own already
+            shared = [fold(x, number) for x in shared]
+            operands = [
+                x if s is None or s.own_keys else fold(x, number)
+                for s, x in zip(stacked, operands, strict=True)
+            ]
+        out = run.replay(parts.body, [*shared, *operands])
         carry_out, ys = out[: parts.num_carry], out[parts.num_carry :]
+        carry_out = [
+            restore(x, before) for x, before in zip(carry_out, carry, strict=True)
+        ]
         _check_carry(init, carry_out, "scan")
         _check_carry(ys, [None] * len(ys), "scan")
         return carry_out, ys
 
     arrays = [x if s is None else s.arrays for s, x in zip(stacked, xs, strict=True)]
     carry, ys = lax.scan(
-        step, init, arrays,
+        step, init, (arrays, jnp.arange(parts.length)) if counted else arrays,
         length=parts.length, reverse=parts.reverse, unroll=parts.unroll,
     )  # fmt: skip
     return [*carry, *ys]
@@ -185,6 +212,11 @@ class Stacked:
     node: LowRank
     arrays: list[Array]
     whole: bool
+
+    @property
+    def own_keys(self) -> bool:
+        """Whether every step's slice has dropout keys of its own."""
+        return all(0 in t.s_dims for t in self.node.adapters.values())
 
     @classmethod
     def of(cls, w: LowRank) -> Stacked:
@@ -238,7 +270,7 @@ def shard_map(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         body, mesh=parts.mesh, in_specs=in_specs, out_specs=list(parts.out_specs),
         check_vma=parts.check_vma, axis_names=parts.axis_names,
     )  # fmt: skip
-    return f(*args)
+    return f(*run.enter(args))
 
 
 def _shardable(arg: Any, spec: PartitionSpec) -> bool:

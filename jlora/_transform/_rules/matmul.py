@@ -197,5 +197,7 @@ def drop_inputs(run: Run, w: LowRank, t: Adapter, x: Array) -> Array:
         return x
     key = t.key.reshape(-1)[0] if t.s_dims else t.key
     key = jax.random.fold_in(key, run.use_number(w.path))
+    for axis in sorted(_compat.varying_axes(x), key=str):  # each shard drops its own
+        key = jax.random.fold_in(key, lax.axis_index(axis))
     keep = jax.random.bernoulli(key, 1.0 - t.dropout, x.shape)
     return jnp.where(keep, x / (1.0 - t.dropout), 0).astype(x.dtype)

@@ -23,3 +23,12 @@ def listed(items: Iterable[str], most: int = 8) -> str:
     lines = sorted(items) if isinstance(items, Set) else list(items)
     more = [f"and {len(lines) - most} more"] if len(lines) > most else []
     return "\n  ".join(lines[:most] + more)
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things, in the plural where there are more or fewer than one.
+
+    >>> count(1, "array"), count(1200, "array")
+    ('1 array', '1,200 arrays')
+    """
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")

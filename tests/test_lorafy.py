@@ -219,6 +219,69 @@ def test_train_and_bias():
     assert set(jax.tree.leaves(jlora.labels(every))) == {"a", "b", "bias", "frozen"}
 
 
+def cnn():
+    """A function with convolutions, a table and a head, and its parameters."""
+    params = arrays({
+        "embed": {"embedding": (3, 4)},
+        "conv": [{"kernel": (3, 4, 5)}, {"kernel": (3, 5, 5)}],
+        "head": {"kernel": (5, 7), "bias": (7,)},
+    })  # fmt: skip
+
+    def f(p, ids):
+        x = p["embed"]["embedding"][ids]
+        for layer in p["conv"]:
+            x = jax.lax.conv_general_dilated(
+                x,
+                layer["kernel"],
+                (1,),
+                "SAME",
+                dimension_numbers=("NWC", "WIO", "NWC"),
+            )
+        return x @ p["head"]["kernel"] + p["head"]["bias"]
+
+    return f, params, jnp.zeros((2, 6), jnp.int32)
+
+
+def test_all_linear_says_which_convolutions_it_leaves_out():
+    f, params, ids = cnn()
+    survey = jlora.survey(f, params, ids)
+    with pytest.warns(jlora.JloraWarning, match="leaves out 2 of conv") as warned:
+        tree = lorafy(params, "all-linear", survey=survey)
+    assert warned[0].filename == __file__
+    assert adapted(tree) == ["head/kernel"]
+    says = str(warned[0].message)
+    assert "'conv/0/kernel' (3, 4, 5), 'conv/1/kernel' (3, 5, 5)" in says
+    assert "'all-kernels'" in says
+    assert "exclude=" in says
+
+
+@pytest.mark.filterwarnings("error")
+def test_convolutions_left_out_on_purpose_are_not_told():
+    f, params, ids = cnn()
+    survey = jlora.survey(f, params, ids)
+    tree = lorafy(params, "all-linear", survey=survey, exclude=["conv"])
+    assert adapted(tree) == ["head/kernel"]
+    convs = ["conv/0/kernel", "conv/1/kernel"]
+    tree = lorafy(params, ["conv", "all-linear"], survey=survey)
+    assert adapted(tree) == [*convs, "head/kernel"]
+    tree = lorafy(params, "all-kernels", survey=survey)
+    assert adapted(tree) == [*convs, "embed/embedding", "head/kernel"]
+    own = {"conv": jlora.Target(rank=1), "all-kernels": jlora.Target()}
+    tree = lorafy(params, own, survey=survey)
+    assert tree["conv"][0]["kernel"].adapters[""].rank == 1
+    assert tree["embed"]["embedding"].adapters[""].rank == 2
+
+
+def test_all_kernels_by_name():
+    assert set(adapted(lorafy(t5(), "all-kernels"))) - set(
+        adapted(lorafy(t5(), "all-linear"))
+    ) == {"shared/embedding"}
+    with pytest.raises(
+        jlora.TargetError, match="finds no kernel in this tree of 1 arr"
+    ):
+        lorafy({"w": {"other": jnp.ones((3, 4))}}, "all-linear")
+
+
 # -- how they start --------------------------------------------------------------------
 
 
@@ -299,10 +362,10 @@ def test_key_paths_extend_the_kernels():
         (dict(train="lm_head"), jlora.TargetError, r"\['lm_head'\]"),
         (dict(train=["SelfAttention"]), jlora.TargetError, "both a target and in train"),
         (dict(exclude=["nope"]), jlora.TargetError, "exclude: 'nope'"),
-        (dict(bias="some"), jlora.TargetError, "lora_only"),
+        (dict(bias="some"), jlora.OptionError, "lora_only"),
         (dict(bias="lora_only"), jlora.TargetError, "have none"),
-        (dict(dropout=1.0), jlora.ShapeError, "probability"),
-        (dict(init="zeros"), jlora.TargetError, "gaussian"),
+        (dict(dropout=1.0), jlora.OptionError, "probability"),
+        (dict(init="zeros"), jlora.OptionError, "gaussian"),
     ],
 )  # fmt: skip
 def test_bad_settings(call, error, says):
@@ -315,6 +378,22 @@ def test_an_entry_one_letter_off_names_the_near_one():
         lorafy(bert(), ["querry"])
     first = str(error.value).splitlines()[2]
     assert "query" in first
+
+
+def test_a_misspelt_role_names_the_role_and_what_it_hits():
+    with pytest.raises(jlora.TargetError) as error:
+        lorafy(t5(), ["query", "valeu"])
+    text = str(error.value)
+    assert "did you mean 'value'?" in text.splitlines()[0]
+    assert text.splitlines()[2].endswith("SelfAttention/v/kernel")
+    with pytest.raises(jlora.TargetError, match="did you mean 'lm_head'") as error:
+        lorafy(t5(), ["lm_haed"])
+    assert str(error.value).splitlines()[2].strip() == "lm_head/kernel"
+    with pytest.raises(jlora.TargetError, match="did you mean 'DenseReluDense'"):
+        lorafy(t5(), {"block.*.DenseReLuDense.w": jlora.Target()})
+    with pytest.raises(jlora.TargetError) as error:
+        lorafy(t5(), ["classifier"])
+    assert "did you mean" not in str(error.value)
 
 
 def test_integer_and_empty_leaves():
@@ -334,7 +413,9 @@ def test_no_leaf_is_adapted_twice():
 
 def test_axes_that_names_do_not_tell():
     params = {"conv": {"kernel": jnp.zeros((3, 3, 4, 6))}}
-    with pytest.raises(jlora.ShapeError, match=r"survey.*Target\(in_axes"):
+    with pytest.raises(
+        jlora.ShapeError, match=r"(?s)survey=.*Target\(in_axes=\(0, 1, 2\)"
+    ):
         lorafy(params, ["conv"])
     target = jlora.Target(in_axes=(0, 1, 2))
     w = lorafy(params, {"conv": target})["conv"]["kernel"]

@@ -107,6 +107,18 @@ class Survey:
         """A kernel's inputs, outputs and stacks; whether it is an embedding table."""
         return self.leaves[path].axes()
 
+    def kernels(self) -> list[str]:
+        """Every leaf that an adapter could serve."""
+        return [path for path in self.leaves if self.is_kernel(path)]
+
+    def convolutions(self) -> list[str]:
+        """Every kernel that is convolved with an input."""
+        return [
+            path
+            for path, leaf in self.leaves.items()
+            if any(u.is_kernel and u.kind == "conv" for u in leaf.uses)
+        ]
+
     def matmul_kernels(self) -> list[str]:
         """Every leaf that is multiplied with an input, and never looked up."""
         return [

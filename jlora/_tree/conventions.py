@@ -1,25 +1,26 @@
-"""Scanned layers, told by their leaves: which axes of a kernel are its own.
+"""What frameworks name their leaves, and what leaves say of their neighbours.
 
 Flax's naming leaves open whether `[3, 64, 64]` are three layers' kernels or one of
-three axes. The layers around it do not: a norm of one layer is a vector, so where a
+three axes. The leaves around it may tell: a norm of one layer is a vector, so where a
 norm is a matrix, and all its neighbours have as many rows, they are stacks of layers.
+Where they do not, nothing is guessed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from jlora._paths import module_of
+from jlora._paths import module_of, name_of
 
-if TYPE_CHECKING:
-    from jlora._tree.targets import Target
+Shape = tuple[int, ...]
 
 # Names that frameworks give to kernels, biases and embeddings: Flax, Haiku, Equinox.
 EMBEDDING_NAMES = ("embedding", "embeddings")
 KERNEL_NAMES = ("kernel", "weight", "w", *EMBEDDING_NAMES)
 _NORM_NAMES = ("scale", "weight")  # as Flax and PyTorch call a norm's parameter
+# Flax's attention: what splits its inputs into heads, and what joins them again.
+_SPLITTING, _JOINING = ("query", "key", "value"), "out"
 
 # A role's spellings, as suffixes of a module's path. `NAME#k/n` is the k-th of n equal
 # slices of a fused kernel's outputs.
@@ -40,7 +41,7 @@ def is_experts(path: str, ndim: int) -> bool:
     >>> is_experts("layers/0/mlp/experts/gate_up_proj", 3)
     True
     """
-    return ndim > 2 and module_of(path).rpartition("/")[2] == "experts"
+    return ndim > 2 and name_of(module_of(path)) == "experts"
 
 
 def stacked_leaves(leaves: Mapping[str, Any]) -> set[str]:
@@ -67,8 +68,8 @@ def stacked_leaves(leaves: Mapping[str, Any]) -> set[str]:
 
 
 def _is_stack(leaves: Mapping[str, Any]) -> bool:
-    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
-    names = {path: path.rpartition("/")[2] for path in leaves}
+    shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
+    names = {path: name_of(path) for path in leaves}
     kernels = [len(s) for path, s in shapes.items() if names[path] == "kernel"]
     norms = [len(s) for path, s in shapes.items() if names[path] in _NORM_NAMES]
     return (
@@ -80,11 +81,62 @@ def _is_stack(leaves: Mapping[str, Any]) -> bool:
     )
 
 
-def with_axes(target: Target, leaf: Any) -> Target:
-    """Return the target with the axes of a stack of kernels `[L, in, out]`.
+def attention_form(
+    path: str, leaves: Mapping[str, Any]
+) -> Literal["heads", "stack"] | None:
+    """What the leaves around say of a kernel of three axes in an attention module.
 
-    What the target says itself stays, and so do kernels with more axes.
+    `query`, `key` and `value` are `[in, heads, width]` and `out` is `[heads, width,
+    out]` in Flax's attention; the same names with three axes may as well be a stack of
+    layers `[L, in, out]`. Biases differ, and so does how `out` follows `value`. Where
+    these fit both, as with as many layers as inputs, a norm beside the module decides.
+
+    Returns:
+      The only form that is possible, or `None` where none is, or both are.
+
+    >>> query = {"kernel": jnp.ones((3, 5, 7)), "bias": jnp.ones((5, 7))}
+    >>> attention_form("query/kernel", {f"query/{k}": v for k, v in query.items()})
+    'heads'
     """
-    if target.in_axes is not None or len(leaf.shape) != 3:
-        return target
-    return dataclasses.replace(target, in_axes=(1,), out_axes=(2,), batch_axes=(0,))
+    module = module_of(path)
+    if name_of(path) != "kernel" or name_of(module) not in (*_SPLITTING, _JOINING):
+        return None
+    kernels: dict[str, Shape] = {}
+    possible: list[tuple[bool, bool]] = []  # by each neighbour: as heads, as a stack
+    for name in (*_SPLITTING, _JOINING):
+        beside = "/".join(filter(None, (module_of(module), name)))
+        kernel = _shape(leaves.get(f"{beside}/kernel"))
+        bias = _shape(leaves.get(f"{beside}/bias"))
+        if kernel:
+            kernels[name] = kernel
+        if len(kernel) == 3 and bias:
+            of_heads = kernel[2:] if name == _JOINING else kernel[1:]
+            possible.append((bias == of_heads, bias == (kernel[0], kernel[2])))
+    query, value = (kernels.get(name, ()) for name in ("query", "value"))
+    out, query, value = kernels.get(_JOINING, ()), query or value, value or query
+    if len(query) == len(value) == len(out) == 3:
+        heads = out[:2] == (query[1], value[2])  # value may have fewer of them
+        possible.append((heads, out[:2] == (value[0], value[2])))
+    if not possible:
+        return None
+    heads, stack = (all(form) for form in zip(*possible, strict=True))
+    if heads and stack and _norm_beside(module_of(module), leaves):
+        stack = False
+    if heads == stack:
+        return None
+    return "heads" if heads else "stack"
+
+
+def _norm_beside(module: str, leaves: Mapping[str, Any]) -> bool:
+    """Whether there is a norm of one layer beside a module."""
+    block = module_of(module)
+    return any(
+        len(_shape(leaf)) == 1
+        and name_of(path) in _NORM_NAMES
+        and module_of(module_of(path)) == block
+        for path, leaf in leaves.items()
+    )
+
+
+def _shape(leaf: Any) -> Shape:
+    return tuple(getattr(leaf, "shape", ()))

@@ -81,21 +81,53 @@ def match_pattern(pattern: str, path: str) -> Hit | None:
     return hit
 
 
-def nearest(name: str, paths: Iterable[str], n: int = 5) -> list[str]:
-    """The paths most like a name that hit nothing, best first."""
-    wanted = name.replace(".", "/").split("/")[-1].lower()
-    scored = []
-    for path in paths:
-        likeness = max(
-            difflib.SequenceMatcher(None, wanted, part.lower()).ratio()
-            for part in path.split("/")
-        )
-        scored.append((-likeness, generalise(path), path))
-    scored.sort()
+def likely_names(entry: str, paths: Iterable[str]) -> list[str]:
+    """Names in the paths, and roles that hit some, which an entry may be meant for.
+
+    >>> likely_names("valeu", ["encoder/block/0/SelfAttention/v/kernel"])
+    ['value']
+    """
+    paths = list(paths)
+    names = {part for path in paths for part in path.split("/")}
+    names |= {role for role in ROLES if any(match_entry(role, p) for p in paths)}
+    wanted = [part for part in _segments(entry) if part not in names]
+    alike = {
+        name: max((_likeness(w, name) for w in wanted), default=0) for name in names
+    }
+    # What is a good deal less alike than the best was hardly meant.
+    least = max(0.6, max(alike.values(), default=0) - 0.1)
+    close = sorted((-value, name) for name, value in alike.items() if value >= least)
+    return [name for _, name in close[:3]]
+
+
+def nearest(entry: str, paths: Iterable[str], n: int = 5) -> list[str]:
+    """The paths most like an entry that hit nothing, best first.
+
+    Those that a likely name hits come first, then those whose names are most alike.
+    """
+    paths = list(paths)
+    likely, wanted = likely_names(entry, paths), _segments(entry)
+
+    def rank(path: str) -> tuple[bool, float, str]:
+        parts = path.split("/")
+        alike = [max(_likeness(each, part) for part in parts) for each in wanted]
+        is_likely = any(match_entry(name, path) for name in likely)
+        return not is_likely, -sum(alike), generalise(path)
+
     # One example of each repeated layer says enough.
-    first = {general: path for _, general, path in reversed(scored)}
-    order = dict.fromkeys(general for _, general, _ in scored)
-    return [first[general] for general in list(order)[:n]]
+    first: dict[str, str] = {}
+    for path in sorted(paths, key=rank):
+        first.setdefault(generalise(path), path)
+    return list(first.values())[:n]
+
+
+def _segments(entry: str) -> list[str]:
+    """The names in an entry, which may be a regular expression."""
+    return re.findall(r"[\w-]+", entry) or [entry]
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,9 @@ import jax
 import numpy as np
 
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.nodes import Full, LowRank, Rows, is_node
-from jlora._paths import generalise, leaf_paths
+from jlora._kernel.nodes import Full, LowRank, Rows, is_array, is_node
+from jlora._paths import Tree, generalise, leaf_paths
 from jlora._text import table
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _scale(t: Adapter) -> float:
 
 
 def _size(arrays: Iterable[Any]) -> tuple[int, int]:
-    arrays = [x for x in arrays if hasattr(x, "shape") and hasattr(x, "dtype")]
+    arrays = [x for x in arrays if is_array(x)]
     counts = [math.prod(x.shape) for x in arrays]
     return sum(counts), sum(
         n * getattr(x.dtype, "itemsize", 0) for n, x in zip(counts, arrays, strict=True)

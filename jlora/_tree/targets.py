@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
 
-from jlora._errors import DtypeError, JloraWarning, ShapeError, TargetError
+from jlora._errors import (
+    DtypeError,
+    JloraWarning,
+    OptionError,
+    ShapeError,
+    TargetError,
+)
 from jlora._kernel.axes import Dims
-from jlora._kernel.nodes import LowRank
-from jlora._paths import BIAS_NAMES, module_of
-from jlora._tree import conventions, matching
+from jlora._kernel.nodes import LowRank, is_array, is_node
+from jlora._paths import BIAS_NAMES, module_of, name_of
+from jlora._text import count
+from jlora._tree import conventions, matching, options
 from jlora._tree.initializers import Initializer
-from jlora._tree.matching import Coverage, Hit
+from jlora._tree.matching import Coverage, Hit, coverage
 
 if TYPE_CHECKING:
     from jlora._transform.survey import Survey
 
 Bias = Literal["none", "lora_only", "all"]
 Leaves = Mapping[str, Any]
+
+ALL_LINEAR, ALL_KERNELS = "all-linear", "all-kernels"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,10 @@ class Target:
       in_axes, out_axes, batch_axes: the kernel's axes, where neither a survey nor the
         naming conventions tell them. Give `in_axes` and the rest follow: axes named
         nowhere are outputs.
+
+    Raises:
+      ShapeError: a rank that is no whole number.
+      OptionError: another setting that cannot be, or an argument of another name.
     """
 
     rank: int | None = None
@@ -47,8 +62,30 @@ class Target:
     out_axes: Dims | None = None
     batch_axes: Dims = ()
 
+    def __new__(cls, **settings: Any) -> Target:
+        """Refuse arguments of other names, PEFT's among them, in our words."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        options.refuse_unknown("jlora.Target", settings, known)
+        return super().__new__(cls)
 
-Targets = str | Sequence[str] | Mapping[str, Target]
+    def __post_init__(self) -> None:
+        """Check the settings, and hold them as Python's numbers."""
+        for name, check in _SETTINGS.items():
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, check(given))
+
+
+_SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "rank": options.whole_rank,
+    "alpha": options.positive_alpha,
+    "dropout": options.probability,
+    "in_axes": functools.partial(options.axis_tuple, "in_axes"),
+    "out_axes": functools.partial(options.axis_tuple, "out_axes"),
+    "batch_axes": functools.partial(options.axis_tuple, "batch_axes"),
+}
+
+Targets = str | Collection[str] | Mapping[str, Target]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +97,24 @@ class Choice:
 
 
 def check_survey(survey: Survey | None, leaves: Leaves) -> None:
-    """A survey of another tree would leave the axes to the naming conventions."""
+    """A survey of another tree would leave the axes to the naming conventions.
+
+    Raises:
+      OptionError: it is no survey.
+      TargetError: it is one of another tree.
+    """
     if survey is None:
         return
-    unknown = [p for p in leaves if not survey.knows(p)]
+    if not hasattr(survey, "knows"):
+        raise OptionError(
+            f"survey={type(survey).__name__}: expected what jlora.survey(fn, params, "
+            "*inputs) returns."
+        )
+    arrays = [path for path, leaf in leaves.items() if _is_parameter(leaf)]
+    unknown = [path for path in arrays if not survey.knows(path)]
     if unknown:
         raise TargetError(
-            f"the survey does not know {len(unknown)} of {len(leaves)} leaves, "
+            f"the survey does not know {len(unknown)} of {len(arrays)} arrays, "
             f"{unknown[0]!r} first; it knows {next(iter(survey.leaves), None)!r}.\n"
             "Survey the very tree that you lorafy: survey(fn, params, ...) and "
             "lorafy(params, ...); wrap fn if it takes {'params': params}."
@@ -74,20 +122,21 @@ def check_survey(survey: Survey | None, leaves: Leaves) -> None:
 
 
 def choose(
-    targets: Targets, leaves: Leaves, exclude: Sequence[str], survey: Any
-) -> dict[str, list[Choice]]:
+    targets: Targets, leaves: Leaves, exclude: Sequence[str], survey: Survey | None,
+    stacked: Collection[str],
+) -> dict[str, list[Choice]]:  # fmt: skip
     """The adapters to make, by leaf."""
     excluded = matches(exclude, leaves, "exclude")
     chosen: dict[str, list[Choice]] = {}
-    reports: list[Coverage] = []
-    stacked = conventions.stacked_leaves(leaves)
+    reports: list[str] = []
     # Numbers inside a stacked block count its parts, and not the repeated blocks.
     numbered = [path for path in leaves if path not in stacked]
-    for entry, target, hits in _entry_hits(targets, leaves, survey, stacked):
+    entries = list(_entry_hits(targets, leaves, survey, stacked))
+    for entry, target, hits in entries:
         kernels = _kernels_of(entry, hits, leaves, survey, stacked)
         # What is excluded was meant to be missed, so it counts as covered.
         hit_paths = [h.path for h in kernels if h.path not in stacked]
-        reports += matching.coverage(entry, hit_paths, numbered)
+        reports += map(_said_of_coverage, coverage(entry, hit_paths, numbered))
         kernels = [hit for hit in kernels if hit.path not in excluded]
         if not kernels:
             raise TargetError(
@@ -103,70 +152,109 @@ def choose(
                 )
             others = chosen.setdefault(hit.path, [])
             if not any(c.hit.part == hit.part or c.hit.part is None for c in others):
-                own = target
-                if survey is None and hit.path in stacked:
-                    own = conventions.with_axes(target, leaves[hit.path])
-                others.append(Choice(hit, own))
+                others.append(Choice(hit, target))
+    if survey is not None and ALL_LINEAR in (entry for entry, _, _ in entries):
+        reports += _said_of_convolutions(survey, {*chosen, *excluded})
     for report in reports:
-        warnings.warn(
-            f"targets: {report}. If that is meant, name the blocks in the entry; the "
-            "missed ones train nothing.",
-            JloraWarning,
-            stacklevel=3,
-        )
+        warnings.warn(f"targets: {report}", JloraWarning, stacklevel=3)
     return chosen
 
 
+def _said_of_coverage(found: Coverage) -> str:
+    return (
+        f"{found}. If that is meant, name the blocks in the entry; the missed ones "
+        "train nothing."
+    )
+
+
+def _said_of_convolutions(survey: Survey, meant: Collection[str]) -> list[str]:
+    """That `"all-linear"` leaves convolutions out, where it does."""
+    left = [path for path in survey.convolutions() if path not in meant]
+    if not left:
+        return []
+    named = ", ".join(f"{p!r} {survey.leaves[p].shape}" for p in left[:4])
+    more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+    return [
+        f"{ALL_LINEAR!r} is every kernel of a matrix product, and leaves out "
+        f"{len(left)} of convolutions: {named}{more}. {ALL_KERNELS!r} adapts them too; "
+        "exclude=[...] says that they are meant to be left out."
+    ]
+
+
 def _entry_hits(
-    targets: Targets, leaves: Leaves, survey: Any, stacked: set[str]
+    targets: Targets, leaves: Leaves, survey: Survey | None, stacked: Collection[str]
 ) -> Iterable[tuple[str, Target, list[Hit]]]:
     """Each entry of `targets` with its settings and its hits, checked to be some."""
-    all_linear: set[str] = set()
-    if targets == "all-linear":
-        all_linear.update(_all_linear(leaves, survey, stacked))
-    match: Callable[[str, str], Hit | None]
-    entries: Iterable[tuple[str, Target]]
-    if isinstance(targets, str):
-        entries, match = [(targets, Target())], matching.match_regex
-        if targets == "all-linear":
-            match = lambda _, path: Hit(path) if path in all_linear else None  # noqa: E731
-    elif isinstance(targets, Mapping):
-        entries, match = targets.items(), matching.match_pattern
-    else:
-        entries, match = [(entry, Target()) for entry in targets], matching.match_entry
+    entries, match = _entries(targets)
     for entry, target in entries:
-        hits = [h for path in leaves if (h := match(entry, path)) is not None]
+        if entry in (ALL_LINEAR, ALL_KERNELS):
+            hits = [Hit(path) for path in _all(entry, leaves, survey, stacked)]
+        else:
+            hits = [h for path in leaves if (h := match(entry, path)) is not None]
         if not hits:
             raise TargetError(_nothing_hit("targets", entry, leaves))
         yield entry, target, hits
 
 
-def _all_linear(leaves: Leaves, survey: Any, stacked: set[str]) -> list[str]:
+def _entries(
+    targets: Any,
+) -> tuple[list[tuple[str, Target]], Callable[[str, str], Hit | None]]:
+    """The entries with their settings, and how each of them is matched."""
+    if isinstance(targets, str) and targets:
+        return [(targets, Target())], matching.match_regex
+    if isinstance(targets, Mapping):
+        for entry, target in targets.items():
+            if not isinstance(target, Target):
+                raise TargetError(
+                    f"targets: {entry!r} has {target!r}; expected its settings, "
+                    "jlora.Target(rank=...)."
+                )
+        names = options.entry_list("targets", list(targets))
+        entries = [(name, targets[name]) for name in names]
+    else:
+        names = [] if targets == "" else options.entry_list("targets", targets)
+        entries = [(name, Target()) for name in names]
+    if not entries:
+        raise TargetError(
+            f"targets={targets!r} names no kernel.\nPass names, ['query', 'value'], or "
+            f"{ALL_LINEAR!r} for every kernel of a matrix product."
+        )
+    by_pattern = isinstance(targets, Mapping)
+    return entries, matching.match_pattern if by_pattern else matching.match_entry
+
+
+def _all(
+    word: str, leaves: Leaves, survey: Survey | None, stacked: Collection[str]
+) -> list[str]:
+    """The kernels that `"all-linear"` or `"all-kernels"` means."""
     if survey is not None:
-        return survey.matmul_kernels()
-    names = [
-        n for n in conventions.KERNEL_NAMES if n not in conventions.EMBEDDING_NAMES
-    ]
-    named = [p for p in leaves if p.rpartition("/")[2] in names]
-    return [p for p in named if _ndim(leaves[p]) - (p in stacked) > 1]
+        return survey.matmul_kernels() if word == ALL_LINEAR else survey.kernels()
+    names = {*conventions.KERNEL_NAMES}
+    if word == ALL_LINEAR:
+        names -= {*conventions.EMBEDDING_NAMES}
+    named = [path for path in leaves if name_of(path) in names]
+    return [p for p in named if len(_shape(leaves[p])) - (p in stacked) > 1]
 
 
 def _kernels_of(
-    entry: str, hits: list[Hit], leaves: Leaves, survey: Any, stacked: set[str]
-) -> list[Hit]:
+    entry: str, hits: list[Hit], leaves: Leaves, survey: Survey | None,
+    stacked: Collection[str],
+) -> list[Hit]:  # fmt: skip
     """The hits that can carry an adapter."""
 
     def is_kernel(hit: Hit) -> bool:
+        if not _is_parameter(leaves[hit.path]):
+            return False
         if survey is not None:
             return survey.is_kernel(hit.path)
-        ndim = _ndim(leaves[hit.path]) - (hit.path in stacked)
-        named = hit.whole or hit.path.rpartition("/")[2] in conventions.KERNEL_NAMES
+        ndim = len(_shape(leaves[hit.path])) - (hit.path in stacked)
+        named = hit.whole or name_of(hit.path) in conventions.KERNEL_NAMES
         return (named and ndim > 1) or conventions.is_experts(hit.path, ndim)
 
     kernels = [hit for hit in hits if is_kernel(hit)]
     if kernels:
         return kernels
-    shown = ", ".join(f"{h.path} {_shape(leaves[h.path])}" for h in hits[:4])
+    shown = ", ".join(f"{h.path} {_kind(leaves[h.path])}" for h in hits[:4])
     raise TargetError(
         f"targets: {entry!r} hits no kernel, only {shown}.\nAdapters go on arrays that "
         "are contracted with an input. To train a leaf as it is, name it in "
@@ -175,20 +263,28 @@ def _kernels_of(
 
 
 def _nothing_hit(argument: str, entry: str, leaves: Leaves) -> str:
-    near = "\n".join(f"  {path}" for path in matching.nearest(entry, leaves))
+    arrays = [path for path, leaf in leaves.items() if _is_parameter(leaf)]
+    tree = f"this tree of {count(len(arrays), 'array')}"
+    if entry in (ALL_LINEAR, ALL_KERNELS):
+        return (
+            f"{argument}: {entry!r} finds no kernel in {tree}.\nWithout a survey "
+            f"kernels are known by their names, {', '.join(conventions.KERNEL_NAMES)}; "
+            "jlora.survey(fn, params, *inputs) finds the others."
+        )
+    likely = matching.likely_names(entry, arrays)
+    meant = f"; did you mean {' or '.join(map(repr, likely))}?" if likely else "."
+    near = "\n".join(f"  {path}" for path in matching.nearest(entry, arrays))
     return (
-        f"{argument}: {entry!r} hits nothing in this tree of {len(leaves)} leaves.\n"
-        f"The nearest paths:\n{near}\nAn entry of a list matches whole path segments; "
-        "a plain string is a regular expression for the whole path."
+        f"{argument}: {entry!r} hits nothing in {tree}{meant}\n"
+        f"The nearest paths:\n{near}\nAn entry of a list matches whole path "
+        "segments; a plain string is a regular expression for the whole path."
     )
 
 
 def matches(entries: Sequence[str], leaves: Leaves, argument: str) -> set[str]:
     """The leaves that a list of entries hits; each entry must hit something."""
-    if isinstance(entries, str):
-        raise TargetError(f"{argument}={entries!r}: pass a list, [{entries!r}].")
     found: set[str] = set()
-    for entry in entries:
+    for entry in options.entry_list(argument, entries):
         hits = {p for p in leaves if matching.match_pattern(entry, p) is not None}
         if not hits:
             raise TargetError(_nothing_hit(argument, entry, leaves))
@@ -200,8 +296,16 @@ def trained(
     train: Sequence[str], bias: Bias, leaves: Leaves,
     chosen: Mapping[str, Any],
 ) -> set[str]:  # fmt: skip
-    """The leaves to train as they are."""
-    full = matches(train, leaves, "train")
+    """The leaves to train as they are.
+
+    What an entry sweeps along and nobody trains, functions and counters beside the
+    kernels of a module say, stays as it is.
+    """
+    full: set[str] = set()
+    for entry in options.entry_list("train", train):
+        hits = matches([entry], leaves, "train")
+        weights = {path for path in hits if _is_weight(leaves[path])}
+        full |= weights or hits
     both = sorted(full & set(chosen))
     if both:
         raise TargetError(
@@ -211,8 +315,8 @@ def trained(
     if bias != "none":
         adapted = {module_of(path) for path in chosen}
         biases = {
-            p for p in leaves
-            if p.rpartition("/")[2] in BIAS_NAMES
+            p for p, leaf in leaves.items()
+            if name_of(p) in BIAS_NAMES and _is_parameter(leaf)
             and (bias == "all" or module_of(p) in adapted)
         }  # fmt: skip
         if not biases:
@@ -225,19 +329,37 @@ def trained(
 
 def check_float(path: str, leaf: Any) -> None:
     """Refuse a leaf that can be neither adapted nor trained."""
-    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        kind = getattr(leaf, "dtype", type(leaf).__name__)
+    if not _is_parameter(leaf):
         raise DtypeError(
-            f"the leaf {path!r} {_shape(leaf)} is {kind}; only floating-point leaves "
-            "can be adapted or trained.\nTake it out of targets or train."
+            f"the leaf {path!r} is {_kind(leaf)} and no array; it can be neither "
+            "adapted nor trained.\nTake it out of targets or train."
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise DtypeError(
+            f"the leaf {path!r} {_shape(leaf)} is {leaf.dtype}; only floating-point "
+            "leaves can be adapted or trained.\nTake it out of targets or train."
         )
     if 0 in leaf.shape:
         raise ShapeError(f"the leaf {path!r} {_shape(leaf)} is empty.")
 
 
-def _ndim(leaf: Any) -> int:
-    return len(getattr(leaf, "shape", ()))
+def _is_parameter(leaf: Any) -> bool:
+    """Whether it is an array, plain or in one of jlora's nodes."""
+    return is_array(leaf) or is_node(leaf)
 
 
-def _shape(leaf: Any) -> str:
-    return str(tuple(getattr(leaf, "shape", ())))
+def _is_weight(leaf: Any) -> bool:
+    """Whether somebody may want to train it: no key, counter or setting."""
+    if not _is_parameter(leaf):
+        return False
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return not is_key and (leaf.shape or jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(getattr(leaf, "shape", ()))
+
+
+def _kind(leaf: Any) -> str:
+    """A leaf's shape, or what else it is."""
+    return str(_shape(leaf)) if _is_parameter(leaf) else f"a {type(leaf).__name__}"

@@ -337,3 +337,10 @@ def sharded_like(x: Any, like: Any) -> Any:
     if jax.typeof(x).sharding == want or want.mesh.empty:
         return x
     return reshard(x, want)
+
+
+def coordination_client() -> Any:
+    """The client of the service that `jax.distributed.initialize` starts, or None."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

@@ -17,6 +17,8 @@ from tools import randomise
 
 import jlora
 import jlora.checkpoint as jc
+import jlora.models
+import jlora.peft
 import jlora.train as jt
 
 D, H = 7, 12
@@ -227,7 +229,114 @@ def test_fingerprint_depends_on_values_dtypes_paths_and_nothing_else():
     assert len({digest, *(jc.fingerprint(x).digest for x in others)}) == 5
 
 
+@pytest.mark.parametrize("axes", [("x", "y"), ("y", None), (None, ("x", "y")), ()])
+def test_fingerprint_is_that_of_any_sharding(axes):
+    """Large arrays are read in blocks: whole ones of each shard."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    rng = np.random.default_rng(2)
+    tree = {
+        "blocks": rng.normal(size=(128, 1024)).astype(np.float32),
+        "cut": rng.normal(size=(2 * 163, 4 * 197)).astype(np.float32),
+        "small": rng.normal(size=(4, 4)).astype(np.float32),
+    }
+    sharding = NamedSharding(mesh, P(*axes))
+    placed = jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+    assert jc.fingerprint(placed).leaves == jc.fingerprint(tree).leaves
+    changed = {**tree, "blocks": tree["blocks"].copy()}
+    changed["blocks"][127, 1023] *= 1.01
+    lines = jc.fingerprint(placed).differences(jc.fingerprint(changed))
+    assert lines == ["'blocks' float32 (128, 1024) has other values"]
+
+
+def test_fingerprinting_keeps_no_copy_of_a_sharded_array():
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    x = jax.device_put(jnp.ones((128, 1024)), NamedSharding(mesh, P("x")))
+    jc.fingerprint({"x": x, "cut": x.reshape(1024, 128)})
+    assert x._npy_value is None
+
+
+def test_checkpoints_of_the_first_version_are_read(tmp_path, monkeypatch):
+    """They hashed arrays whole, whatever their size."""
+    base = {"w": jax.random.normal(jax.random.key(1), (128, 1024))}
+    tree = randomise(jlora.lorafy(base, 40, ["w"]), jax.random.key(2))
+    with monkeypatch.context() as m:
+        m.setattr("jlora.checkpoint._storage.VERSION", 1)
+        m.setattr("jlora.checkpoint._digests._LEAST", 2**40)
+        jc.save_adapter(tmp_path / "old", tree)
+    refused("other values", jc.load_adapter, tmp_path / "old", {"w": base["w"] + 1})
+    same(jc.load_adapter(tmp_path / "old", base), tree)
+    jc.save_adapter(tmp_path / "new", tree)
+    same(jc.load_adapter(tmp_path / "new", base), tree)
+
+
+# -- trees with leaves that are no arrays ----------------------------------------------
+
+
+def test_trees_with_functions_for_leaves(tmp_path):
+    """Equinox keeps a layer's activation as a leaf."""
+    eqx = pytest.importorskip("equinox")
+    mlp = eqx.nn.MLP(3, 2, 5, 2, key=jax.random.key(0))
+    tree = randomise(jlora.lorafy(mlp, 2, ["layers"]), jax.random.key(1))
+    jc.save_adapter(tmp_path / "a", tree)
+    restored = jc.load_adapter(tmp_path / "a", mlp)
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    arrays = lambda t: bits(eqx.filter(t, eqx.is_array))
+    assert arrays(restored) == arrays(tree)
+    assert restored.activation is mlp.activation
+    other = eqx.tree_at(lambda m: m.layers[0].bias, mlp, jnp.ones(5))
+    refused("'layers/0/bias'", jc.load_adapter, tmp_path / "a", other)
+    jc.save_merged(tmp_path / "m", tree)
+    merged = jc.load_merged(tmp_path / "m", mlp)
+    assert arrays(merged) == arrays(jlora.merge(tree))
+    x = jnp.ones((4, 3))
+    np.testing.assert_array_equal(jax.vmap(merged)(x), jax.vmap(jlora.merge(tree))(x))
+    state = jt.TrainState.create(tree, TX, jax.random.key(2))
+    jc.save_state(tmp_path / "s", state, include_base=True)
+    again, _ = jc.restore_state(tmp_path / "s", state)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert again.frozen.activation is mlp.activation
+
+
 # -- places and damage -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["gs://bucket/run", "s3://b/x", "hdfs://node/x", "abfss://c@a/x", "file:///x",
+     Path("gs://bucket/run"), Path("s3://b")],
+)  # fmt: skip
+def test_addresses_of_buckets_are_no_folders(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree, state = lora_params(), make_state()
+    for call in (
+        lambda: jc.save_adapter(path, tree),
+        lambda: jc.save_merged(path, tree),
+        lambda: jc.save_state(path, state),
+        lambda: jc.Checkpoints(path),
+        lambda: jc.load_adapter(path, plain_params()),
+        lambda: jc.load_merged(path),
+        lambda: jc.load_metadata(path),
+        lambda: jc.restore_state(path, state),
+        lambda: jlora.peft.save(path, tree),
+        lambda: jlora.peft.load(path, plain_params()),
+        lambda: jlora.peft.load_all(path, plain_params()),
+        lambda: jlora.peft.read_config(path),
+        lambda: jlora.models.load(path),
+        lambda: jlora.models.save(None, {}, path),
+    ):
+        refused("is not a local path", call)
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_arguments_are_checkpoint_errors(tmp_path):
+    jc.save_adapter(tmp_path / "a", lora_params())
+    refused("expected 'values' or 'shapes'",
+            jc.load_adapter, tmp_path / "a", plain_params(), check="bytes")  # fmt: skip
+    refused("best_mode='least'", jc.Checkpoints, tmp_path / "c", best_mode="least")
 
 
 def test_nothing_is_replaced_unasked(tmp_path):
@@ -407,6 +516,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import conftest, test_checkpoint as t
 import jlora.checkpoint as jc
+import jlora.models
+import jlora.peft
 state, position = jc.restore_state({path!r}, t.make_state(key=99))
 state, losses = t.train(state, position["drawn"], 20)
 jc.save_state({out!r}, state, data_position={{"losses": losses}})
@@ -530,11 +641,11 @@ def test_an_unfinished_step_is_no_checkpoint_and_a_damaged_one_is_named(tmp_path
 
 
 def test_the_base_is_read_once_a_run(tmp_path, monkeypatch):
-    from jlora.checkpoint import _manager as _run_files
+    from jlora.checkpoint import _manager
 
     calls = []
     count = lambda tree: calls.append(1) or jc.fingerprint(tree)
-    monkeypatch.setattr(_run_files, "fingerprint", count)
+    monkeypatch.setattr(_manager, "fingerprint", count)
     step = jt.make_train_step(loss_fn, TX)
     state = make_state()
     with jc.Checkpoints(tmp_path) as checkpoints:

@@ -21,10 +21,10 @@ from tools import randomise
 import jlora
 import jlora.peft
 import jlora.train
-from jlora import checkpoint, cli, models
+from jlora import _files, checkpoint, models
 from jlora.checkpoint import _storage
 from jlora.cli import _inspect
-from jlora.peft import _files as _peft_files
+from jlora.cli import _main as cli
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -473,7 +473,7 @@ def test_a_failure_leaves_what_was_there(
         done(*argv)
     before = files(tmp_path)
     if to_peft:
-        monkeypatch.setattr(_peft_files, "save_file", fail)
+        monkeypatch.setattr(_files, "write_tensors", fail)
     else:
         monkeypatch.setattr(_storage.ocp.Checkpointer, "save", fail)
     status, out, err = run(*argv)
@@ -503,7 +503,7 @@ DAMAGES = {
     "peft weights": ("peft", lambda f: cut(f / WEIGHTS), "cut off or damaged"),
     "peft config": ("peft", lambda f: cut(f / CONFIG), "cannot be read as JSON"),
     "peft config, a list": (
-        "peft", lambda f: (f / CONFIG).write_text("[]"), "no JSON object"),
+        "peft", lambda f: (f / CONFIG).write_text("[]"), "must hold a JSON object"),
     "peft config, binary": (
         "peft", lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "as JSON"),
     "peft rank": (

@@ -334,8 +334,8 @@ def test_a_failed_save_leaves_what_was_there(folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("jlora.models._hf.save.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("jlora._files.write_tensors", full)
+    with pytest.raises(CheckpointError, match="No space"):
         models.save(model, params, target, overwrite=True)
     assert_same(models.load(target)[1], params)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "v11"]

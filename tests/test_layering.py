@@ -12,7 +12,7 @@ import jlora
 PACKAGE = pathlib.Path(jlora.__file__).parent
 # The rooms, lowest first: what is in one imports from its own room and from those below.
 FLOORS = [
-    ["_errors", "_compat", "_paths", "_text", "_files"],
+    ["_errors", "_compat", "_paths", "_text", "_files", "_processes"],
     ["_kernel"],
     ["_transform"],
     ["_tree"],
@@ -23,8 +23,8 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Plain Flax and plain data: they know errors and words, and nothing of LoRA.
 UNAWARE = {
-    "models": {"_errors", "_text", "_files"},
-    "data": {"_errors", "_text", "_files"},
+    "models": {"_errors", "_text", "_files", "_processes"},
+    "data": {"_errors", "_text", "_files", "_processes"},
 }
 FILES = sorted(
     p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE

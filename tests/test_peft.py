@@ -475,7 +475,7 @@ def test_an_adapter_is_replaced_on_request_only(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("what", ["save_file", "os.fsync"])
+@pytest.mark.parametrize("what", ["write_tensors", "os.fsync"])
 def test_a_full_disk_leaves_what_was_there(what, overwrite, tmp_path, monkeypatch):
     if overwrite:
         before = (saved(tmp_path) / WEIGHTS).read_bytes()
@@ -483,7 +483,7 @@ def test_a_full_disk_leaves_what_was_there(what, overwrite, tmp_path, monkeypatc
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"jlora.peft._files.{what}", full)
+    monkeypatch.setattr(f"jlora._files.{what}", full)
     with pytest.raises(jlora.CheckpointError, match="No space left"):
         saved(tmp_path, adapted(rank=3), overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["a"] if overwrite else [])

@@ -7,7 +7,8 @@
 
 The frozen base is not written again. Its fingerprint is, and an adapter or a state is
 restored onto no other base. A checkpoint appears whole or not at all, replaces nothing
-unasked, and every array in it is checked against its digest when it is read.
+unasked, and every array in it is checked against its digest when it is read. Several
+processes call each function together, on a file system that they share.
 """
 
 from jlora.checkpoint._adapters import load_adapter as load_adapter
@@ -18,5 +19,5 @@ from jlora.checkpoint._adapters import save_merged as save_merged
 from jlora.checkpoint._fingerprint import Fingerprint as Fingerprint
 from jlora.checkpoint._fingerprint import fingerprint as fingerprint
 from jlora.checkpoint._manager import Checkpoints as Checkpoints
-from jlora.checkpoint._manager import restore_state as restore_state
-from jlora.checkpoint._manager import save_state as save_state
+from jlora.checkpoint._states import restore_state as restore_state
+from jlora.checkpoint._states import save_state as save_state

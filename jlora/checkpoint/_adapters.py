@@ -20,6 +20,7 @@ from jlora.checkpoint._entries import (
     Check,
     adapter_arrays,
     adapter_entries,
+    base_of,
     check_base,
     check_is_plain,
     make_adapter,
@@ -45,7 +46,8 @@ def save_adapter(
 ) -> None:
     """Save the adapters and fully trained leaves, not the base.
 
-    With them go each adapter's configuration and the base's fingerprint.
+    With them go each adapter's configuration and the base's fingerprint. Of several
+    processes every one calls this.
 
     Args:
       path: the folder to write.
@@ -54,12 +56,13 @@ def save_adapter(
       overwrite: replace a checkpoint that is there already.
 
     Raises:
-      CheckpointError: something is at `path` already, or it cannot be written.
+      CheckpointError: something is at `path` already, it is no local path, or it cannot
+        be written.
       StructureError: `params` holds nothing that is trained.
     """
     trainable_mask(params)  # nothing to save is an error
-    place = _storage.absolute(path)
-    _storage.check_place(place, overwrite)
+    place = _storage.local_path(path)
+    _storage.check_free(place, overwrite)
     config = {
         "adapters": adapter_entries(params),
         "full": [name for name, x in nodes(params) if isinstance(x, Full)],
@@ -86,10 +89,10 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
     Raises:
       CheckpointError: another base, or a checkpoint that is damaged or of another kind.
     """
-    place = _storage.absolute(path)
+    place = _storage.local_path(path)
     check_is_plain(base_params)
     config = _storage.read_config(place, "adapter")
-    check_base(place, config, fingerprint(base_params, trained=config["full"]), check)
+    check_base(place, config, base_of(base_params, config), check)
     shapes = {
         name: jax.ShapeDtypeStruct(x["shape"], x["dtype"])
         for name, x in config["arrays"].items()
@@ -112,8 +115,15 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
 
 
 def load_metadata(path: PathLike) -> dict[str, Any]:
-    """The metadata given to `save_adapter`."""
-    return _storage.read_config(_storage.absolute(path), "adapter")["metadata"]
+    """The metadata given to `save_adapter`.
+
+    Args:
+      path: what `save_adapter` wrote.
+
+    Raises:
+      CheckpointError: a checkpoint that is damaged or of another kind.
+    """
+    return _storage.read_config(_storage.local_path(path), "adapter")["metadata"]
 
 
 def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -> Tree:
@@ -157,11 +167,12 @@ def save_merged(
       What merging lost to rounding, see `jlora.merge`.
 
     Raises:
-      CheckpointError: something is at `path` already, or it cannot be written.
+      CheckpointError: something is at `path` already, it is no local path, or it cannot
+        be written.
       NonFiniteError: an adapter or a kernel holds NaN or infinity.
     """
-    place = _storage.absolute(path)
-    _storage.check_place(place, overwrite)
+    place = _storage.local_path(path)
+    _storage.check_free(place, overwrite)
     merged, report = merge(params, report=True)
     _storage.write(place, "merged", merged, {"metadata": dict(metadata or {})})
     return report
@@ -178,6 +189,6 @@ def load_merged(path: PathLike, like: Tree | None = None) -> Tree:
     Raises:
       CheckpointError: a checkpoint that does not fit, is damaged or of another kind.
     """
-    place = _storage.absolute(path)
+    place = _storage.local_path(path)
     config = _storage.read_config(place, "merged")
     return _storage.read_arrays(place, config, like)

@@ -15,7 +15,8 @@ from jlora._errors import CheckpointError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import leaves_by_path
-from jlora.checkpoint._fingerprint import Fingerprint, leaf_print
+from jlora.checkpoint._digests import IN_BLOCKS, leaf_print
+from jlora.checkpoint._fingerprint import Fingerprint, fingerprint_of
 
 Tree = Any
 Check = Literal["values", "shapes"]
@@ -168,10 +169,20 @@ def check_is_plain(base_params: Tree) -> None:
         )
 
 
+def base_of(params: Tree, config: Mapping[str, Any]) -> Fingerprint:
+    """The fingerprint of a tree, made as that of a checkpoint was."""
+    in_blocks = config["version"] >= IN_BLOCKS
+    return fingerprint_of(params, config.get("full", ()), in_blocks=in_blocks)
+
+
 def check_base(place: Path, config: Any, base: Fingerprint, check: Check) -> None:
-    """Refuse a base that is not the one a checkpoint was saved on."""
+    """Refuse a base that is not the one a checkpoint was saved on.
+
+    Raises:
+      CheckpointError: another base, or a `check` that is neither of the two.
+    """
     if check not in ("values", "shapes"):
-        raise ValueError(f"check={check!r}; it is 'values' or 'shapes'.")
+        raise CheckpointError(f"check={check!r}; expected 'values' or 'shapes'.")
     saved = Fingerprint.from_json(config["base"])
     lines = saved.differences(base, values=check == "values")
     if not lines:

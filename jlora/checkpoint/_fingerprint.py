@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import leaves_by_path
+from jlora.checkpoint._digests import LeafPrint, blake, is_array, leaf_prints
 
 Tree = Any
-
-_READERS = 4  # hashing releases the interpreter lock; more threads gain little
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafPrint:
-    """What is known of one leaf; digest is None where its values were not read."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    digest: str | None
-
-    @property
-    def kind(self) -> str:
-        """Dtype and shape, for messages."""
-        return f"{self.dtype} {self.shape}"
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return {"shape": list(self.shape), "dtype": self.dtype, "digest": self.digest}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LeafPrint:
-        """Inverse of `to_json`."""
-        return cls(tuple(data["shape"]), data["dtype"], data["digest"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +29,7 @@ class Fingerprint:
     def digest(self) -> str:
         """One hexadecimal number for the whole."""
         lines = [f"{p}|{x.kind}|{x.digest}" for p, x in sorted(self.leaves.items())]
-        return _blake("\n".join(lines).encode()).hexdigest()
+        return blake("\n".join(lines).encode()).hexdigest()
 
     def differences(self, other: Fingerprint, *, values: bool = True) -> list[str]:
         """How another base differs, one line a leaf, the gravest first.
@@ -96,8 +67,10 @@ class Fingerprint:
 def fingerprint(params: Tree, *, trained: Collection[str] = ()) -> Fingerprint:
     """The fingerprint of a tree's base: adapters do not count.
 
-    Every byte is read, at about a gigabyte a second and core. It depends on paths,
-    shapes, dtypes and values, not on devices or shardings.
+    Every byte is read, at about a gigabyte a second and core; of a sharded array each
+    process reads its own shards. It depends on paths, shapes, dtypes and values, not on
+    devices or shardings. Leaves that hold no numbers, such as Equinox's activations,
+    are not part of it.
 
     Args:
       params: plain or lorafied parameters; leaves without values (shapes) are known by
@@ -105,20 +78,35 @@ def fingerprint(params: Tree, *, trained: Collection[str] = ()) -> Fingerprint:
       trained: paths of leaves whose values are not to count, because they are trained
         as they are. Those of the tree itself are known.
 
+    Raises:
+      CheckpointError: two leaves have one path.
+
     >>> lorafied = lorafy({"w": jnp.ones((3, 2))}, rank=1, targets=["w"])
     >>> fingerprint(lorafied).digest == fingerprint({"w": jnp.ones((3, 2))}).digest
     True
     """
+    return fingerprint_of(params, trained)
+
+
+def fingerprint_of(
+    params: Tree, trained: Collection[str] = (), *, in_blocks: bool = True
+) -> Fingerprint:
+    """As `fingerprint`; without blocks, that of the first version of the format."""
     leaves: dict[str, tuple[Any, bool]] = {}
     for path, x, is_trained in _base_leaves(params):
+        if not is_array(x):
+            continue
         leaves[path] = (x, is_trained or path in trained)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        prints = pool.map(lambda item: leaf_print(item[0], read=not item[1]),
-                          leaves.values())  # fmt: skip
-        return Fingerprint(dict(zip(leaves, prints, strict=True)))
+    prints = leaf_prints(
+        [x for x, _ in leaves.values()],
+        read=[not is_trained for _, is_trained in leaves.values()],
+        in_blocks=in_blocks,
+    )
+    return Fingerprint(dict(zip(leaves, prints, strict=True)))
 
 
 def _base_leaves(tree: Tree) -> Iterator[tuple[str, Any, bool]]:
+    """Paths and leaves of the base, and whether a leaf is trained as it is."""
     for name, x in leaves_by_path(tree, is_leaf=is_node).items():
         if isinstance(x, Full):
             yield name, x.value, True
@@ -130,28 +118,3 @@ def _base_leaves(tree: Tree) -> Iterator[tuple[str, Any, bool]]:
                 yield "/".join(filter(None, (name, inner))), leaf, False
         else:
             yield name, x, False
-
-
-def leaf_print(x: Any, *, read: bool = True) -> LeafPrint:
-    """Shape, dtype and (unless `read` is False, or it has none) the values' digest."""
-    if not hasattr(x, "dtype"):
-        x = np.asarray(x)
-    shape, dtype = tuple(x.shape), str(x.dtype)
-    if not read or isinstance(x, jax.ShapeDtypeStruct):
-        return LeafPrint(shape, dtype, None)
-    data = np.ascontiguousarray(_on_host(x)).reshape(-1).view(np.uint8)
-    return LeafPrint(shape, dtype, _blake(data).hexdigest())
-
-
-def _on_host(x: Any) -> np.ndarray:
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
-def _blake(data: Any) -> Any:
-    return hashlib.blake2b(data, digest_size=16)

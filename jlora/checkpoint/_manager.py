@@ -1,147 +1,25 @@
-"""Training states on disk: one at a time, or a folder that keeps the last and best."""
+"""A folder of training states, of which the last and the best are kept."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
 from jlora._errors import CheckpointError
+from jlora._processes import agree, on_first
 from jlora.checkpoint import _storage
-from jlora.checkpoint._entries import Check, check_adapters, check_base, scale_entries
-from jlora.checkpoint._fingerprint import Fingerprint, fingerprint, leaf_print
+from jlora.checkpoint._entries import Check
+from jlora.checkpoint._fingerprint import Fingerprint, fingerprint
+from jlora.checkpoint._states import restore_state, state_content
 from jlora.checkpoint._storage import PathLike, ocp
 
 if TYPE_CHECKING:
     from jlora.train._state import TrainState
-
-Tree = Any
-
-
-def save_state(
-    path: PathLike,
-    state: TrainState,
-    *,
-    data_position: Mapping[str, Any] | None = None,
-    include_base: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Save a training state, so that the run can go on bit for bit.
-
-    A later state of the same run (the same base, trained leaves and PRNG key) replaces
-    an earlier one; anything else stays, unless `overwrite`.
-
-    Args:
-      path: the folder to write.
-      state: a `jlora.train.TrainState`.
-      data_position: where the data stands, as JSON: epoch, offset, an iterator's state.
-      include_base: write the frozen base too.
-      overwrite: replace the checkpoint of another run.
-
-    Raises:
-      CheckpointError: another run is at `path`, or it cannot be written.
-    """
-    place = _storage.absolute(path)
-    arrays, config = _state_content(state, data_position, include_base)
-    _storage.check_place(place, overwrite or _is_earlier(place, config))
-    _storage.write(place, "state", arrays, config)
-
-
-def restore_state(
-    path: PathLike, state: TrainState, *, check: Check = "values"
-) -> tuple[TrainState, dict[str, Any]]:
-    """Restore a training state.
-
-    Args:
-      path: what `save_state` wrote.
-      state: a state made as the saved one was, `TrainState.create(params, tx, key)`: it
-        gives the structure, the shardings and the base. It may be abstract if the base
-        was saved too.
-      check: as in `load_adapter`.
-
-    Returns:
-      The state and the data position.
-
-    Raises:
-      CheckpointError: another base, other adapters, another optimiser, or a damaged
-        checkpoint.
-    """
-    place = _storage.absolute(path)
-    config = _storage.read_config(place, "state")
-    with_base = config["with_base"]
-    if not with_base:
-        _check_has_base(place, state)
-        check_base(place, config, fingerprint(state.params), check)
-    check_adapters(place, config["adapters"], scale_entries(state.params))
-    arrays = _storage.read_arrays(place, config, _state_arrays(state, with_base))
-    moving = _moving(state, with_base)
-    leaves = [arrays[name] for name in _storage.named(moving)]
-    moving = jax.tree.unflatten(jax.tree.structure(moving), leaves)
-    return dataclasses.replace(state, **moving), config["data_position"]
-
-
-def _moving(state: TrainState, with_base: bool) -> dict[str, Any]:
-    """What a checkpoint holds: all but the base."""
-    names = [
-        "step",
-        "trainable",
-        "opt_state",
-        "key",
-        *(["frozen"] if with_base else []),
-    ]
-    return {name: getattr(state, name) for name in sorted(names)}
-
-
-def _state_arrays(state: TrainState, with_base: bool) -> dict[str, Any]:
-    return _storage.named(_moving(state, with_base))
-
-
-def _state_content(
-    state: TrainState, data_position: Any, with_base: bool, base: Any = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    base = fingerprint(state.params) if base is None else base
-    config = {
-        "step": int(state.step),
-        "run": _run(state, base),
-        "with_base": with_base,
-        "adapters": scale_entries(state.params),
-        "base": base.to_json(),
-        "data_position": dict(data_position or {}),
-    }
-    return _state_arrays(state, with_base), config
-
-
-def _run(state: TrainState, base: Fingerprint) -> str:
-    """What tells one run from another: base, trained leaves and PRNG key."""
-    shapes = {n: leaf_print(x, read=False).kind for n, x in
-              _storage.named(state.trainable).items()}  # fmt: skip
-    text = f"{base.digest}|{shapes}|{leaf_print(state.key).digest}"
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _check_has_base(place: Path, state: TrainState) -> None:
-    leaves = jax.tree.leaves(state.frozen)
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        raise CheckpointError(
-            f"{str(place)!r} was saved without the base, and the state it is restored "
-            "into has only shapes for one.\nPass a state made of real parameters, or "
-            "save with include_base=True."
-        )
-
-
-def _is_earlier(place: Path, config: Mapping[str, Any]) -> bool:
-    """Whether an earlier state of the same run is there."""
-    try:
-        there = _storage.read_config(place, "state")
-    except CheckpointError:
-        return False
-    return there["run"] == config["run"] and there["step"] <= config["step"]
 
 
 class Checkpoints:
@@ -178,18 +56,18 @@ class Checkpoints:
         overwrite: bool = False,
     ) -> None:
         if keep_last < 1 or keep_best < 0 or best_mode not in ("min", "max"):
-            raise ValueError(
+            raise CheckpointError(
                 f"keep_last={keep_last}, keep_best={keep_best}, best_mode="
-                f"{best_mode!r}; keep the last at least, and best is 'min' or 'max'."
+                f"{best_mode!r}; expected 1 or more, 0 or more, 'min' or 'max'."
             )
-        self._place = _storage.absolute(directory)
+        self._place = _storage.local_path(directory)
         self._best = best_metric if keep_best else None
         self._worst = math.inf if best_mode == "min" else -math.inf
         self._options = self._manager_options(keep_last, keep_best, best_mode)
         self._with_base = include_base
         self._overwrite = overwrite
         self._base: tuple[list[Any], Fingerprint] | None = None
-        self._recover()
+        on_first(f"opening {str(self._place)!r}", self._recover)
         self._manager = self._open()
 
     def _manager_options(self, keep_last: int, keep_best: int, mode: str) -> Any:
@@ -217,7 +95,7 @@ class Checkpoints:
 
     def _recover(self) -> None:
         """Undo a replacement that was interrupted before its first state was saved."""
-        if self._place.is_dir() and _storage.aside(self._place).exists():
+        if self._place.is_dir() and _storage.previous_of(self._place).exists():
             saved = [p for p in self._place.iterdir() if p.name.isdigit()]
             if not saved:
                 shutil.rmtree(self._place)
@@ -258,31 +136,49 @@ class Checkpoints:
           CheckpointError: the folder holds another run or a later step, the metric is
             missing, or the checkpoint cannot be written.
         """
-        arrays, config = _state_content(
+        arrays, config = state_content(
             state, data_position, self._with_base, self._fingerprint(state)
         )
         numbers = self._numbers(metrics)
         step = config["step"]
-        if self._is_there(step, config):
+        what = f"saving step {step} in {str(self._place)!r}"
+        # The first process looks at what is there; the others may see it later.
+        known = on_first(what, lambda: self._is_there(step, config))
+        if known:
             return
-        moved = self._make_room(step, config)
-        args = _storage.items("state", arrays, config)
+        replaces = on_first(what, lambda: self._replaces(step, config))
+        if replaces:
+            self._move(what, self._put_aside)
+        args = _storage.save_args("state", arrays, config)
         try:
-            saved = self._manager.save(step, args=args, metrics=numbers, force=True)
+            agree(what, self._failure(step, args, numbers))
         except Exception as error:
-            self._put_back(moved)
+            if replaces:
+                self._move(what, self._put_back)
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(
                 f"step {step} could not be saved in {str(self._place)!r}: "
                 f"{_storage.brief(error)}.\nEarlier checkpoints are as they were."
             ) from error
-        if not saved:
-            self._put_back(moved)
-            raise CheckpointError(
-                f"Orbax declined to save step {step} in {str(self._place)!r}."
-            )
-        if moved:
-            shutil.rmtree(_storage.aside(self._place))
+        if replaces:
+            previous = _storage.previous_of(self._place)
+            on_first(what, lambda: shutil.rmtree(previous))
         self._overwrite = False
+
+    def _failure(
+        self, step: int, args: Any, numbers: dict[str, float] | None
+    ) -> Exception | None:
+        """Save a step by Orbax, and say what went wrong."""
+        try:
+            saved = self._manager.save(step, args=args, metrics=numbers, force=True)
+        except Exception as error:
+            return error
+        if saved:
+            return None
+        return CheckpointError(
+            f"Orbax declined to save step {step} in {str(self._place)!r}."
+        )
 
     def restore(
         self, state: TrainState, *, step: int | None = None, check: Check = "values"
@@ -346,8 +242,12 @@ class Checkpoints:
         there = _try_config(self._place / str(step))
         return there.get("run") == config["run"]
 
-    def _make_room(self, step: int, config: Mapping[str, Any]) -> bool:
-        """Refuse, or move aside, what this state does not continue."""
+    def _replaces(self, step: int, config: Mapping[str, Any]) -> bool:
+        """Whether what is there is to give way to a state that does not continue it.
+
+        Raises:
+          CheckpointError: it would have to, and `overwrite` is off.
+        """
         latest = self.latest_step()
         if latest is None:
             return False
@@ -361,19 +261,24 @@ class Checkpoints:
                 "it.\nRestore it first, pass another directory, or overwrite=True to "
                 "replace what is there."
             )
-        self._manager.close()
-        previous = _storage.aside(self._place)
-        shutil.rmtree(previous, ignore_errors=True)
-        self._place.rename(previous)
-        self._manager = self._open()
         return True
 
-    def _put_back(self, moved: bool) -> None:
-        if moved:
-            self._manager.close()
-            shutil.rmtree(self._place, ignore_errors=True)
-            _storage.recover(self._place)
+    def _move(self, what: str, work: Callable[[], None]) -> None:
+        """Move the folder by one process, while no manager looks at it."""
+        self._manager.close()
+        try:
+            on_first(what, work)
+        finally:
             self._manager = self._open()
+
+    def _put_aside(self) -> None:
+        previous = _storage.previous_of(self._place)
+        shutil.rmtree(previous, ignore_errors=True)
+        self._place.rename(previous)
+
+    def _put_back(self) -> None:
+        shutil.rmtree(self._place, ignore_errors=True)
+        _storage.recover(self._place)
 
 
 def _is(x: Any, y: Any) -> bool:

@@ -4,7 +4,9 @@
     path/config    JSON: what it is, the digest of every array, a digest of itself
 
 A folder is written beside its place and renamed into it. What was there before is
-moved aside first and deleted last; a reader finds one of the two at any moment.
+moved aside first and deleted last; a reader finds one of the two at any moment. Every
+process calls what is here; Orbax has each write its shards, and the first one alone
+moves folders, while the others wait.
 """
 
 from __future__ import annotations
@@ -13,17 +15,22 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import jlora
 from jlora._errors import CheckpointError
-from jlora.checkpoint._fingerprint import LeafPrint, leaf_print
+from jlora._files import PathLike as PathLike
+from jlora._files import local_path as local_path
+from jlora._files import read_json
+from jlora._processes import agree, on_first
+from jlora.checkpoint._arrays import as_arrays, encoded, entries_of, named, refilled
+from jlora.checkpoint._arrays import wanted as wanted_arrays
+from jlora.checkpoint._digests import IN_BLOCKS, LeafPrint, leaf_kind, leaf_prints
 
 try:
     import orbax.checkpoint as ocp
@@ -35,32 +42,26 @@ except ImportError as error:
 
 Tree = Any
 Config = dict[str, Any]
-T = TypeVar("T")
-PathLike = str | os.PathLike[str]
 
-VERSION = 1
+VERSION = 2
 LOADERS = {
     "adapter": "jlora.checkpoint.load_adapter",
     "state": "jlora.checkpoint.restore_state",
     "merged": "jlora.checkpoint.load_merged",
 }
-
-
-def absolute(path: PathLike) -> Path:
-    """The path in full, as Orbax asks for."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+_PATIENCE = 30.0  # seconds until a shared file system shows what another process wrote
 
 
 # -- writing ---------------------------------------------------------------------------
 
 
-def items(kind: str, arrays: Tree, config: Config) -> Any:
+def save_args(kind: str, arrays: Tree, config: Config) -> Any:
     """The Orbax arguments that save a checkpoint."""
-    arrays = _as_arrays(arrays)
+    arrays = as_arrays(arrays)
     described = describe(kind, arrays, config)
-    encoded = jax.tree.map(_encode, _without_empty(arrays))
     return ocp.args.Composite(
-        arrays=ocp.args.StandardSave(encoded), config=ocp.args.JsonSave(described)
+        arrays=ocp.args.StandardSave(encoded(arrays)),
+        config=ocp.args.JsonSave(described),
     )
 
 
@@ -75,7 +76,7 @@ def describe(kind: str, arrays: Tree, config: Config) -> Config:
         "kind": kind,
         "version": VERSION,
         "jlora": jlora.__version__,
-        "arrays": {name: _entry(x) for name, x in named(arrays).items()},
+        "arrays": entries_of(named(arrays)),
     }
     try:
         text = json.dumps(described)
@@ -89,26 +90,66 @@ def describe(kind: str, arrays: Tree, config: Config) -> Config:
 
 
 def write(path: Path, kind: str, arrays: Tree, config: Config) -> None:
-    """Write a checkpoint; what was at `path` stays until the new one is in place."""
-    recover(path)
-    args = items(kind, arrays, config)
+    """Write a checkpoint; what was at `path` stays until the new one is in place.
+
+    Raises:
+      CheckpointError: it could not be written, on whichever process.
+    """
+    what = f"writing the checkpoint {str(path)!r}"
+    args = save_args(kind, arrays, config)
     new = path.with_name(f".{path.name}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(new, ignore_errors=True)
+    error: Exception | None = None
     try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(new, args=args)
+        on_first(what, lambda: _make_room(path, new))
+        agree(what, _failure(lambda: _save(new, args)))
+        on_first(what, lambda: replace(path, new))
+        agree(what, _failure(lambda: _await(path)))
+    except Exception as raised:
+        error = raised
+    finally:
         if jax.process_index() == 0:
-            replace(path, new)
-    except CheckpointError:
-        raise
-    except Exception as error:
+            shutil.rmtree(new, ignore_errors=True)
+    if isinstance(error, CheckpointError):
+        raise error
+    if error is not None:
         raise CheckpointError(
             f"the checkpoint {str(path)!r} could not be written: {brief(error)}.\n"
             "What was there before is as it was. See to space and permissions."
         ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+
+
+def _make_room(path: Path, new: Path) -> None:
+    """Clear away what an interrupted write has left, and undo a half replacement."""
+    recover(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in (new, *path.parent.glob(f"{new.name}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _save(new: Path, args: Any) -> None:
+    with _checkpointer() as checkpointer:
+        checkpointer.save(new, args=args)
+
+
+def _failure(work: Any) -> Exception | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
+
+
+def _await(path: Path) -> None:
+    """Wait until this process sees what the first one has put in place."""
+    patience = time.monotonic() + _PATIENCE
+    while not (path / "config").is_dir():
+        if time.monotonic() > patience:
+            raise CheckpointError(
+                f"process {jax.process_index()} does not see the checkpoint "
+                f"{str(path)!r} that process 0 has written.\nPass a folder on a file "
+                "system that all processes share."
+            )
+        time.sleep(0.1)
 
 
 def replace(path: Path, new: Path) -> None:
@@ -116,29 +157,39 @@ def replace(path: Path, new: Path) -> None:
     if not path.exists():
         os.rename(new, path)
         return
-    previous = aside(path)
+    previous = previous_of(path)
     shutil.rmtree(previous, ignore_errors=True)
     os.rename(path, previous)
     os.rename(new, path)
     shutil.rmtree(previous)
 
 
-def aside(path: Path) -> Path:
+def previous_of(path: Path) -> Path:
     """Where a folder waits while it is being replaced."""
     return path.with_name(f".{path.name}.previous")
 
 
 def recover(path: Path) -> None:
     """Undo a replacement that was interrupted between its two renames."""
-    if not path.exists() and aside(path).exists():
-        os.rename(aside(path), path)
+    if not path.exists() and previous_of(path).exists():
+        os.rename(previous_of(path), path)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """As `check_place`, of several processes by the first, before it writes.
+
+    Raises:
+      CheckpointError: something is there that is not to be replaced.
+    """
+    what = f"looking for room at {str(path)!r}"
+    on_first(what, lambda: check_place(path, overwrite))
 
 
 def check_place(path: Path, overwrite: bool) -> None:
     """Refuse to replace what is there, unless told to, or what is no checkpoint.
 
     Raises:
-      CheckpointError: so.
+      CheckpointError: something is there that is not to be replaced.
     """
     recover(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -164,7 +215,7 @@ def read_config(path: Path, kind: str | None) -> Config:
     Raises:
       CheckpointError: there is none, it is damaged, or of another kind.
     """
-    found = path if path.exists() else aside(path)
+    found = path if path.exists() else previous_of(path)
     if not found.exists():
         raise CheckpointError(
             f"there is no checkpoint at {str(path)!r}.{_neighbours(path)}"
@@ -174,9 +225,10 @@ def read_config(path: Path, kind: str | None) -> Config:
             f"{str(path)!r} is not a checkpoint of jlora: it has no `config`.\nPass "
             "the folder that jlora.checkpoint wrote, not one above or inside it."
         )
-    config = _read(found, config=ocp.args.JsonRestore())["config"]
-    if not isinstance(config, dict):
-        raise CheckpointError(_damaged(path, "its description is empty"))
+    try:
+        config = read_json(found / "config" / "metadata")  # Orbax's name for it
+    except CheckpointError as error:
+        raise CheckpointError(_damaged(path, str(error).splitlines()[0])) from error
     stated = config.pop("checksum", None)
     if stated != _checksum(config):
         raise CheckpointError(_damaged(path, "its description fails its checksum"))
@@ -205,20 +257,25 @@ def read_arrays(path: Path, config: Config, template: Tree = None) -> Tree:
     Raises:
       CheckpointError: leaves are missing, of another shape or dtype, or damaged.
     """
-    found = path if path.exists() else aside(path)
+    found = path if path.exists() else previous_of(path)
     saved = {name: LeafPrint.from_json(x) for name, x in config["arrays"].items()}
     if template is None:
         tree = _read(found, arrays=ocp.args.StandardRestore())["arrays"]
     else:
-        template = _as_arrays(template)
+        template = as_arrays(template)
         _check_leaves(path, saved, template)
-        wanted = jax.tree.map(_abstract, _without_empty(template))
-        some = _read(found, arrays=ocp.args.StandardRestore(wanted))["arrays"]
-        tree = _refill(template, some, config["arrays"])
-    for name, x in named(tree).items():
-        if name not in saved or leaf_print(x).digest != saved[name].digest:
-            raise CheckpointError(_damaged(path, f"the array {name!r} has other values"
-                                                 " than were saved"))  # fmt: skip
+        some = ocp.args.StandardRestore(wanted_arrays(template))
+        restored = _read(found, arrays=some)["arrays"]
+        tree = refilled(template, restored, config["arrays"])
+    arrays = named(tree)
+    prints = leaf_prints(
+        list(arrays.values()), in_blocks=config["version"] >= IN_BLOCKS
+    )
+    for name, x in zip(arrays, prints, strict=True):
+        if name not in saved or x.digest != saved[name].digest:
+            raise CheckpointError(
+                _damaged(path, f"the array {name!r} has other values than were saved")
+            )
     return tree
 
 
@@ -231,7 +288,7 @@ def _read(path: Path, **args: Any) -> Any:
 
 
 def _check_leaves(path: Path, saved: Mapping[str, LeafPrint], template: Tree) -> None:
-    wanted = {name: leaf_print(x, read=False) for name, x in named(template).items()}
+    wanted = {name: leaf_kind(x) for name, x in named(template).items()}
     missing = [name for name in wanted if name not in saved]
     extra = [name for name in saved if name not in wanted]
     other = [
@@ -257,81 +314,6 @@ def _listing(title: str, entries: list[str], most: int = 5) -> list[str]:
         return []
     more = f", and {len(entries) - most} more" if len(entries) > most else ""
     return [f"  {title} ({len(entries)}): " + "; ".join(entries[:most]) + more]
-
-
-# -- arrays ----------------------------------------------------------------------------
-
-
-def named(tree: Tree) -> dict[str, Any]:
-    """A tree's leaves by their paths in full."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
-    if len(set(names)) < len(names):
-        twice = sorted({n for n in names if names.count(n) > 1})
-        raise CheckpointError(
-            f"several leaves have the path {twice[0]!r}, so a file cannot tell them "
-            "apart.\nRename all but one."
-        )
-    return dict(zip(names, (x for _, x in leaves), strict=True))
-
-
-def _as_arrays(tree: Tree) -> Tree:
-    """Numbers and NumPy arrays as JAX takes them, so that they come back the same."""
-    ready = jax.Array | jax.ShapeDtypeStruct
-    return jax.tree.map(lambda x: x if isinstance(x, ready) else jnp.asarray(x), tree)
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _encode(x: Any) -> Any:
-    return jax.random.key_data(x) if _is_key(x) else x
-
-
-def _is_empty(x: Any) -> bool:
-    return 0 in getattr(x, "shape", ())
-
-
-def _without_empty(tree: Tree) -> Tree:
-    """Orbax saves no array of size 0; its shape says all there is."""
-    return jax.tree.map(lambda x: None if _is_empty(x) else x, tree)
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """What to ask Orbax for: always with a sharding, keys as their data."""
-    sharding = getattr(x, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if _is_key(x):
-        data = jax.eval_shape(jax.random.key_data, x)
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _refill(template: Tree, restored: Tree, entries: Mapping[str, Any]) -> Tree:
-    """The restored leaves in the template's structure, as its leaves were."""
-    feed = iter(jax.tree.leaves(restored))
-    leaves = [
-        jnp.zeros(x.shape, x.dtype)
-        if _is_empty(x)
-        else _like(next(feed), x, entries[name].get("impl"))
-        for name, x in named(template).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def _like(data: jax.Array, x: Any, impl: str | None) -> Any:
-    if not getattr(x, "committed", getattr(x, "sharding", None) is not None):
-        # Orbax commits to a device; a state that was free stays free to go anywhere.
-        data = jnp.asarray(np.asarray(data))
-    return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
-
-
-def _entry(x: Any) -> dict[str, Any]:
-    """What is noted of an array; of PRNG keys also how they generate."""
-    impl = {"impl": str(jax.random.key_impl(x))} if _is_key(x) else {}
-    return {**leaf_print(x).to_json(), **impl}
 
 
 # -- words -----------------------------------------------------------------------------

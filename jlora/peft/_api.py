@@ -19,7 +19,7 @@ from jlora.peft._files import (
     PathLike,
     adapter_folder,
     adapters_in,
-    check_place,
+    check_free,
     read_json,
     read_tensors,
     write,
@@ -190,7 +190,7 @@ def save(
     """
     trainable_mask(params)  # nothing to save is an error
     place = adapter_folder(folder, adapter)
-    check_place(place, overwrite)
+    check_free(place, overwrite)
     nodes = leaves_by_path(params, is_leaf=is_node)
     table = _table(nodes, model, names)
     keywords = {

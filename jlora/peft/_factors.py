@@ -14,6 +14,7 @@ from jlora._errors import ShapeError, StructureError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Dims, align
 from jlora._kernel.nodes import LowRank
+from jlora._processes import on_host
 from jlora._tree.lorafy import lorafy
 from jlora._tree.targets import Target
 from jlora.peft._layouts import Layout, Pair
@@ -97,7 +98,7 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
         raise StructureError(f"the node {node.path!r} has no adapter.")
     for t in terms:
         _check_exportable(node, t, layout)
-    scales = [np.asarray(t.scale, np.float32) for t in terms]
+    scales = [on_host(t.scale).astype(np.float32) for t in terms]
     common = max((float(s) for scale in scales for s in scale.ravel()), key=abs)
     a = [_whole(node, t, t.a, t.a_dims, (*t.both, RANK, *sorted(t.a_only)))
          for t in terms]  # fmt: skip
@@ -148,7 +149,7 @@ def _magnitude(
     wholes = [_outputs(node, t, t.magnitude) for t in terms]
     out = wholes[0]
     if not all(t.covers(node.shape) for t in terms):
-        base = np.square(np.asarray(node.base, np.float32))
+        base = np.square(on_host(node.base).astype(np.float32))
         others = tuple(d for d in range(node.ndim) if d not in terms[0].o_dims)
         out = np.sqrt(np.sum(base, axis=others)).astype(wholes[0].dtype)
         for t, whole in zip(terms, wholes, strict=True):
@@ -201,7 +202,7 @@ def _outputs(node: LowRank, t: Adapter, x: Any) -> np.ndarray:
 
 def _whole(node: LowRank, t: Adapter, x: Any, dims: Dims, order: Dims) -> np.ndarray:
     """A factor in the given order of dimensions, zero outside of the term's window."""
-    value = np.asarray(align(x, dims, order))
+    value = on_host(align(x, dims, order))
     pads = [
         (0, 0) if d == RANK else (t.starts[d], node.shape[d] - t.starts[d] - n)
         for d, n in zip(order, value.shape, strict=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,21 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jlora import _files
 from jlora._errors import CheckpointError
-
-try:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import save_file
-except ImportError as error:
-    raise ImportError(
-        'jlora.peft needs safetensors, which is not installed: pip install "jlora[hf]"'
-    ) from error
-
-PathLike = str | os.PathLike[str]
+from jlora._files import PathLike, local_path
+from jlora._processes import on_first
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
+PICKLE = "adapter_model.bin"
 _FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -37,7 +26,7 @@ def adapter_folder(folder: PathLike, adapter: str | None) -> Path:
     Raises:
       CheckpointError: `adapter` is not the name of a folder inside `folder`.
     """
-    place = Path(os.path.abspath(os.path.expanduser(folder)))
+    place = local_path(folder)
     if adapter is None or adapter == "default":
         return place
     inside = place / adapter
@@ -80,23 +69,14 @@ def read_json(place: Path) -> dict[str, Any]:
       CheckpointError: there is none, or it is damaged.
     """
     file = place / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.exists():
         inner = sorted(p.parent.name for p in place.glob(f"*/{CONFIG}"))
         named = ", ".join(f"adapter={name!r}" for name in inner)
         raise CheckpointError(
             f"there is no PEFT adapter at {str(place)!r}: it has no {CONFIG}.\n"
             + (f"Pass one of those inside it: {named}." if inner else "Is it right?")
-        ) from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} cannot be read as JSON: {error}.\nCopy or download it "
-            "again."
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{str(file)!r} holds no JSON object.")
-    return config
+        )
+    return _files.read_json(file)
 
 
 def read_tensors(place: Path) -> dict[str, np.ndarray]:
@@ -107,48 +87,43 @@ def read_tensors(place: Path) -> dict[str, np.ndarray]:
     """
     file = place / WEIGHTS
     if not file.is_file():
-        pickled = (place / _PICKLE).exists()
+        pickled = (place / PICKLE).exists()
         raise CheckpointError(
             f"{str(place)!r} has no {WEIGHTS}"
             + (
-                f", only {_PICKLE}: a pickle, which can run code when read.\nConvert "
+                f", only {PICKLE}: a pickle, which can run code when read.\nConvert "
                 "it where you trust it: load it with PEFT and save_pretrained(...)."
                 if pickled
                 else ".\nCopy or download it beside the configuration."
             )
         )
-    tensors = {}
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            for key in opened.keys():  # noqa: SIM118, it is no mapping
-                dtype = opened.get_slice(key).get_dtype()
-                wide = dtype == "F64" and jax.config.read("jax_enable_x64")
-                if dtype not in _FLOATS and not wide:
-                    raise CheckpointError(
-                        f"{str(file)!r}: {key} is of dtype {dtype}; jlora reads F32, "
-                        "F16 and BF16, and F64 with jax_enable_x64."
-                    )
-                tensors[key] = opened.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} ({file.stat().st_size} bytes) cannot be read: {error}.\n"
-            "It is cut off or damaged; copy or download it again."
-        ) from error
-    return tensors
+    for key, header in _files.tensor_headers(file).items():
+        wide = header.dtype == "F64" and jax.config.read("jax_enable_x64")
+        if header.dtype not in _FLOATS and not wide:
+            raise CheckpointError(
+                f"{str(file)!r}: {key} is of dtype {header.dtype}; jlora reads F32, "
+                "F16 and BF16, and F64 with jax_enable_x64."
+            )
+    return _files.read_tensors(file)
 
 
 # -- writing ---------------------------------------------------------------------------
 
 
-def check_place(place: Path, overwrite: bool) -> None:
+def check_free(place: Path, overwrite: bool) -> None:
     """Refuse a file, and to replace an adapter unasked.
 
     Raises:
-      CheckpointError: so.
+      CheckpointError: a file is at `place`, or an adapter and `overwrite` is off.
     """
+    what = f"looking for room at {str(place)!r}"
+    on_first(what, lambda: _check_free(place, overwrite))
+
+
+def _check_free(place: Path, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{str(place)!r} is a file; pass a folder.")
-    held = [name for name in (CONFIG, WEIGHTS, _PICKLE) if (place / name).exists()]
+    held = [name for name in (CONFIG, WEIGHTS, PICKLE) if (place / name).exists()]
     if held and not overwrite:
         raise CheckpointError(
             f"{str(place)!r} holds an adapter already ({held[0]}).\nPass another "
@@ -161,66 +136,18 @@ def write(
 ) -> None:
     """Write an adapter beside its place, then put it there.
 
-    Other files in the folder stay. While an adapter is replaced there is a moment
-    without configuration, and none in which old and new are mixed.
+    Other files in the folder stay. Of several processes the first one writes.
 
     Raises:
       CheckpointError: it cannot be written; what was there is as it was.
     """
-    try:
-        text = json.dumps(config, indent=2, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"config is saved as JSON: {error}.\nPass numbers, strings, lists and "
-            "dicts."
-        ) from error
-    place = place.resolve()
-    staged = None
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{place.name}.saving-"
-        staged = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
-        save_file(dict(tensors), staged / WEIGHTS, metadata={"format": "pt"})
-        (staged / CONFIG).write_text(text, encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            # Temporary files are closed to others; these shall be as usual.
-            (staged / name).chmod(0o666 & ~_umask())
-            with (staged / name).open("rb+") as opened:
-                os.fsync(opened.fileno())
-        _put(staged, place)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the adapter {str(place)!r} could not be written: {error}.\nWhat was "
-            "there before is as it was. See to space and permissions."
-        ) from error
-    finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
 
+    def on_disk() -> None:
+        names = {CONFIG, WEIGHTS, PICKLE}
+        with _files.staged(
+            place, "the adapter", mark=CONFIG, stale=names.__contains__
+        ) as folder:
+            _files.write_json(folder / CONFIG, config, "config")
+            _files.write_tensors(folder / WEIGHTS, tensors)
 
-def _put(staged: Path, place: Path) -> None:
-    if not place.exists():
-        staged.chmod(0o777 & ~_umask())
-        staged.rename(place)
-        return
-    moved, new = [], []
-    try:
-        for name in (CONFIG, WEIGHTS, _PICKLE):
-            if (place / name).exists():
-                (place / name).rename(staged / f"{name}.old")
-                moved.append(name)
-        for name in (WEIGHTS, CONFIG):
-            (staged / name).rename(place / name)
-            new.append(name)
-    except BaseException:
-        for name in new:
-            (place / name).unlink()
-        for name in reversed(moved):
-            (staged / f"{name}.old").replace(place / name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    on_first(f"writing the adapter {str(place)!r}", on_disk)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora._errors import ShapeError, TargetError
 from jlora._paths import BIAS_NAMES, module_of
+from jlora._processes import on_host
 from jlora._tree import conventions, matching
 from jlora.peft._config import around
 
@@ -109,7 +110,7 @@ class Param:
 
     def as_torch(self, value: Any, fan_in_fan_out: bool) -> np.ndarray:
         """The leaf's value as PyTorch lays it out."""
-        value = np.asarray(value)
+        value = on_host(value)
         if self.name == "bias":
             return np.ascontiguousarray(value.reshape(-1))
         if (order := self.conv()) is not None:

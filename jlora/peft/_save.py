@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora._errors import StructureError
 from jlora._kernel.nodes import Full, LowRank, Rows
+from jlora._processes import on_host
 from jlora.peft._config import saved_whole, targets_parameter
 from jlora.peft._contents import PREFIX, TOKENS
 from jlora.peft._factors import exported
@@ -124,7 +125,7 @@ def tensors(
         key = f"{PREFIX}{param.module}{inner}.{param.name}"
         out[key] = param.as_torch(value, flat)
     for param, node in token_tables(nodes, table):
-        out[f"{PREFIX}{param.module}{TOKENS}"] = np.asarray(node.rows)
+        out[f"{PREFIX}{param.module}{TOKENS}"] = on_host(node.rows)
     return out
 
 

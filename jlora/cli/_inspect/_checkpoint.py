@@ -26,7 +26,7 @@ def report(place: Path) -> Report:
     Raises:
       CheckpointError: it is damaged, or no checkpoint.
     """
-    config = _storage.read_config(_storage.absolute(place), None)
+    config = _storage.read_config(_storage.local_path(place), None)
     kinds = {"adapter": _adapter, "state": _state, "merged": _merged}
     if config["kind"] not in kinds:
         raise CheckpointError(
@@ -38,7 +38,7 @@ def report(place: Path) -> Report:
 
 def _adapter(place: Path, config: Config) -> Report:
     # A few kilobytes, and each array is checked against its digest.
-    arrays = _storage.read_arrays(_storage.absolute(place), config)
+    arrays = _storage.read_arrays(_storage.local_path(place), config)
     rows = _adapter_rows(config, "", lambda entry: _scale_in(arrays, entry))
     rows += _whole_rows(config["arrays"], "")
     facts = {

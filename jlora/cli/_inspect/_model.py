@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora._errors import CheckpointError
-from jlora.cli._inspect._headers import headers
+from jlora._files import read_json, tensor_headers
 from jlora.cli._inspect._report import Report
 from jlora.models._hf.families import family_of
-from jlora.models._hf.tensors import TensorFolder, read_json
+from jlora.models._hf.tensors import TensorFolder
 
 # What comes of a config.json with values of wrong types: the families trust it.
 MISREAD = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
@@ -35,7 +35,9 @@ def report(place: Path) -> Report:
     config = read_json(place / "config.json")
     tensors = TensorFolder(place)
     files = sorted({tensors.where(name) for name in tensors.names})
-    found = {name: x for file in files for name, x in headers(Path(file)).items()}
+    found = {
+        name: x for file in files for name, x in tensor_headers(Path(file)).items()
+    }
     refused = _refused(config)
     numbers: Counter[str] = Counter()
     for header in found.values():
@@ -48,10 +50,13 @@ def report(place: Path) -> Report:
         "sizes": {k: config[k] for k in _SIZES if isinstance(config.get(k), int)},
         "parameters": sum(numbers.values()),
         "dtypes": dict(numbers),
-        "bytes": sum(x.bytes for x in found.values()),
+        "bytes": sum(x.nbytes for x in found.values()),
         "files": [Path(file).name for file in files],
     }
-    rows = [{"tensor": name, **x._asdict()} for name, x in sorted(found.items())]
+    rows = [
+        {"tensor": n, "shape": [*x.shape], "dtype": x.dtype, "bytes": x.nbytes}
+        for n, x in sorted(found.items())
+    ]
     return Report("model", str(place), facts, "tensor", rows)
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jlora._errors import CheckpointError
-from jlora.cli._inspect._headers import Header, headers
+from jlora._files import TensorHeader as Header
+from jlora._files import tensor_headers
 from jlora.cli._inspect._report import Report
 from jlora.peft._config import alpha_of, rank_of, scale_of
 from jlora.peft._contents import PREFIX
 from jlora.peft._fields import DEFAULTS, Config, check_config
-from jlora.peft._files import CONFIG, WEIGHTS, read_json
+from jlora.peft._files import CONFIG, PICKLE, WEIGHTS, read_json
 
-PICKLE = "adapter_model.bin"
 # What rank, alpha and scale are made of.
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # What belongs to a module that is adapted; all else is saved whole.
@@ -53,7 +53,7 @@ def report(place: Path) -> Report:
         scaling = {key: config[key] for key in _SCALING if key in config}
         check_config({"peft_type": kind, "target_modules": [], **scaling}, where)
     pickled = not (place / WEIGHTS).exists() and (place / PICKLE).exists()
-    tensors = {} if pickled else headers(place / WEIGHTS)
+    tensors = {} if pickled else tensor_headers(place / WEIGHTS)
     rows = [_row(m, parts, config) for m, parts in _by_module(tensors).items()]
     refused = _refused(config, place)
     facts = {
@@ -65,7 +65,7 @@ def report(place: Path) -> Report:
         "not_read": f"{PICKLE} is a pickle, which can run code" if pickled else None,
         "modules_adapted": sum(row["rank"] is not None for row in rows),
         "parameters": sum(math.prod(x.shape) for x in tensors.values()),
-        "bytes": sum(x.bytes for x in tensors.values()),
+        "bytes": sum(x.nbytes for x in tensors.values()),
         "settings": _said(config),
     }
     return Report(
@@ -95,7 +95,9 @@ def _refused(config: Config, place: Path) -> str | None:
     return None
 
 
-def _by_module(tensors: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
+def _by_module(
+    tensors: Mapping[str, Header],
+) -> dict[str, dict[str, Header]]:
     """The tensors by module, and in it by their own names."""
     found: dict[str, dict[str, Header]] = {}
     for key, header in tensors.items():
@@ -122,10 +124,10 @@ def _row(module: str, parts: Mapping[str, Header], config: Config) -> dict[str, 
         "rank": rank,
         "alpha": alpha,
         "scale": scale,
-        "tensors": {_SHORT.get(part, part): x.shape for part, x in parts.items()},
+        "tensors": {_SHORT.get(part, part): [*x.shape] for part, x in parts.items()},
         "dtype": "/".join(sorted({x.dtype for x in parts.values()})),
         "features": _features(parts, adapted=down is not None),
-        "bytes": sum(x.bytes for x in parts.values()),
+        "bytes": sum(x.nbytes for x in parts.values()),
     }
 
 

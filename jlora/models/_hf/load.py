@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jlora._errors import CheckpointError
+from jlora._files import check_local, read_json
 from jlora._text import listed
 from jlora.models._hf import heads, reading
 from jlora.models._hf.families import Family, family_of
 from jlora.models._hf.sources import Source, names, places
-from jlora.models._hf.tensors import TensorFolder, read_json
+from jlora.models._hf.tensors import TensorFolder
 
 Params = dict[str, Any]
 
@@ -141,6 +142,7 @@ def sources_of(
 
 def _folder(source: str | Path) -> Path:
     """Return the folder itself, or the hub's snapshot of that name."""
+    check_local(source)
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

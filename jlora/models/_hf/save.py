@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
+from jlora import _files
 from jlora._errors import CheckpointError, StructureError
+from jlora._files import PathLike, local_path
+from jlora._processes import agree, on_first, on_host
 from jlora._text import listed
 from jlora.models._hf.families import family_of
 from jlora.models._hf.load import GENERATION, TOKENIZER_FILES, Params, sources_of
 from jlora.models._hf.sources import Place, places
 from jlora.models._hf.tensors import INDEX, WEIGHTS
 
-# What `transformers` wants to read in a file before it takes it for its own.
-_METADATA = {"format": "pt"}
 _COPIED = (*TOKENIZER_FILES, GENERATION)
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -35,16 +34,17 @@ Tensors = list[tuple[Place, jax.Array]]  # a tensor, and the leaf that it is of
 def save(
     model: Any,
     params: Params,
-    path: str | Path,
+    path: PathLike,
     *,
-    tokenizer_from: str | Path | None = None,
+    tokenizer_from: PathLike | None = None,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint folder that `load` and `transformers` read.
 
     Everything is written to a folder beside `path` first, which then takes its name:
-    a full disk or an interruption leaves what was there.
+    a full disk or an interruption leaves what was there. Of several processes the first
+    one writes, and every one calls this.
 
     Args:
       model: a model of `jlora.models`; its configuration becomes `config.json`, and
@@ -59,28 +59,35 @@ def save(
         the tokenizer's among them, stay unless they are written anew.
 
     Raises:
-      CheckpointError: `path` is not empty and `overwrite` is off, or
-        `tokenizer_from` holds no tokenizer.
+      CheckpointError: `path` is not empty and `overwrite` is off, or is no local path;
+        `tokenizer_from` holds no tokenizer; the folder cannot be written.
       StructureError: `params` are not the model's.
     """
+    target = local_path(path)
     tensors = _tensors(model, params)
     copied = _tokenizer_files(tokenizer_from)
-    target = Path(path).expanduser().resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        _check_replaceable(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.saving-"
-    staged = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    what = f"saving the model {str(target)!r}"
+    on_first(what, lambda: _check_place(target, overwrite))
+    error: Exception | None = None
     try:
-        _write(staged, model, tensors, max_shard_bytes)
-        for file in copied:
-            shutil.copyfile(file, staged / file.name)
-        generation = getattr(model.config, "generation", None)
-        if generation:
-            _write_json(staged / GENERATION, dict(generation))
-        _put(staged, target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        with _staged(target) as folder:
+            if folder is not None:
+                for file in copied:
+                    shutil.copyfile(file, folder / file.name)
+            _write(folder, what, model, tensors, max_shard_bytes)
+    except Exception as raised:
+        error = raised
+    agree(what, error)
+
+
+def _staged(target: Path) -> contextlib.AbstractContextManager[Path | None]:
+    """The folder to write into; None on all processes but the first."""
+    if jax.process_index() > 0:
+        return contextlib.nullcontext()
+    return _files.staged(
+        target, "the model", mark="config.json",
+        stale=lambda name: _WEIGHT_FILE.fullmatch(name) is not None,
+    )  # fmt: skip
 
 
 def _tensors(model: Any, params: Params) -> Tensors:
@@ -115,35 +122,35 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _tokenizer_files(folder: str | Path | None) -> list[Path]:
+def _tokenizer_files(folder: PathLike | None) -> list[Path]:
     if folder is None:
         return []
-    here = Path(folder).expanduser()
+    here = local_path(folder)
     found = [here / name for name in _COPIED if (here / name).exists()]
     if not any(file.name in TOKENIZER_FILES for file in found):
         raise CheckpointError(
-            f"{here} holds no tokenizer files.\nPass the folder that the model was "
-            "loaded from, or leave tokenizer_from out."
+            f"{str(here)!r} holds no tokenizer files.\nPass the folder that the model "
+            "was loaded from, or leave tokenizer_from out."
         )
     return found
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def _check_place(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
     if not target.is_dir():
-        raise CheckpointError(f"{target} is a file; pass the path of a folder.")
-    if not overwrite:
+        raise CheckpointError(f"{str(target)!r} is a file; pass the path of a folder.")
+    if any(target.iterdir()) and not overwrite:
         raise CheckpointError(
-            f"{target} is not empty.\nPass overwrite=True to replace the checkpoint "
-            "in it, or another path."
+            f"{str(target)!r} is not empty.\nPass overwrite=True to replace the "
+            "checkpoint in it, or another path."
         )
 
 
-def _write(folder: Path, model: Any, tensors: Tensors, most: int | None) -> None:
+def _write(
+    folder: Path | None, what: str, model: Any, tensors: Tensors, most: int | None
+) -> None:
     """Write configuration, shards and, where there are several, their index."""
-    dtypes = {str(leaf.dtype) for _, leaf in tensors}
-    config = {k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"}
-    config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    _write_json(folder / "config.json", config)
     shards = list(_shards(tensors, most))
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
@@ -152,16 +159,29 @@ def _write(folder: Path, model: Any, tensors: Tensors, most: int | None) -> None
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         # One shard at a time is brought to the host and into the file's layout.
         arrays = {p.tensor.name: _layout(p, leaf) for p, leaf in shard}
-        save_file(arrays, folder / file, metadata=_METADATA)
+        on_first(what, partial(_write_shard, folder, file, arrays))
         weight_map.update(dict.fromkeys(arrays, file))
+    if folder is None:
+        return
+    dtypes = {str(leaf.dtype) for _, leaf in tensors}
+    config = {k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"}
+    config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    _files.write_json(folder / "config.json", config)
+    if generation := getattr(model.config, "generation", None):
+        _files.write_json(folder / GENERATION, dict(generation))
     if len(shards) > 1:
         size = sum(_bytes(*each) for each in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
+        _files.write_json(folder / INDEX, index)
+
+
+def _write_shard(folder: Path | None, file: str, arrays: dict[str, np.ndarray]) -> None:
+    assert folder is not None  # on the first process
+    _files.write_tensors(folder / file, arrays)
 
 
 def _layout(place: Place, leaf: jax.Array) -> np.ndarray:
-    value = np.asarray(leaf)[place.box][(0,) * place.depth]
+    value = on_host(leaf)[place.box][(0,) * place.depth]
     if place.tensor.transposed:
         value = value.swapaxes(-1, -2)
     return np.ascontiguousarray(value)
@@ -182,36 +202,3 @@ def _shards(tensors: Tensors, most: int | None) -> Iterator[Tensors]:
         shard.append((place, leaf))
         size += nbytes
     yield shard
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _put(staged: Path, target: Path) -> None:
-    """Give `staged` the name `target`; what was there goes only after that."""
-    for file in staged.iterdir():
-        with file.open("rb+") as opened:
-            os.fsync(opened.fileno())
-    staged.chmod(0o777 & ~_umask())  # temporary folders are closed to others
-    if not target.exists():
-        staged.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.rename(old)  # onto an empty folder, which the system allows
-    try:
-        staged.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    for file in list(old.iterdir()):
-        stale = _WEIGHT_FILE.fullmatch(file.name) or (target / file.name).exists()
-        if not stale:
-            file.rename(target / file.name)
-    shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jlora._errors import CheckpointError
+from jlora._files import read_json, tensor_headers
 from jlora._text import listed
 
 WEIGHTS = "model.safetensors"
@@ -24,28 +23,6 @@ _FLOATS: dict[str, Any] = {
 }
 _AT_ONCE = 2**24  # bytes
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-      CheckpointError: the file is missing, cut off or holds no object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file} does not exist.\nA checkpoint folder holds config.json and "
-            "model.safetensors; is the path right?"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read as JSON: {error}.\nCopy or download it again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(value)}.")
-    return value
 
 
 class TensorFolder:
@@ -190,29 +167,13 @@ class _Held(NamedTuple):
 
 def _contents(path: Path, names: set[str] | None) -> dict[str, _Held]:
     """Return what a safetensors file holds, after checking that it is whole."""
-    try:
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
-            # The format: the header's size, the header, and then the tensors.
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: {error}.\n"
-            "It is cut off or damaged; copy or download it again."
-        ) from error
-    header.pop("__metadata__", None)
-    if names is not None and header.keys() != names:
+    headers = tensor_headers(path)
+    if names is not None and headers.keys() != names:
         raise CheckpointError(
             f"{path} and {INDEX} disagree on what it holds:\n  "
-            f"{listed(header.keys() ^ names)}\nThey belong to different checkpoints."
+            f"{listed(headers.keys() ^ names)}\nThey belong to different checkpoints."
         )
     return {
-        name: _Held(
-            path,
-            name,
-            held["dtype"],
-            tuple(held["shape"]),
-            8 + size + held["data_offsets"][0],
-        )
-        for name, held in header.items()
+        name: _Held(path, name, x.dtype, x.shape, x.start)
+        for name, x in headers.items()
     }

@@ -1,0 +1,145 @@
+"""Several processes on one file system: one of them writes, all know how it went.
+
+A save is called by every process, as training steps are. With a single process nothing
+here costs anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora._compat import coordination_client
+from jlora._errors import CheckpointError
+
+# How long to wait for the others, in seconds: one may gather and write a whole model.
+_PATIENCE = 4 * 3600
+# And after a failure here: the others may wait for this process elsewhere.
+_PATIENCE_FAILED = 60
+_KNOWN = "_known_to_all_processes"  # on errors that need not be told once more
+_calls = itertools.count()
+_said: list[str] = []  # the keys of this process's last word, until all have read it
+
+
+def on_first(what: str, work: Callable[[], Any]) -> Any:
+    """Do something on the first process alone, while the others wait.
+
+    Args:
+      what: what is done, for messages: `"writing the adapter 'out'"`.
+      work: does it. Its result is JSON.
+
+    Returns:
+      The result, on every process.
+
+    Raises:
+      CheckpointError: the work failed on the first process, where its own error is
+        raised.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    return agree(what, error, result)[0]
+
+
+def agree(what: str, error: Exception | None, result: Any = None) -> list[Any]:
+    """Wait until every process has come here, and fail on all if one has failed.
+
+    Args:
+      what: what was done, for messages.
+      error: what went wrong on this process.
+      result: what this process tells the others, as JSON.
+
+    Returns:
+      What each process told.
+
+    Raises:
+      CheckpointError: something went wrong on another process, or one did not come.
+      Exception: `error`, on the process where it was raised.
+    """
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return [result]
+    if error is not None and _is_known(error):
+        raise error
+    word = {"error": _in_a_line(error), "result": result}
+    try:
+        told = _exchange(what, word, _PATIENCE_FAILED if error else _PATIENCE)
+    except CheckpointError:
+        if error is not None:
+            raise error from None
+        raise
+    failed = [(i, x["error"]) for i, x in enumerate(told) if x["error"] is not None]
+    if not failed:
+        return [x["result"] for x in told]
+    if error is None:
+        error = CheckpointError(
+            f"{what} failed on process {failed[0][0]} of {len(told)}: {failed[0][1]}"
+        )
+    setattr(error, _KNOWN, True)
+    raise error
+
+
+def _exchange(what: str, word: dict[str, Any], patience: int) -> list[dict[str, Any]]:
+    """Every process's word, in order.
+
+    The coordination service carries it, and no collective of the devices, which give
+    up on a process that takes minutes.
+    """
+    client, count = coordination_client(), jax.process_count()
+    if client is None:
+        raise CheckpointError(
+            f"{what} needs the coordination service of JAX's {count} processes.\nCall "
+            "jax.distributed.initialize() before anything else."
+        )
+    folder = f"jlora/{next(_calls)}"
+    own = f"{folder}/{jax.process_index()}"
+    client.key_value_set(own, json.dumps(word))
+    try:
+        client.wait_at_barrier(f"{folder}/all", patience * 1000)
+    except Exception as error:
+        raise CheckpointError(
+            f"{what}: not all of {count} processes came: {_in_a_line(error)}.\nEvery "
+            "process has to make this call, not the first alone."
+        ) from error
+    told = [
+        json.loads(client.blocking_key_value_get(f"{folder}/{i}", 60_000))
+        for i in range(count)
+    ]
+    # Whoever is here has read what was said before.
+    for key in _said:
+        client.key_value_delete(key)
+    _said[:] = [own]
+    return told
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Whether an error, or the one it was made of, has been told to all."""
+    return error is not None and (
+        getattr(error, _KNOWN, False) or _is_known(error.__cause__)
+    )
+
+
+def _in_a_line(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    return f"{type(error).__name__}: {error}"
+
+
+def on_host(x: Any) -> np.ndarray:
+    """An array's values in this process's memory; every process calls it alike."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)

@@ -1,0 +1,119 @@
+"""A tree's arrays as Orbax holds them, and back as they were.
+
+Orbax holds no PRNG keys, no arrays of size 0 and nothing that is not an array. Keys are
+saved as their data; for the others their place is empty, and they come back from the
+description, or from the tree that is restored into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._errors import CheckpointError
+from jlora.checkpoint._digests import is_array, leaf_prints
+
+Tree = Any
+
+
+def named(tree: Tree) -> dict[str, Any]:
+    """A tree's arrays by their paths in full.
+
+    Raises:
+      CheckpointError: two have one path.
+    """
+    leaves = [
+        (path, x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if is_array(x)
+    ]
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+    if len(set(names)) < len(names):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise CheckpointError(
+            f"several leaves have the path {twice[0]!r}, so a file cannot tell them "
+            "apart.\nRename all but one."
+        )
+    return dict(zip(names, (x for _, x in leaves), strict=True))
+
+
+def as_arrays(tree: Tree) -> Tree:
+    """Numbers and NumPy arrays as JAX takes them, so that they come back the same."""
+    ready = jax.Array | jax.ShapeDtypeStruct
+    return jax.tree.map(
+        lambda x: jnp.asarray(x) if is_array(x) and not isinstance(x, ready) else x,
+        tree,
+    )
+
+
+def encoded(tree: Tree) -> Tree:
+    """What Orbax is to save."""
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if _is_key(x) else x, _holdable(tree)
+    )
+
+
+def wanted(template: Tree) -> Tree:
+    """What Orbax is to restore, shapes with shardings."""
+    return jax.tree.map(_abstract, _holdable(template))
+
+
+def refilled(template: Tree, restored: Tree, entries: Mapping[str, Any]) -> Tree:
+    """The restored leaves in the template's structure, as its leaves were."""
+    feed = iter(jax.tree.leaves(restored))
+    names = iter(named(template))
+
+    def one(x: Any) -> Any:
+        if not is_array(x):
+            return x
+        name = next(names)
+        if _is_empty(x):
+            return jnp.zeros(x.shape, x.dtype)
+        return _like(next(feed), x, entries[name].get("impl"))
+
+    return jax.tree.map(one, template)
+
+
+def entries_of(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is noted of arrays; of PRNG keys also how they generate."""
+    prints = leaf_prints(list(arrays.values()))
+    found = {name: x.to_json() for name, x in zip(arrays, prints, strict=True)}
+    for name, x in arrays.items():
+        if _is_key(x):
+            found[name]["impl"] = str(jax.random.key_impl(x))
+    return found
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_empty(x: Any) -> bool:
+    return 0 in getattr(x, "shape", ())
+
+
+def _holdable(tree: Tree) -> Tree:
+    """The tree with nothing in the place of what Orbax does not hold."""
+    return jax.tree.map(lambda x: x if is_array(x) and not _is_empty(x) else None, tree)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """What to ask Orbax for: always with a sharding, keys as their data."""
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if _is_key(x):
+        data = jax.eval_shape(jax.random.key_data, x)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _like(data: jax.Array, x: Any, impl: str | None) -> Any:
+    if not getattr(x, "committed", getattr(x, "sharding", None) is not None):
+        # Orbax commits to a device; a state that was free stays free to go anywhere.
+        data = jnp.asarray(np.asarray(data))
+    return data if impl is None else jax.random.wrap_key_data(data, impl=impl)

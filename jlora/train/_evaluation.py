@@ -7,42 +7,61 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-from jlora._errors import StructureError
+from jlora._errors import OptionError, StructureError
 from jlora._paths import path_str
 from jlora._transform.lora import lora
 from jlora._transform.replay import OnMissing
 from jlora._tree.dropout import with_dropout
+from jlora.train._batch import Batch, as_batch
 from jlora.train._gradients import (
     AxisName,
     GradientSettings,
     LossFn,
+    Objective,
     cast,
     cast_base,
     cast_full,
-    gradients,
+    check_compute_dtype,
 )
-from jlora.train._state import TrainState
+from jlora.train._state import TrainState, unreplicate
+from jlora.train._static import put_together, take_apart
+from jlora.train._step import Parallel, check_parallel
 from jlora.train._totals import Metrics, Totals, means, pair
 
-Array = Any
 Tree = Any
+MetricFn = Callable[[Tree, Batch], Mapping[str, Any]]
 
 
 class EvalStep:
     """A compiled `(state or params, batch) -> metrics`."""
 
-    def __init__(self, totals: Callable[[Tree, Any], Totals]) -> None:
-        self._totals = jax.jit(totals)
+    def __init__(
+        self,
+        totals: Callable[[Tree, Batch], Totals],
+        parallel: Parallel = "jit",
+        axis_name: AxisName | None = None,
+    ) -> None:
+        def of_arrays(rest: Any, arrays: Any, batch: Batch) -> Totals:
+            return totals(put_together(arrays, rest), batch)
 
-    def __call__(self, state: TrainState | Tree, batch: Any) -> Metrics:
+        self._is_mapped = parallel == "pmap"
+        self._totals: Callable[..., Any] = (
+            jax.pmap(of_arrays, axis_name=axis_name, static_broadcasted_argnums=0)
+            if self._is_mapped
+            else jax.jit(of_arrays, static_argnums=0)
+        )
+
+    def __call__(self, state: TrainState | Tree, batch: Batch) -> Metrics:
         """The metrics of one batch."""
         return means(self.totals(state, batch))
 
-    def totals(self, state: TrainState | Tree, batch: Any) -> Totals:
+    def totals(self, state: TrainState | Tree, batch: Batch) -> Totals:
         """Each metric as `(total, count)`, to be summed over batches."""
-        return self._totals(_eval_params(state), batch)
+        arrays, rest = take_apart(_eval_params(state))
+        totals = self._totals(rest, arrays, as_batch(batch))
+        return unreplicate(totals) if self._is_mapped else totals
 
 
 def _eval_params(state: TrainState | Tree) -> Tree:
@@ -51,11 +70,12 @@ def _eval_params(state: TrainState | Tree) -> Tree:
 
 
 def make_eval_step(
-    metric_fn: Callable[[Tree, Any], Mapping[str, Any]],
+    metric_fn: MetricFn,
     *,
     compute_dtype: Any = None,
     cast_batch: bool = True,
     axis_name: AxisName | None = None,
+    parallel: Parallel = "jit",
     on_missing: OnMissing = "error",
 ) -> EvalStep:
     """Compile an evaluation step, without dropout and without gradients.
@@ -67,17 +87,32 @@ def make_eval_step(
       compute_dtype: as in `make_train_step`.
       cast_batch: as in `make_train_step`.
       axis_name: as in `make_train_step`.
+      parallel: as in `make_train_step`; the metrics of `"pmap"` have no axis of
+        devices.
       on_missing: as in `jlora.lora`.
 
     Returns:
       The step; `evaluate` runs it over many batches.
+
+    Raises:
+      OptionError: options out of range.
+      DataError: when called, a batch that holds something else than arrays.
+      StructureError: when called, a result that is no dict of metrics.
     """
+    if not callable(metric_fn):
+        raise OptionError(
+            f"metric_fn is {type(metric_fn).__name__}: expected a function "
+            "(params, batch) that returns a dict of metrics."
+        )
+    check_compute_dtype(compute_dtype)
+    if check_parallel(parallel) == "pmap" and axis_name is None:
+        axis_name = "batch"
 
     def read(params: Tree, batch: Any) -> Totals:
         metrics = metric_fn(params, batch)
         if not isinstance(metrics, Mapping):
             raise StructureError(
-                f"the metric function returns {type(metrics).__name__}; it returns a "
+                f"the metric function returns {type(metrics).__name__}: expected a "
                 "dict of metrics, each a scalar or a pair (total, count)."
             )
         weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
@@ -91,16 +126,22 @@ def make_eval_step(
         out = lora(read, on_missing=on_missing)(params, batch)
         return out if axis_name is None else lax.psum(out, axis_name)
 
-    return EvalStep(totals)
+    return EvalStep(totals, parallel, axis_name)
 
 
 def evaluate(
-    step: EvalStep, state: TrainState | Tree, batches: Iterable[Any]
+    step: EvalStep, state: TrainState | Tree, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """The metrics over all batches; waits for the device once, at the end.
 
+    Args:
+      step: from `make_eval_step`.
+      state: the state, or a lorafied or plain tree of parameters.
+      batches: what to average over, each a batch of the step.
+
     Raises:
       StructureError: there are no batches.
+      DataError: a batch that holds something else than arrays.
     """
     sums: Totals | None = None
     for batch in batches:
@@ -115,7 +156,13 @@ def evaluate(
 
 
 def check_gradients(
-    loss_fn: LossFn, state: TrainState, batch: Any, *, on_missing: OnMissing = "error"
+    loss_fn: LossFn,
+    state: TrainState,
+    batch: Batch,
+    *,
+    compute_dtype: Any = None,
+    cast_batch: bool = True,
+    on_missing: OnMissing = "error",
 ) -> tuple[str, ...]:
     """Name what the loss does not train: adapters and leaves of zero gradient.
 
@@ -126,6 +173,8 @@ def check_gradients(
       loss_fn: as in `make_train_step`.
       state: the state.
       batch: one batch.
+      compute_dtype: as in `make_train_step`.
+      cast_batch: as in `make_train_step`.
       on_missing: as in `jlora.lora`.
 
     Returns:
@@ -133,15 +182,20 @@ def check_gradients(
 
     Raises:
       StructureError: every gradient is zero: the loss uses none of the adapters.
+      DataError: the batch holds something else than arrays.
     """
-    settings = GradientSettings(on_missing=on_missing)
+    settings = GradientSettings(
+        compute_dtype=compute_dtype, cast_batch=cast_batch, on_missing=on_missing
+    )
+    arrays, rest = take_apart(state.frozen)
 
     @jax.jit
-    def is_zero(trainable: Tree, frozen: Tree, batch: Any, key: Array) -> Tree:
-        grads, _ = gradients(loss_fn, settings, trainable, frozen, batch, key)
+    def is_zero(trainable: Tree, arrays: list[Any], batch: Batch, key: Array) -> Tree:
+        frozen = put_together(arrays, rest)
+        grads, _ = Objective(loss_fn, settings, frozen, batch, key).gradients(trainable)
         return jax.tree.map(lambda g: ~jnp.any(g != 0), grads)
 
-    zero = is_zero(state.trainable, state.frozen, batch, state.key)
+    zero = is_zero(state.trainable, arrays, as_batch(batch), state.key)
     parts: dict[str, bool] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(zero)):
         owner = path_str(path[:-1])

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from jlora._compat import varying
-from jlora._errors import ShapeError
+from jlora._errors import OptionError, ShapeError
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import path_str
 from jlora._transform.replay import OnMissing
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine
-from jlora.train._totals import Totals, nonzero, totals_fn
+from jlora.train._static import is_array
+from jlora.train._totals import Totals, means, nonzero, totals_fn
 
-Array = Any
 Tree = Any
 AxisName = str | tuple[str, ...]
 LossFn = Callable[[Tree, Any, Array], Any]
@@ -29,7 +30,7 @@ LossFn = Callable[[Tree, Any, Array], Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientSettings:
-    """The options of `make_train_step` that concern the gradients."""
+    """The options of `make_train_step` that concern the gradients, checked."""
 
     accumulate: int = 1
     compute_dtype: Any = None
@@ -39,47 +40,121 @@ class GradientSettings:
 
     def __post_init__(self) -> None:
         n = self.accumulate
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"accumulate={n!r}; it is a whole number from 1 on.")
+        if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+            raise OptionError(
+                f"accumulate={n!r}: expected a whole number of microbatches, at least 1."
+            )
+        check_compute_dtype(self.compute_dtype)
 
 
-def gradients(
-    loss_fn: LossFn,
-    settings: GradientSettings,
-    trainable: Tree,
-    frozen: Tree,
-    batch: Any,
-    key: Array,
-) -> tuple[Tree, Totals]:
-    """Gradients of the mean loss, and all totals, over microbatches and devices."""
-    axis = settings.axis_name
-    dtypes = jax.tree.map(lambda x: x.dtype, trainable)
-    if axis is not None:
-        # Each device its own dropout; and its own gradient, which shard_map would
-        # sum by itself for parameters that it knows to be the same everywhere.
-        key = jax.random.fold_in(key, lax.axis_index(axis))
-        vary = functools.partial(_varying, axis=axis)
-        trainable, frozen = jax.tree.map(vary, (trainable, frozen))
-    # The cast base is the same for all microbatches: cast it once, outside the loop.
-    frozen = cast_base(frozen, settings.compute_dtype)
-    if settings.cast_batch:
-        batch = cast(batch, settings.compute_dtype)
-    loss = totals_fn(loss_fn, settings.on_missing)
+def check_compute_dtype(dtype: Any) -> None:
+    """Refuse what is no floating dtype.
 
-    def total_loss(trainable: Tree, batch: Any, key: Array) -> tuple[Array, Totals]:
+    Raises:
+      OptionError: `dtype` is neither None nor a floating dtype.
+    """
+    if dtype is None:
+        return
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise OptionError(
+            f"compute_dtype={dtype!r}: expected a floating dtype such as jnp.bfloat16, "
+            "or None."
+        )
+
+
+class Objective:
+    """The mean loss of one batch, as a function of the trainable leaves.
+
+    The same microbatches, PRNG keys and dtypes at every call: line searches compare
+    values of one function.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        settings: GradientSettings,
+        frozen: Tree,
+        batch: Any,
+        key: Array,
+    ) -> None:
+        axis = settings.axis_name
+        if axis is not None:
+            key = jax.random.fold_in(key, lax.axis_index(axis))  # its own dropout
+            frozen = _all_varying(frozen, axis)
+        # Cast once, outside the loop over microbatches, for which it is the same.
+        self._frozen = cast_base(frozen, settings.compute_dtype)
+        cast_batch = settings.compute_dtype if settings.cast_batch else None
+        self._batch = cast(batch, cast_batch)
+        self._key = key
+        self._loss = totals_fn(loss_fn, settings.on_missing)
+        self._settings = settings
+
+    def gradients(self, trainable: Tree) -> tuple[Tree, Totals]:
+        """Gradients of the mean loss, in the leaves' dtypes, and all totals."""
+
+        def one(trainable: Tree, batch: Any, key: Array) -> tuple[Tree, Totals]:
+            grad = jax.grad(self._total, has_aux=True)
+            grads, totals = grad(trainable, batch, key)
+            return jax.tree.map(at_least_f32, grads), totals
+
+        grads, totals = self._sum(one, trainable)
+        weight = nonzero(totals["loss"][1])
+        mean = lambda g, x: (g / weight.astype(g.dtype)).astype(x.dtype)  # noqa: E731
+        return jax.tree.map(mean, grads, trainable), totals
+
+    def value_fn(self) -> Callable[[Tree], Array]:
+        """The mean loss as a function that can be differentiated in both modes.
+
+        Its derivative is made of `gradients`: one pass over the microbatches, of which
+        none keeps anything for another, and the sum over devices.
+        """
+
+        @jax.custom_jvp
+        def value(trainable: Tree) -> Array:
+            totals = self._sum(lambda *args: self._total(*args)[1], trainable)
+            return means(totals)["loss"]
+
+        @value.defjvp
+        def derivative(
+            primals: tuple[Tree], tangents: tuple[Tree]
+        ) -> tuple[Array, Array]:
+            grads, totals = self.gradients(*primals)
+            loss = means(totals)["loss"]
+            products = jax.tree.leaves(jax.tree.map(_product, grads, *tangents))
+            return loss, sum(x.astype(loss.dtype) for x in products)
+
+        return value
+
+    def _total(self, trainable: Tree, batch: Any, key: Array) -> tuple[Array, Totals]:
+        """The loss's total, to be differentiated, and all totals."""
         own, params_key = jax.random.split(key)
-        params = with_dropout(combine(trainable, frozen), params_key)
-        totals = loss(cast_full(params, settings.compute_dtype), batch, own)
+        params = with_dropout(combine(trainable, self._frozen), params_key)
+        totals = self._loss(cast_full(params, self._settings.compute_dtype), batch, own)
         return totals["loss"][0], totals
 
-    def one(batch: Any, key: Array) -> tuple[Tree, Totals]:
-        grads, totals = jax.grad(total_loss, has_aux=True)(trainable, batch, key)
-        return jax.tree.map(_at_least_f32, grads), totals
+    def _sum(self, one: Callable[..., Any], trainable: Tree) -> Any:
+        """The sum of `one(trainable, batch, key)` over microbatches and devices."""
+        axis = self._settings.axis_name
+        if axis is not None:
+            # Each device its own gradient, which shard_map would sum by itself for
+            # parameters that it knows to be the same everywhere.
+            trainable = _all_varying(trainable, axis)
+        sums = _accumulated(
+            functools.partial(one, trainable),
+            self._batch,
+            self._key,
+            int(self._settings.accumulate),
+            axis,
+        )
+        return sums if axis is None else lax.psum(sums, axis)
 
-    sums = _accumulated(one, batch, key, settings.accumulate, axis)
-    grads, totals = sums if axis is None else lax.psum(sums, axis)
-    weight = nonzero(totals["loss"][1])
-    return jax.tree.map(lambda g, d: (g / weight).astype(d), grads, dtypes), totals
+
+def _product(grad: Array, tangent: Array) -> Array:
+    return jnp.sum(at_least_f32(grad) * at_least_f32(tangent))
 
 
 def _accumulated(
@@ -100,7 +175,7 @@ def _accumulated(
     shapes = jax.eval_shape(run, *jax.tree.map(lambda x: x[0], xs))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     if axis is not None:
-        zeros = jax.tree.map(functools.partial(_varying, axis=axis), zeros)
+        zeros = _all_varying(zeros, axis)
     return lax.scan(body, zeros, xs)[0]
 
 
@@ -134,18 +209,22 @@ def _reunite(microbatch: list[Any], shared: Any) -> Any:
     return treedef.unflatten([next(feed) if x is None else x for x in scalars])
 
 
-def _varying(x: Array, axis: AxisName) -> Array:
-    return varying(x, (axis,) if isinstance(axis, str) else axis)
-
-
-def _at_least_f32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _all_varying(tree: Tree, axis: AxisName) -> Tree:
+    axes = (axis,) if isinstance(axis, str) else axis
+    return jax.tree.map(lambda x: varying(x, axes) if is_array(x) else x, tree)
 
 
 # -- dtypes ----------------------------------------------------------------------------
 
 
+def at_least_f32(x: Array) -> Array:
+    """X in what is summed in: float32, or float64 where it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def cast(tree: Tree, dtype: Any) -> Tree:
+    """The tree with its floating arrays in that dtype; None leaves them."""
+
     def one(x: Any) -> Any:
         is_float = isinstance(x, jax.Array | np.ndarray)
         is_float = is_float and jnp.issubdtype(x.dtype, jnp.floating)
@@ -166,6 +245,7 @@ def cast_base(frozen: Tree, dtype: Any) -> Tree:
 
 
 def cast_full(params: Tree, dtype: Any) -> Tree:
+    """Fully trained leaves, at use: what is updated stays as it is."""
     return jax.tree.map(
         lambda x: Full(cast(x.value, dtype)) if isinstance(x, Full) else x,
         params,

@@ -51,7 +51,8 @@ def linear_cross_entropy(
 
     The gradient of `hidden` is made in the forward pass. That of `kernel`, where it is
     asked for, costs the logits once more; where the kernel is adapted it is formed,
-    `[d, V]`, before it goes to the factors. Reverse mode only.
+    `[d, V]`, before it goes to the factors. It has reverse mode only: `jax.jvp`,
+    `jax.jacfwd` and Hessian products need `cross_entropy(hidden @ kernel, ...)`.
 
     Args:
       hidden: `[..., d]`, what goes into the head.
@@ -72,6 +73,9 @@ def linear_cross_entropy(
 
     Raises:
       ShapeError: the shapes do not fit each other, or fit either way.
+      DtypeError: labels that are no integers.
+      DataError: a label that is no class, where labels have values (see
+        `cross_entropy`).
 
     >>> h, w, y = jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.array([1, 2, -100])
     >>> total, count = linear_cross_entropy(h, w, y)
@@ -80,9 +84,9 @@ def linear_cross_entropy(
     """
     axis = _vocab_axis(hidden, kernel, vocab_axis)
     if chunk < 1:
-        raise ShapeError(f"chunk={chunk}: it is a number of classes, at least 1.")
-    check_labels("hidden", hidden, labels, mask)
-    weight = weights_of(labels, mask).reshape(-1)
+        raise ShapeError(f"chunk={chunk}: expected a number of classes, at least 1.")
+    check_labels("hidden", hidden, labels, mask, classes=kernel.shape[axis])
+    weight = weights_of(labels, mask, jnp.dtype(jnp.float32)).reshape(-1)
     counted = weight != 0
     safe = jnp.where(counted, labels.reshape(-1), 0)
     rows = hidden.reshape(-1, hidden.shape[-1])

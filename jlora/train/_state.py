@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine, split
+from jlora.train._static import Rest, is_array, put_together, take_apart
 
 if TYPE_CHECKING:
     import optax
 
-Array = Any
 Tree = Any
 
 
@@ -58,7 +59,8 @@ class TrainState:
 
         Args:
           params: a lorafied tree, of arrays or of shapes (which give an abstract
-            state, for restoring into).
+            state, for restoring into). Leaves that are no arrays, such as Equinox's
+            activation functions, belong to the frozen half and to the compiled program.
           tx: the optimiser. It sees the trainable half only; label trees for
             `optax.multi_transform` are `jlora.split(jlora.labels(params))[0]`.
           key: the run's PRNG key; None is `jax.random.key(0)`.
@@ -70,13 +72,27 @@ class TrainState:
         leaves = jax.tree.leaves(params)
         make = functools.partial(_new_state, cls, tx)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-            return jax.eval_shape(make, params, key)
+            return _abstract(make, params, key)
         return _on_one_mesh(make(params, key))
 
     @property
     def params(self) -> Tree:
         """The lorafied tree: evaluate, merge or save this."""
         return combine(self.trainable, self.frozen)
+
+
+def _abstract(make: Callable[..., TrainState], params: Tree, key: Array) -> TrainState:
+    """The state's shapes, and what is no array as it is."""
+    arrays, rest = take_apart(params)
+    kept: list[Rest] = []
+
+    def arrays_of(arrays: list[Any], key: Array) -> list[Any]:
+        found, structure = take_apart(make(put_together(arrays, rest), key))
+        kept.append(structure)
+        return found
+
+    shapes = jax.eval_shape(arrays_of, arrays, key)
+    return put_together(shapes, kept[0])
 
 
 def _new_state(
@@ -116,13 +132,17 @@ def _on_one_mesh(state: TrainState) -> TrainState:
 # -- pmap ------------------------------------------------------------------------------
 
 
-def replicate(state: TrainState, devices: Sequence[jax.Device] | None = None) -> Any:
+def replicate(
+    state: TrainState, devices: Sequence[jax.Device] | None = None
+) -> TrainState:
     """The state with a leading axis of devices, for `parallel="pmap"`."""
     devices = list(jax.local_devices() if devices is None else devices)
     mesh = Mesh(np.array(devices), ("batch",))
     along = NamedSharding(mesh, PartitionSpec("batch"))
 
     def one(x: Any) -> Any:
+        if not is_array(x):
+            return x
         x = jnp.asarray(x)
         return jax.device_put(jnp.broadcast_to(x, (len(devices), *x.shape)), along)
 
@@ -131,4 +151,4 @@ def replicate(state: TrainState, devices: Sequence[jax.Device] | None = None) ->
 
 def unreplicate(tree: Tree) -> Tree:
     """The first device's copy: undo `replicate`, or read metrics of a pmapped step."""
-    return jax.tree.map(lambda x: x[0], tree)
+    return jax.tree.map(lambda x: x[0] if is_array(x) else x, tree)

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.sharding import NamedSharding
 
 from jlora import _compat
-from jlora._errors import StructureError
+from jlora._errors import OptionError, StructureError
 from jlora._transform.replay import OnMissing
-from jlora.train._gradients import AxisName, GradientSettings, LossFn, gradients
+from jlora.train._batch import Batch, as_batch
+from jlora.train._gradients import (
+    AxisName,
+    GradientSettings,
+    LossFn,
+    Objective,
+    at_least_f32,
+)
 from jlora.train._state import TrainState
+from jlora.train._static import put_together, take_apart
 from jlora.train._totals import Metrics, means
 
-Array = Any
 Tree = Any
+Parallel = Literal["jit", "pmap"]
 
 
 class StepInfo(NamedTuple):
@@ -54,8 +64,21 @@ class _Settings:
     hooks: tuple[Hook, ...]
 
     def __post_init__(self) -> None:
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm={self.clip_norm!r}; it is above 0, or None.")
+        norm = self.clip_norm
+        if norm is not None and not (_is_real(norm) and norm > 0):
+            raise OptionError(
+                f"clip_norm={norm!r}: expected a number above 0, or None."
+            )
+        for hook in self.hooks:
+            if not callable(hook):
+                raise OptionError(
+                    f"hooks={hook!r}: expected functions of a StepInfo that return a "
+                    "dict of metrics."
+                )
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def make_train_step(
@@ -70,7 +93,7 @@ def make_train_step(
     hooks: Hook | Sequence[Hook] = (),
     donate: bool = True,
     axis_name: AxisName | None = None,
-    parallel: Literal["jit", "pmap"] = "jit",
+    parallel: Parallel = "jit",
     on_missing: OnMissing = "error",
 ) -> TrainStep:
     """Compile a training step `(state, batch) -> (state, metrics)`.
@@ -85,6 +108,11 @@ def make_train_step(
     Totals and counts are summed over microbatches and devices before the division, so
     accumulation equals the one big batch also where padding is uneven.
 
+    The optimiser is also told `value`, `grad` and `value_fn`: the mean loss, its
+    gradients before clipping, and the loss as a function of the trainable leaves on the
+    same batch. Line searches, L-BFGS and Polyak's step need them, and `optax`'s Sophia
+    the last as `obj_fn`.
+
     Args:
       loss_fn: `(params, batch, key)`, written for plain parameters.
       tx: an optax optimiser, schedules and all.
@@ -92,7 +120,8 @@ def make_train_step(
         step. Every leaf of the batch has a leading axis that it divides; scalars are
         shared. Microbatch i holds the items i, i + accumulate, ..., which keeps a batch
         that is sharded along its leading axis where it is.
-      clip_norm: scale the gradients down to this global norm.
+      clip_norm: scale the gradients down to this global norm, as
+        `optax.clip_by_global_norm` does, but with a norm that is summed in float32.
       compute_dtype: cast the base (and fully trained leaves, at use) to this dtype.
         Adapters and optimiser state stay as they are, and follow the base at use. The
         cast copy lives for the step; a base that is stored so takes no second one.
@@ -117,12 +146,14 @@ def make_train_step(
       if either is NaN or infinite; and those of the loss function and the hooks.
 
     Raises:
-      ValueError: options out of range.
+      OptionError: options out of range.
+      DataError: when called, a batch that holds something else than arrays.
       ShapeError: when called, a batch that `accumulate` does not divide.
       StructureError: when called, a result of the loss function or of a hook that is
         none of the above.
     """
-    if parallel == "pmap" and axis_name is None:
+    _check_functions(loss_fn, tx)
+    if check_parallel(parallel) == "pmap" and axis_name is None:
         axis_name = "batch"
     settings = _Settings(
         GradientSettings(
@@ -141,14 +172,36 @@ def make_train_step(
     return TrainStep(pure, donate, parallel, axis_name)
 
 
+def check_parallel(parallel: str) -> str:
+    """Return what was asked for, if it is known.
+
+    Raises:
+      OptionError: it is not.
+    """
+    if parallel not in ("jit", "pmap"):
+        raise OptionError(f"parallel={parallel!r}: expected 'jit' or 'pmap'.")
+    return parallel
+
+
+def _check_functions(loss_fn: Any, tx: Any) -> None:
+    if not callable(loss_fn):
+        raise OptionError(
+            f"loss_fn is {type(loss_fn).__name__}: expected a function "
+            "(params, batch, key) that returns the loss."
+        )
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise OptionError(
+            f"tx is {type(tx).__name__}: expected an optax optimiser, such as "
+            "optax.adamw(1e-4)."
+        )
+
+
 class TrainStep:
     """A compiled step; call it as `state, metrics = step(state, batch)`."""
 
     def __init__(
-        self, pure: Callable[..., Any], donate: bool, parallel: str, axis_name: Any
+        self, pure: Callable[..., Any], donate: bool, parallel: Parallel, axis_name: Any
     ) -> None:
-        if parallel not in ("jit", "pmap"):
-            raise ValueError(f"parallel={parallel!r}; it is 'jit' or 'pmap'.")
         self._pure = pure
         self._donate = (0,) if donate else ()
         self._parallel = parallel
@@ -156,19 +209,19 @@ class TrainStep:
         self._compiled: dict[Any, Any] = {}
         self._traces = 0
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Run one step."""
-        run, leaves, treedef = self._prepare(state)
-        leaves, metrics = run(leaves, (state.frozen, state.key), batch)
+        run, arguments, treedef = self._prepare(state, batch)
+        leaves, metrics = run(*arguments)
         step, trainable, opt_state = jax.tree.unflatten(treedef, leaves)
         return dataclasses.replace(
             state, step=step, trainable=trainable, opt_state=opt_state
         ), metrics
 
-    def lower(self, state: TrainState, batch: Any) -> Any:
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """Lower without running, as `jax.jit(f).lower`: for costs and memory."""
-        run, leaves, _ = self._prepare(state)
-        return run.lower(leaves, (state.frozen, state.key), batch)
+        run, arguments, _ = self._prepare(state, batch)
+        return run.lower(*arguments)
 
     def cache_size(self) -> int:
         """How many times the step was compiled: 1, or its arguments change shape."""
@@ -176,28 +229,34 @@ class TrainStep:
             return self._traces
         return sum(map(_compat.compilations, self._compiled.values()))
 
-    def _prepare(self, state: TrainState) -> tuple[Any, list[Any], Any]:
-        """The compiled function, and what a step changes: the leaves it may donate."""
-        moving = (state.step, state.trainable, state.opt_state)
+    def _prepare(self, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
+        """The compiled function, its arguments, and the structure of its result."""
+        batch = as_batch(batch)
         # Flattened once: nodes are flattened in Python, and a model has hundreds.
-        leaves, treedef = jax.tree.flatten(moving)
+        leaves, treedef = jax.tree.flatten(
+            (state.step, state.trainable, state.opt_state)
+        )
+        frozen, rest = take_apart(state.frozen)
         if self._parallel == "pmap":
-            known: Any = treedef
+            known: Any = (treedef, rest)
             wrap = functools.partial(jax.pmap, axis_name=self._axis_name)
         else:
             # The new state is laid out as the old one; the compiler could choose
             # another layout, and the next call would be compiled anew.
             shardings = [_named_sharding(x) for x in leaves]
-            known = (treedef, tuple(shardings))
+            known = (treedef, rest, tuple(shardings))
             wrap = functools.partial(jax.jit, out_shardings=(shardings, None))
         if known not in self._compiled:
-            flat = functools.partial(self._flat, treedef)
+            flat = functools.partial(self._flat, treedef, rest)
             self._compiled[known] = wrap(flat, donate_argnums=self._donate)
-        return self._compiled[known], leaves, treedef
+        return self._compiled[known], (leaves, frozen, state.key, batch), treedef
 
-    def _flat(self, treedef: Any, leaves: Any, kept: Any, batch: Any) -> Any:
+    def _flat(
+        self, treedef: Any, rest: Any, leaves: Any, frozen: Any, key: Any, batch: Any
+    ) -> Any:
         self._traces += 1
         moving = jax.tree.unflatten(treedef, leaves)
+        kept = (put_together(frozen, rest), key)
         moving, metrics = self._pure(moving, kept, batch)
         leaves, structure = jax.tree.flatten(moving)
         if structure != treedef:
@@ -222,17 +281,23 @@ def _step(
     step, trainable, opt_state = moving
     frozen, run_key = kept
     key = jax.random.fold_in(run_key, step)
-    grads, totals = gradients(
-        loss_fn, settings.gradients, trainable, frozen, batch, key
-    )
+    objective = Objective(loss_fn, settings.gradients, frozen, batch, key)
+    raw, totals = objective.gradients(trainable)
     metrics = means(totals)
-    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+    norm = _global_norm(raw)
     metrics["weight"] = totals["loss"][1]
     metrics["grad_norm"] = norm
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     metrics["nonfinite"] = ~finite
-    grads = _clip(grads, norm, settings.clip_norm)
-    updates, new_opt = tx.update(grads, opt_state, trainable, value=metrics["loss"])
+    grads = _clip(raw, norm, settings.clip_norm)
+    updates, new_opt = tx.update(
+        grads,
+        opt_state,
+        trainable,
+        value=metrics["loss"],
+        grad=raw,
+        **_loss_functions(objective),
+    )
     for hook in settings.hooks:
         info = StepInfo(step, trainable, grads, updates, key)
         metrics = _joined(metrics, hook(info))
@@ -243,12 +308,36 @@ def _step(
     return (step + 1, new, new_opt), metrics
 
 
+def _loss_functions(objective: Objective) -> dict[str, Callable[..., Array]]:
+    """The loss under both names that optax has for it."""
+    value = objective.value_fn()
+
+    def value_fn(trainable: Tree, obj_fn: Any = None) -> Array:
+        # optax hands its line searches every argument that value_fn has, and refuses
+        # any other; so this one has a place for Sophia's.
+        del obj_fn
+        return value(trainable)
+
+    return {"value_fn": value_fn, "obj_fn": value}
+
+
+def _global_norm(tree: Tree) -> Array:
+    """As `optax.tree.norm`, summed in float32 at least whatever the leaves are."""
+    squares = [jnp.sum(at_least_f32(x) ** 2) for x in jax.tree.leaves(tree)]
+    dtype = jnp.result_type(*(x.dtype for x in squares))
+    return jnp.sqrt(sum(x.astype(dtype) for x in squares))
+
+
 def _clip(grads: Tree, norm: Array, clip_norm: float | None) -> Tree:
     """As `optax.clip_by_global_norm`, with the norm that is reported anyway."""
     if clip_norm is None:
         return grads
-    clip = lambda g: jnp.where(norm < clip_norm, g, (g / norm) * clip_norm)  # noqa: E731
-    return jax.tree.map(lambda g: clip(g).astype(g.dtype), grads)
+
+    def clip(g: Array) -> Array:
+        scaled = at_least_f32(g) / norm.astype(jnp.promote_types(g.dtype, jnp.float32))
+        return jnp.where(norm < clip_norm, g, (scaled * clip_norm).astype(g.dtype))
+
+    return jax.tree.map(clip, grads)
 
 
 def _joined(metrics: Metrics, more: Mapping[str, Array]) -> Metrics:

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jlora._errors import StructureError
 from jlora._transform.lora import lora
 from jlora._transform.replay import OnMissing
 
-Array = Any
 Tree = Any
 Metrics = dict[str, Array]
 # A metric is `total / count`; both are summed over microbatches, devices and batches.
@@ -55,17 +54,22 @@ def _read_loss(out: Any) -> Totals:
 
 
 def pair(name: str, value: Any, weight: Any) -> tuple[Array, Array]:
-    """`(total, count)` in float32, of a pair or of a mean and its weight."""
+    """`(total, count)` in float32 at least, of a pair or of a mean and its weight."""
     is_pair = isinstance(value, tuple) and len(value) == 2
     one, two = value if is_pair else (value, weight)
     try:
-        one, two = (jnp.asarray(x, jnp.float32) for x in (one, two))
+        one, two = (_number(x) for x in (one, two))
     except (TypeError, ValueError) as error:
         raise StructureError(_no_metric(name, value)) from error
     if one.shape or two.shape:
         raise StructureError(_no_metric(name, value))
-    two = lax.stop_gradient(two)
+    two = lax.stop_gradient(two).astype(one.dtype)
     return (one if is_pair else one * two), two
+
+
+def _number(x: Any) -> Array:
+    is_wide = getattr(x, "dtype", None) == jnp.float64
+    return jnp.asarray(x, jnp.float64 if is_wide else jnp.float32)
 
 
 def _no_metric(name: str, value: Any) -> str:
@@ -84,4 +88,4 @@ def means(totals: Totals) -> Metrics:
 
 def nonzero(count: Array) -> Array:
     """Nothing counted is a mean of 0 and a gradient of 0, not a NaN in the weights."""
-    return jnp.where(count == 0, 1.0, count)
+    return jnp.where(count == 0, jnp.ones_like(count), count)

@@ -103,7 +103,10 @@ def test_a_label_that_is_no_class_is_nan_and_a_negative_one_never_counts():
         for axis, w in ((1, kernel), (0, kernel.T)):
             how = {} if f is apart else {"vocab_axis": axis}
             w = kernel if f is apart else w
-            assert np.isnan(f(hidden, w, labels.at[0, 0].set(V), **how)[0])
+            beyond = labels.at[0, 0].set(V)  # without a value, as in a step
+            assert np.isnan(
+                jax.jit(lambda y, f=f, w=w, how=how: f(hidden, w, y, **how)[0])(beyond)
+            )
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -173,12 +173,29 @@ def test_nothing_trained_is_an_error():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"accumulate": 0}, "accumulate=0"), ({"clip_norm": -1.0}, "clip_norm=-1.0"),
-     ({"parallel": "threads"}, "parallel='threads'")],
+    [({"accumulate": 0}, "accumulate=0"), ({"accumulate": 2.0}, "accumulate=2.0"),
+     ({"accumulate": True}, "accumulate=True"), ({"clip_norm": -1.0}, "clip_norm=-1.0"),
+     ({"clip_norm": float("nan")}, "clip_norm=nan"), ({"clip_norm": "1"}, "clip_norm='1'"),
+     ({"parallel": "threads"}, "parallel='threads'"),
+     ({"compute_dtype": "bf16"}, "compute_dtype='bf16'"),
+     ({"compute_dtype": jnp.int8}, "compute_dtype=.*floating"),
+     ({"on_missing": "merge"}, "on_missing='merge'"),
+     ({"hooks": [1]}, "hooks=1: expected functions"), ({"loss_fn": 0.5}, "loss_fn is float"),
+     ({"tx": optax.constant_schedule(1.0)}, "tx is function")],
 )  # fmt: skip
 def test_options_out_of_range(options, words):
-    with pytest.raises(ValueError, match=words):
-        jt.make_train_step(loss_fn, optax.sgd(0.1), **options)
+    with pytest.raises(jlora.OptionError, match=words):
+        jt.make_train_step(**{"loss_fn": loss_fn, "tx": optax.sgd(0.1), **options})
+    also = {"compute_dtype", "parallel", "on_missing"} & set(options)
+    for name in also:
+        with pytest.raises(jlora.OptionError, match=words):
+            jt.make_eval_step(lambda p, b: {}, **{name: options[name]})
+
+
+def test_whole_numbers_of_any_kind_are_whole_numbers():
+    want, _ = sgd_run(accumulate=4, n=1)
+    got, _ = sgd_run(accumulate=np.int64(4), clip_norm=np.float32(1e9), n=1)
+    assert_close(got.trainable, want.trainable, rtol=1e-6, atol=1e-7)
 
 
 # -- accumulation and weights ----------------------------------------------------------
@@ -514,7 +531,7 @@ def test_evaluation_over_uneven_batches_equals_the_whole():
     np.testing.assert_allclose(got["accuracy"], right / of, rtol=1e-6)
     with pytest.raises(jlora.StructureError, match="no batches"):
         jt.evaluate(step, params, iter(()))
-    with pytest.raises(jlora.StructureError, match="returns a dict"):
+    with pytest.raises(jlora.StructureError, match="returns an array: expected a dict"):
         jt.make_eval_step(lambda p, b: jnp.zeros(()))(params, batch)
 
 

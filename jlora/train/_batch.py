@@ -37,9 +37,7 @@ def as_batch(batch: Any) -> Batch:
     faults = _faults(batch)
     if faults:
         lines = (f"{path}: {fault}" for path, fault in faults.items())
-        raise DataError(
-            f"a step cannot read this batch:\n  {listed(lines)}{_REMEDY}"
-        )
+        raise DataError(f"a step cannot read this batch:\n  {listed(lines)}{_REMEDY}")
     return batch
 
 
@@ -54,7 +52,7 @@ _WIDE = (np.dtype(np.int64), np.dtype(np.uint64))
 
 @functools.lru_cache(maxsize=256)
 def _is_number(dtype: Any) -> bool:
-    return dtype == bool or dtypes.issubdtype(dtype, np.number)
+    return any(dtypes.issubdtype(dtype, kind) for kind in (np.number, np.bool_))
 
 
 def _as_dicts(x: Any) -> Any:

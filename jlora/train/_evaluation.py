@@ -28,7 +28,7 @@ from jlora.train._gradients import (
 from jlora.train._state import TrainState, unreplicate
 from jlora.train._static import put_together, take_apart
 from jlora.train._step import Parallel, check_parallel
-from jlora.train._totals import Metrics, Totals, means, pair
+from jlora.train._totals import Metrics, Totals, means, pair, totals_fn
 
 Tree = Any
 MetricFn = Callable[[Tree, Batch], Mapping[str, Any]]
@@ -111,19 +111,23 @@ def make_eval_step(
     def read(params: Tree, batch: Any) -> Totals:
         metrics = metric_fn(params, batch)
         if not isinstance(metrics, Mapping):
+            is_array = isinstance(metrics, jax.Array)
+            kind = "an array" if is_array else type(metrics).__name__
             raise StructureError(
-                f"the metric function returns {type(metrics).__name__}: expected a "
+                f"the metric function returns {kind}: expected a "
                 "dict of metrics, each a scalar or a pair (total, count)."
             )
         weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
         named = {name: x for name, x in metrics.items() if name != "weight"}
         return {name: pair(name, x, weight) for name, x in named.items()}
 
+    of_lorafied = lora(read, on_missing=on_missing)
+
     def totals(params: Tree, batch: Any) -> Totals:
         params = cast_full(cast_base(params, compute_dtype), compute_dtype)
         if cast_batch:
             batch = cast(batch, compute_dtype)
-        out = lora(read, on_missing=on_missing)(params, batch)
+        out = of_lorafied(params, batch)
         return out if axis_name is None else lax.psum(out, axis_name)
 
     return EvalStep(totals, parallel, axis_name)
@@ -184,15 +188,14 @@ def check_gradients(
       StructureError: every gradient is zero: the loss uses none of the adapters.
       DataError: the batch holds something else than arrays.
     """
-    settings = GradientSettings(
-        compute_dtype=compute_dtype, cast_batch=cast_batch, on_missing=on_missing
-    )
+    settings = GradientSettings(compute_dtype=compute_dtype, cast_batch=cast_batch)
+    loss = totals_fn(loss_fn, on_missing)
     arrays, rest = take_apart(state.frozen)
 
     @jax.jit
     def is_zero(trainable: Tree, arrays: list[Any], batch: Batch, key: Array) -> Tree:
         frozen = put_together(arrays, rest)
-        grads, _ = Objective(loss_fn, settings, frozen, batch, key).gradients(trainable)
+        grads, _ = Objective(loss, settings, frozen, batch, key).gradients(trainable)
         return jax.tree.map(lambda g: ~jnp.any(g != 0), grads)
 
     zero = is_zero(state.trainable, arrays, as_batch(batch), state.key)

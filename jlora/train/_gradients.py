@@ -17,11 +17,10 @@ from jlora._compat import varying
 from jlora._errors import OptionError, ShapeError
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import path_str
-from jlora._transform.replay import OnMissing
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine
 from jlora.train._static import is_array
-from jlora.train._totals import Totals, means, nonzero, totals_fn
+from jlora.train._totals import Totals, means, nonzero
 
 Tree = Any
 AxisName = str | tuple[str, ...]
@@ -36,13 +35,12 @@ class GradientSettings:
     compute_dtype: Any = None
     cast_batch: bool = True
     axis_name: AxisName | None = None
-    on_missing: OnMissing = "error"
 
     def __post_init__(self) -> None:
         n = self.accumulate
         if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
             raise OptionError(
-                f"accumulate={n!r}: expected a whole number of microbatches, at least 1."
+                f"accumulate={n!r}: expected a number of microbatches, at least 1."
             )
         check_compute_dtype(self.compute_dtype)
 
@@ -70,12 +68,12 @@ class Objective:
     """The mean loss of one batch, as a function of the trainable leaves.
 
     The same microbatches, PRNG keys and dtypes at every call: line searches compare
-    values of one function.
+    values of one function. `loss` is what `totals_fn` makes of a loss function.
     """
 
     def __init__(
         self,
-        loss_fn: LossFn,
+        loss: Callable[..., Totals],
         settings: GradientSettings,
         frozen: Tree,
         batch: Any,
@@ -90,7 +88,7 @@ class Objective:
         cast_batch = settings.compute_dtype if settings.cast_batch else None
         self._batch = cast(batch, cast_batch)
         self._key = key
-        self._loss = totals_fn(loss_fn, settings.on_missing)
+        self._loss = loss
         self._settings = settings
 
     def gradients(self, trainable: Tree) -> tuple[Tree, Totals]:

@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jlora._errors import DtypeError, ShapeError
@@ -95,8 +94,8 @@ def check_labels(
 
 def weights_of(labels: Array, mask: Array | None, dtype: jnp.dtype) -> Array:
     """What each label counts: the mask, or 1; 0 where the label is below 0."""
-    mask = jnp.ones((), dtype) if mask is None else mask
-    return jnp.where(labels >= 0, mask, jnp.zeros((), mask.dtype)).astype(dtype)
+    weight = jnp.ones((), dtype) if mask is None else jnp.asarray(mask).astype(dtype)
+    return jnp.where(labels >= 0, weight, jnp.zeros((), dtype))
 
 
 def _sum_dtype(x: Array) -> jnp.dtype:

@@ -99,12 +99,22 @@ def _new_state(
     cls: type[TrainState], tx: optax.GradientTransformation, params: Tree, key: Array
 ) -> TrainState:
     trainable, frozen = split(with_dropout(params, None))
-    trainable = jax.tree.map(jnp.copy, trainable)
+    trainable = jax.tree.map(_own, trainable)
     # Left on the host, a NumPy base would be sent to the device at every step.
     frozen = jax.tree.map(_to_device, frozen)
     # Some optimisers keep the parameters themselves; no buffer is donated twice.
-    opt_state = jax.tree.map(jnp.copy, tx.init(trainable))
+    opt_state = jax.tree.map(_own, tx.init(trainable))
     return cls(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key)
+
+
+def _own(x: Any) -> Array:
+    return strongly_typed(jnp.copy(x))
+
+
+def strongly_typed(x: Array) -> Array:
+    """X with its dtype as its own: a weak one would be compiled for anew."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return x if is_key else x.astype(x.dtype)
 
 
 def _to_device(x: Any) -> Any:

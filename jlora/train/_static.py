@@ -22,11 +22,12 @@ Tree = Any
 def is_array(x: Any) -> bool:
     """Whether x is data for a compiled function: an array, or the shape of one."""
     # By type first: asking jax.Array takes long, and a model has hundreds of leaves.
-    return _is_array_type(type(x)) or isinstance(x, jax.Array)
+    kind: Any = type(x)
+    return _is_array_type(kind) or isinstance(x, jax.Array)
 
 
 @functools.cache
-def _is_array_type(kind: type) -> bool:
+def _is_array_type(kind: Any) -> bool:
     known = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     return issubclass(kind, known)
 

@@ -25,9 +25,9 @@ from jlora.train._gradients import (
     Objective,
     at_least_f32,
 )
-from jlora.train._state import TrainState
+from jlora.train._state import TrainState, strongly_typed
 from jlora.train._static import put_together, take_apart
-from jlora.train._totals import Metrics, means
+from jlora.train._totals import Metrics, Totals, means, totals_fn
 
 Tree = Any
 Parallel = Literal["jit", "pmap"]
@@ -161,14 +161,14 @@ def make_train_step(
             compute_dtype=compute_dtype,
             cast_batch=cast_batch,
             axis_name=axis_name,
-            on_missing=on_missing,
         ),
         clip_norm,
         skip_nonfinite,
         (hooks,) if callable(hooks) else tuple(hooks),
     )
     tx = optax.with_extra_args_support(tx)
-    pure = functools.partial(_step, loss_fn, tx, settings)
+    loss = totals_fn(loss_fn, on_missing)
+    pure = functools.partial(_step, loss, tx, settings)
     return TrainStep(pure, donate, parallel, axis_name)
 
 
@@ -265,7 +265,7 @@ class TrainStep:
                 "\nMake the state with the optimiser that the step has: "
                 f"TrainState.create(params, tx).\n  was {treedef}\n  is  {structure}"
             )
-        return leaves, metrics
+        return [strongly_typed(x) for x in leaves], metrics
 
 
 def _named_sharding(x: Any) -> NamedSharding | None:
@@ -276,12 +276,17 @@ def _named_sharding(x: Any) -> NamedSharding | None:
 
 
 def _step(
-    loss_fn: LossFn, tx: Any, settings: _Settings, moving: Any, kept: Any, batch: Any
+    loss: Callable[..., Totals],
+    tx: Any,
+    settings: _Settings,
+    moving: Any,
+    kept: Any,
+    batch: Any,
 ) -> tuple[Any, Metrics]:
     step, trainable, opt_state = moving
     frozen, run_key = kept
     key = jax.random.fold_in(run_key, step)
-    objective = Objective(loss_fn, settings.gradients, frozen, batch, key)
+    objective = Objective(loss, settings.gradients, frozen, batch, key)
     raw, totals = objective.gradients(trainable)
     metrics = means(totals)
     norm = _global_norm(raw)

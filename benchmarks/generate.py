@@ -2,92 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks import _results
-from benchmarks._cases import Case
-from benchmarks._choice import cases, contenders, described
-from benchmarks._race import Entry, race
+from benchmarks.cases import Case, cases
+from benchmarks.race import Contender, Rows, race
 
-CPU = (("t5-small-8x64", 8, None), ("gpt2-4x128", 8, None))
-GPU = (("t5-base-32x512", 8, None),)
-OWN = ("jlora", "merged")
+CPU = (Case("t5-small-8x64"), Case("gpt2-4x128"))
+GPU = (Case("t5-base-32x512"),)
+NAMES = ("jlora", "merged", "PEFT")
 COLUMNS = ("case", "contender", "beams", "tokens_per_s", "median_ms", "to_merged",
            "to_peft", "error")  # fmt: skip
 
 
-def main(options: Any) -> list[_results.Row]:
-    """Measure, print a table, save."""
-    rows, about = [], {}
-    for one in cases(options, CPU, GPU):
+def run(options: Any) -> Iterator[Rows]:
+    """Yield the rows of each case and number of beams."""
+    tokens = min(options.tokens, 4) if options.quick else options.tokens
+    names = options.contenders or NAMES
+    for one in cases(options, *(GPU if options.gpu else CPU)):
         for beams in options.beams:
-            tokens = min(options.tokens, 4) if options.quick else options.tokens
-            names = contenders(options, (*OWN, "PEFT"))
-            result = race([_entry(one, n, beams, tokens) for n in names], options)
-            about |= result.about
-            for name in names:
-                median = result.median(name)
+            arguments = {"case": one.json, "beams": beams, "tokens": tokens}
+            result = race([_entry(name, arguments) for name in names], options)
+            rows = result.rows({"case": one.title, "beams": beams}, names)
+            for row in rows:
                 made = one.batch * tokens
-                rows.append(
-                    {
-                        **described(one),
-                        "contender": name,
-                        "beams": beams,
-                        "tokens_per_s": None if median is None else 1e3 * made / median,
-                        "median_ms": median,
-                        "to_merged": result.ratio(name, "merged"),
-                        "to_peft": result.ratio(name, "PEFT"),
-                        "error": result.errors.get(name),
-                    }
-                )
-    print(_results.table(rows, COLUMNS))
-    _results.save(options, about, rows)
-    return rows
+                row["tokens_per_s"] = result.rate(row["contender"], made)
+            yield rows, result.about
 
 
-def _entry(one: Case, name: str, beams: int, tokens: int) -> Entry:
-    arguments = {"case": dataclasses.asdict(one), "beams": beams, "tokens": tokens}
+def _entry(name: str, arguments: Mapping[str, Any]) -> Contender:
     if name == "PEFT":
-        maker = "benchmarks._peers_torch:Generation"
-        return Entry(name, maker, arguments, name)
-    merged = name == "merged"
-    return Entry(
-        name, "benchmarks.generate:Generation", {**arguments, "merged": merged}
+        return Contender(name, "benchmarks.torch_steps:generation", arguments, name)
+    return Contender(
+        name, "benchmarks.generate:generation", {**arguments, "kind": name}
     )
 
 
-class Generation:
-    """jlora's generation, adapters live or folded in."""
+def generation(case: Mapping[str, Any], beams: int, tokens: int, kind: str) -> Any:
+    """Generation with adapters live or folded in; runs in a worker."""
+    import jlora
+    from benchmarks.work import workload
+    from jlora import models
 
-    def __init__(
-        self, case: Mapping[str, Any], beams: int, tokens: int, merged: bool
-    ) -> None:
-        import jlora
-        from benchmarks._workload import workload
+    work = workload(Case(**case))
+    params = work.lorafied(work.params)
+    settings: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    if kind == "merged":
+        params = jlora.merge(params)
+    else:
+        settings["transform"] = jlora.lora
+    ids = work.batch["input_ids"]
 
-        self.work = workload(case)
-        tree = self.work.lorafied()
-        self.params = jlora.merge(tree) if merged else tree
-        self.transform = None if merged else jlora.lora
-        self.settings = {
-            "num_beams": beams,
-            "max_new_tokens": tokens,
-            "min_new_tokens": tokens,
-        }
-        self.step()
-        self.facts = {"tokens": tokens * self.work.case.batch}
+    def step() -> Any:
+        made = models.generate(work.model, params, ids, num_beams=beams, **settings)
+        return made.block_until_ready()
 
-    def step(self) -> None:
-        """Generate once."""
-        from jlora import models
-
-        tokens = models.generate(
-            self.work.model,
-            self.params,
-            self.work.batch["input_ids"],
-            transform=self.transform,
-            **self.settings,
-        )
-        tokens.block_until_ready()
+    return step, {}

@@ -1,0 +1,213 @@
+"""Fair timing: contenders take turns in every round, each framework in a process.
+
+Each round has an order of its own, for who runs after whom is worth some percent: what
+the one before left in the caches, and how warm it left the processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import worker
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    # XLA's CPU runtime takes one large arena a step from malloc, which glibc maps and
+    # unmaps every time: 100,000 page faults a step. These keep it.
+    "tuned": {
+        "MALLOC_TRIM_THRESHOLD_": "16000000000",
+        "MALLOC_MMAP_THRESHOLD_": "8000000000",
+        "MALLOC_ARENA_MAX": "1",
+    },
+    # Every array in pages of its own, given back when it goes: who does a thing once
+    # has none to reuse. By itself glibc keeps more or fewer of them from run to run.
+    "fresh": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+}
+# Tiny programs are compiled, not run: LLVM's optimiser would be half the time.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# GPUs that XLA can compile for without one. JAX's own arrays stay on the CPU, and
+# kernels are not chosen by timing them.
+TARGETS = {p.stem: p for p in (ROOT / "benchmarks" / "targets").glob("*.txtpb")}
+AHEAD = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+# What a contender's time is compared with, where that runs too.
+RATIOS = {
+    "to_floor": "floor",
+    "to_by_hand": "by hand",
+    "to_merged": "merged",
+    "to_peft": "PEFT",
+    "to_compile": "PEFT, torch.compile",
+    "to_safe_merge": "PEFT, safe_merge",
+}
+Row = dict[str, Any]
+Rows = tuple[list[Row], dict[str, Any]]  # and about the workers they come from
+
+
+class Contender(NamedTuple):
+    """Who takes part.
+
+    Attributes:
+      name: in tables.
+      build: `module:function`. In the worker it returns `(step, facts)`: a function
+        that runs a step and waits for it, and a dict of what else is known, read when
+        the race is over.
+      arguments: of `build`, as JSON.
+      group: contenders of one group share a process.
+    """
+
+    name: str
+    build: str
+    arguments: Mapping[str, Any]
+    group: str = "jax"
+
+
+class WorkerError(Exception):
+    """A worker could not do what it was asked; the message goes into the table."""
+
+
+class Race:
+    """What came out, by contender, and each group's device, versions and memory."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}  # milliseconds of every round
+        self.cpu: dict[str, list[float]] = {}  # of all threads together
+        self.facts: dict[str, Row] = {}
+        self.errors: dict[str, str] = {}
+        self.about: dict[str, Row] = {}
+
+    def ratio(self, name: str, to: str) -> float | None:
+        """Return the median over rounds of one's time over another's.
+
+        A machine that slows down for a while slows all contenders, so ratios within a
+        round hold where times alone would not.
+        """
+        if name not in self.times or to not in self.times:
+            return None
+        pairs = zip(self.times[name], self.times[to], strict=True)
+        return statistics.median(x / y for x, y in pairs)
+
+    def rate(self, name: str, amount: float) -> float | None:
+        """Return how much of the amount of a step is done in a second."""
+        if name not in self.times:
+            return None
+        return 1e3 * amount / statistics.median(self.times[name])
+
+    def rows(self, head: Row, names: Sequence[str]) -> list[Row]:
+        """Return a row for each contender, those that failed included."""
+        return [{**head, "contender": name, **self._figures(name)} for name in names]
+
+    def _figures(self, name: str) -> Row:
+        if name in self.errors:
+            return {"error": self.errors[name]}
+        return {
+            "median_ms": statistics.median(self.times[name]),
+            "min_ms": min(self.times[name]),
+            "cpu_ms": statistics.median(self.cpu[name]),
+            **{column: self.ratio(name, to) for column, to in RATIOS.items()},
+            "full_to_this": self.ratio("full fine-tuning", name),
+            **self.facts[name],
+            "all_ms": self.times[name],
+        }
+
+
+def race(contenders: Sequence[Contender], options: Any) -> Race:
+    """Build every contender, warm up, and time them round by round.
+
+    One that fails, at any time, is in `errors` and runs no further.
+    """
+    out, running, draw = Race(), list(contenders), random.Random(0)
+    workers: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+
+        def ask(one: Contender, do: str, **request: Any) -> Any:
+            """The answer, or None of one that failed and leaves the race."""
+            if one.group not in workers:
+                workers[one.group] = stack.enter_context(_worker(options, one.group))
+            try:
+                line = json.dumps({"do": do, "name": one.name, **request})
+                reply = json.loads(workers[one.group](line))
+                if "error" not in reply:
+                    return reply["answer"]
+                out.errors[one.name] = reply["error"]
+            except WorkerError as error:
+                out.errors[one.name] = str(error)
+            running.remove(one)
+            out.times.pop(one.name, None)
+            return None
+
+        for one in contenders:
+            took = ask(one, "build", build=one.build, arguments=one.arguments)
+            if took is not None:
+                print(f"  {one.name}: ready in {took:.1f} s", file=sys.stderr)
+        for number in range(options.warmup + options.repeats):
+            for one in draw.sample(running, len(running)):
+                took = ask(one, "step")
+                if took is not None and number >= options.warmup:
+                    out.times.setdefault(one.name, []).append(took["ms"])
+                    out.cpu.setdefault(one.name, []).append(took["cpu_ms"])
+        for one in list(running):
+            facts = ask(one, "facts")
+            if facts is not None:
+                out.facts[one.name], out.about[one.group] = facts
+    return out
+
+
+@contextlib.contextmanager
+def _worker(options: Any, group: str) -> Any:
+    """Give a function that passes a line to a worker and returns its answer."""
+    if options.in_process:
+        yield worker.Worker().answer
+        return
+    pythons = dict(entry.split("=", 1) for entry in options.python)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [pythons.get(group, sys.executable), "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment(options),
+        )
+        try:
+            yield lambda line: _answer(process, log, line)
+        finally:
+            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                process.communicate(timeout=20)  # it ends with its input
+            process.kill()
+
+
+def environment(options: Any) -> dict[str, str]:
+    """Return the environment of a worker."""
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    return {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # of a GPU, which workers share
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        **ENVIRONMENTS[options.env],
+        **({"XLA_FLAGS": QUICK} if options.quick else {}),
+        **({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if options.dry else {}),
+        **(AHEAD if getattr(options, "compile_for", None) else {}),
+    }
+
+
+def _answer(process: Any, log: Any, line: str) -> str:
+    """The answer of a process; if it ended, an error with its last words."""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        if answer := process.stdout.readline():
+            return answer
+    status = process.wait()
+    log.seek(0)
+    words = log.read().strip().splitlines() or ["it said nothing"]
+    raise WorkerError(f"the worker ended with status {status}: {words[-1]}")

@@ -130,7 +130,8 @@ def choose(
     chosen: dict[str, list[Choice]] = {}
     reports: list[str] = []
     # Numbers inside a stacked block count its parts, and not the repeated blocks.
-    numbered = [path for path in leaves if path not in stacked]
+    arrays = (path for path, leaf in leaves.items() if _is_parameter(leaf))
+    numbered = [path for path in arrays if path not in stacked]
     entries = list(_entry_hits(targets, leaves, survey, stacked))
     for entry, target, hits in entries:
         kernels = _kernels_of(entry, hits, leaves, survey, stacked)

@@ -35,8 +35,12 @@ def room_of(path):
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path, typing=True):
+    """The names a file imports; those for annotations alone only with `typing`."""
+    tree = ast.parse(path.read_text())
+    if not typing:
+        tree.body = [node for node in tree.body if not is_for_typing(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -45,8 +49,12 @@ def imports(path):
                 yield from (f"jlora.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(path):
-    for name in imports(path):
+def is_for_typing(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def rooms_imported(path, typing=True):
+    for name in imports(path, typing):
         parts = name.split(".")
         if parts[0] == "jlora" and len(parts) > 1 and parts[1] != room_of(path):
             yield parts[1]
@@ -69,7 +77,7 @@ def test_imports_go_down(path):
 def test_rooms_of_one_floor_do_not_need_each_other():
     needs = {room: set() for room in FLOOR}
     for path in FILES:
-        needs[room_of(path)].update(rooms_imported(path))
+        needs[room_of(path)].update(rooms_imported(path, typing=False))
     order = []
     while len(order) < len(needs):
         free = sorted(r for r in needs if r not in order and not needs[r] - {*order})

@@ -231,6 +231,7 @@ class Batches:
             from tqdm import tqdm
 
             batches = tqdm(batches, desc=title, unit="batch", leave=False)
+            batches.set_postfix_str("the first takes longest")
         out: list[Any] = [None] * self.examples
         for batch in batches:
             results = function(self.arrays(batch))

@@ -23,13 +23,34 @@ except ImportError as error:
         'jlora.train needs optax, which is not installed: pip install "jlora[train]"'
     ) from error
 
+from jlora.train._callbacks import Log as Log
+from jlora.train._callbacks import ProgressBar as ProgressBar
+from jlora.train._callbacks import Save as Save
+from jlora.train._callbacks import Validate as Validate
+from jlora.train._command import RunSettings as RunSettings
+from jlora.train._command import command_line as command_line
+from jlora.train._command import option as option
+from jlora.train._command import read_settings as read_settings
 from jlora.train._evaluation import EvalStep as EvalStep
 from jlora.train._evaluation import check_gradients as check_gradients
 from jlora.train._evaluation import evaluate as evaluate
 from jlora.train._evaluation import make_eval_step as make_eval_step
+from jlora.train._fit import Fit as Fit
+from jlora.train._fit import fit as fit
 from jlora.train._gradients import LossFn as LossFn
 from jlora.train._linear_loss import linear_cross_entropy as linear_cross_entropy
+from jlora.train._loop import Callback as Callback
+from jlora.train._loop import Interrupted as Interrupted
+from jlora.train._loop import Loop as Loop
 from jlora.train._losses import cross_entropy as cross_entropy
+from jlora.train._metrics import MetricsLog as MetricsLog
+from jlora.train._plot import plot_losses as plot_losses
+from jlora.train._report import Report as Report
+from jlora.train._report import file_sizes as file_sizes
+from jlora.train._report import machine as machine
+from jlora.train._report import table as table
+from jlora.train._run import RunFolder as RunFolder
+from jlora.train._schedule import warmup_schedule as warmup_schedule
 from jlora.train._state import TrainState as TrainState
 from jlora.train._state import replicate as replicate
 from jlora.train._state import unreplicate as unreplicate

@@ -1,0 +1,226 @@
+"""What a run does beside its steps: log, validate, save, show how far it is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jlora._errors import JloraWarning
+from jlora.train._evaluation import EvalStep, evaluate
+from jlora.train._loop import Callback, Loop, Numbers
+from jlora.train._metrics import MetricsLog
+from jlora.train._state import TrainState
+
+
+class Log(Callback):
+    """Writes the mean loss since the last line, and how fast it goes.
+
+    Args:
+      metrics: the file.
+      every: steps a line.
+      unit: what is counted, `tokens` say: the name of the rate.
+    """
+
+    def __init__(
+        self, metrics: MetricsLog, every: int = 10, unit: str = "tokens"
+    ) -> None:
+        self.metrics, self.every, self.unit = metrics, every, unit
+        self.loss = self.weight = 0.0
+        self.counted, self.since = 0, 0.0
+        self.last: Numbers = {}
+
+    def on_start(self, loop: Loop) -> None:
+        """Begin to measure the rate."""
+        self.since = loop.step_seconds
+
+    def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
+        """Add a step to the mean."""
+        self.loss += metrics["loss"] * metrics["weight"]
+        self.weight += metrics["weight"]
+        self.counted += int(metrics["count"])
+        self.last = metrics
+
+    def on_interval(self, loop: Loop) -> None:
+        """Write a line."""
+        seconds = loop.step_seconds - self.since
+        values = {"loss": self.loss / self.weight if self.weight else math.nan}
+        if "learning_rate" in self.last:
+            values["learning_rate"] = self.last["learning_rate"]
+        if self.counted and seconds > 0:
+            values[f"{self.unit}_per_second"] = round(self.counted / seconds)
+        self.metrics.write("train", step=loop.position, **values)
+        self.loss = self.weight = 0.0
+        self.counted, self.since = 0, loop.step_seconds
+
+    def saved(self) -> dict[str, Any]:
+        """The sums since the last line."""
+        return {"loss": self.loss, "weight": self.weight}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on with them."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+
+class Validate(Callback):
+    """Measures the loss on other examples, and keeps the best adapter.
+
+    Args:
+      step: from `make_eval_step`; one of its metrics is `loss`.
+      batches: to go over each time.
+      metrics: the file to log to.
+      adapter: where the best adapter is saved.
+      every: steps between validations.
+      epoch: steps an epoch.
+    """
+
+    def __init__(
+        self,
+        step: EvalStep,
+        batches: Iterable[Any],
+        metrics: MetricsLog,
+        adapter: Path,
+        every: int,
+        epoch: int,
+    ) -> None:
+        self.step, self.batches, self.metrics = step, batches, metrics
+        self.adapter, self.every, self.epoch = adapter, every, epoch
+        self.first_loss = self.best_loss = math.inf
+        self.best_step: int | None = None
+        self.compared = False  # whether a loss after the first step was finite
+
+    def on_start(self, loop: Loop) -> None:
+        """Measure what there is before training."""
+        if loop.position == 0:
+            self.on_interval(loop)
+            self.first_loss = self.best_loss
+
+    def on_interval(self, loop: Loop) -> None:
+        """Measure; save the adapter if it is the best so far."""
+        values = evaluate(self.step, loop.state, self.batches)
+        loss, epoch = values["loss"], loop.position / self.epoch
+        known = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.metrics.write("valid", step=loop.position, epoch=round(epoch, 3), **known)
+        _say(f"step {loop.position} (epoch {epoch:.2f}): validation loss {loss:.4f}")
+        if not math.isfinite(loss):
+            warnings.warn(
+                f"step {loop.position}: the validation loss is {loss}, so this adapter "
+                "is not compared with others.\nTraining goes on; are the validation "
+                "examples in order, and is the precision enough?",
+                JloraWarning,
+                stacklevel=2,
+            )
+        self.compared |= loop.position > 0 and math.isfinite(loss)
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, loop.position
+            save_best(self.adapter, loop.state)
+        elif loop.position == loop.steps and not self.compared:
+            self.best_step = loop.position
+            save_best(self.adapter, loop.state)
+            warnings.warn(
+                "no validation loss after a step of training was finite: the adapter "
+                f"that is kept is that of the last step, {loop.position}.",
+                JloraWarning,
+                stacklevel=2,
+            )
+
+    def saved(self) -> dict[str, Any]:
+        """What was best so far; infinity is no JSON."""
+        losses = {"first_loss": self.first_loss, "best_loss": self.best_loss}
+        kept = {name: x for name, x in losses.items() if math.isfinite(x)}
+        return {**kept, "best_step": self.best_step, "compared": self.compared}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Compare with that from now on."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+
+def save_best(path: Path, state: TrainState) -> None:
+    """Save a state's adapter in the place of an earlier one."""
+    from jlora import checkpoint
+
+    checkpoint.save_adapter(path, state.params, overwrite=True)
+
+
+class Save(Callback):
+    """Saves what resuming needs, at intervals and when the run is asked to stop.
+
+    Args:
+      path: the folder of the state.
+      every: steps between.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self.last: int | None = None  # the step that was saved
+
+    def on_interval(self, loop: Loop) -> None:
+        """Save the state, with the place in the data and the callbacks' numbers."""
+        if loop.position == self.last:
+            return
+        self.last = loop.position
+        from jlora import checkpoint
+
+        checkpoint.save_state(
+            self.path, loop.state, data_position=loop.saved(), overwrite=True
+        )
+
+    def on_stop(self, loop: Loop) -> None:
+        """Save before the end."""
+        self.on_interval(loop)
+
+
+class ProgressBar(Callback):
+    """A bar that moves at every step, and says when a step is compiled.
+
+    Args:
+      unit: what is counted, `tokens` say.
+    """
+
+    def __init__(self, unit: str = "tokens") -> None:
+        self.unit = unit
+        self.loss: float | None = None
+        self.counted, self.since = 0, math.inf  # since the last compilation
+
+    def on_start(self, loop: Loop) -> None:
+        """Show the bar."""
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=loop.steps, initial=loop.position, desc="train", unit="step"
+        )
+
+    def on_compile(self, loop: Loop) -> None:
+        """Say what takes so long."""
+        self.bar.set_postfix_str("compiling", refresh=True)
+        self.since = math.inf
+
+    def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
+        """Move; the loss shown is a running mean."""
+        loss = metrics["loss"]
+        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        text = f"loss {self.loss:.3f}"
+        if math.isinf(self.since):  # this step was compiled
+            self.counted, self.since = 0, loop.step_seconds
+        self.counted += int(metrics["count"])
+        seconds = loop.step_seconds - self.since
+        if self.counted and seconds > 0:
+            text += f", {self.counted / seconds:,.0f} {self.unit}/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def on_end(self, loop: Loop) -> None:
+        """Leave the bar as it is."""
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def _say(text: str) -> None:
+    """Print a line above the bar, if one is shown."""
+    from tqdm import tqdm
+
+    tqdm.write(text)

@@ -1,0 +1,210 @@
+"""A whole training run in one call: steps, validation, the best adapter, resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from jlora._errors import NonFiniteError, OptionError
+from jlora._kernel.nodes import Full, is_node
+from jlora.train._callbacks import Log, ProgressBar, Save, Validate, save_best
+from jlora.train._evaluation import make_eval_step
+from jlora.train._gradients import LossFn
+from jlora.train._loop import Batch, Callback, Interrupted, Loop
+from jlora.train._run import RunFolder
+from jlora.train._state import TrainState
+from jlora.train._step import make_train_step
+
+Tree = Any
+
+
+class Stream(Protocol):
+    """Training batches, such as `jlora.data.Batches`."""
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch."""
+
+    def stream(self, step: int) -> Iterator[Batch]:
+        """Yield batches from a step on, without end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a run came to.
+
+    Attributes:
+      params: the tree with the best adapter, by validation loss; the last without one.
+      state: the last state.
+      steps: how many updates were made.
+      seconds: how long training took, validation and saving included.
+      step_seconds: the steps alone.
+      first_loss: the validation loss before training; NaN without validation.
+      best_loss: the lowest.
+      best_step: after which step that was.
+      compilations: how many programs of the step were compiled in this process.
+      epoch: steps an epoch.
+    """
+
+    params: Tree
+    state: TrainState
+    steps: int
+    seconds: float
+    step_seconds: float
+    first_loss: float
+    best_loss: float
+    best_step: int
+    compilations: int
+    epoch: int
+
+    def facts(self) -> dict[str, str]:
+        """Return what is to be said of the run, in lines for a report."""
+        beside = self.seconds - self.step_seconds
+        said = {
+            "training": f"{self.steps} steps ({self.steps / self.epoch:.2f} epochs) in "
+            f"{self.seconds:.0f} s, {beside:.0f} s of it for validation and saving",
+            "compiled": f"the step, for {self.compilations} shapes of batches",
+        }
+        if not math.isnan(self.best_loss):
+            said["validation loss"] = (
+                f"{self.first_loss:.4f} before, {self.best_loss:.4f} at best, "
+                f"after step {self.best_step}"
+            )
+        return said
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Tree,
+    tx: optax.GradientTransformation,
+    train: Stream,
+    run: RunFolder,
+    *,
+    steps: int,
+    valid: Iterable[Batch] | None = None,
+    eval_every: int | None = None,
+    log_every: int = 10,
+    key: jax.Array | None = None,
+    learning_rate: optax.Schedule | None = None,
+    count: Callable[[Batch], int] | None = None,
+    unit: str = "tokens",
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Fit:
+    """Train, validate, keep the best adapter, log, save; go on if `run` is resumed.
+
+    Ctrl-C (or SIGTERM) finishes the step, saves and raises `Interrupted`; a run that is
+    resumed goes on bit for bit.
+
+    Args:
+      loss_fn: `(params, batch, key)` as `make_train_step` takes it; validation passes
+        None for the key.
+      params: a lorafied tree.
+      tx: the optimiser.
+      train: the training batches.
+      run: the folder that everything is written into.
+      steps: how many updates to make, those before a resumption included.
+      valid: validation batches, gone over before the first step and at intervals.
+      eval_every: steps between validations; None takes a tenth of the run, or an epoch
+        where that is less. The state is saved as often.
+      log_every: steps a line of the log.
+      key: the run's PRNG key.
+      learning_rate: the schedule, to be logged.
+      count: how many tokens a batch holds, for the rate.
+      unit: what `count` counts.
+      callbacks: more of them.
+      **options: those of `make_train_step`.
+
+    Raises:
+      Interrupted: the run was asked to stop, and saved.
+      NonFiniteError: a training loss or gradient is not finite.
+      OptionError: the run has made more steps than that already.
+    """
+    if learning_rate is not None:
+        options.setdefault(
+            "hooks", lambda info: {"learning_rate": learning_rate(info.step)}
+        )
+    step = make_train_step(loss_fn, tx, **options)
+    state = TrainState.create(params, tx, key)
+    every = eval_every or max(1, min(len(train), math.ceil(steps / 10)))
+    validate = None
+    if valid is not None:
+        no_key: Any = None
+        measure = make_eval_step(
+            lambda p, batch: _named(loss_fn(p, batch, no_key)),
+            compute_dtype=options.get("compute_dtype"),
+        )
+        validate = Validate(measure, valid, run.metrics, run.adapter, every, len(train))
+    own = [ProgressBar(unit), Log(run.metrics, log_every, unit)]
+    own += [validate] if validate is not None else []
+    loop = Loop(
+        step,
+        state,
+        train.stream,
+        steps=steps,
+        callbacks=[*own, *callbacks, Save(run.state, every)],
+        count=count,
+    )
+    if run.resumed:
+        _restore(loop, run)
+    try:
+        state = loop.run()
+    except Interrupted as place:
+        raise Interrupted(f"{place}. To continue:\n  {run.resume_command}") from None
+    except NonFiniteError as error:
+        kept = validate is not None and validate.best_step is not None
+        where = f"\nThe best adapter so far is kept in {run.adapter}." if kept else ""
+        raise NonFiniteError(f"{error}{where}") from error
+    if validate is None:
+        save_best(run.adapter, state)
+    best = None if validate is None else validate.best_step
+    return Fit(
+        params=_with_adapter(run, params),
+        state=state,
+        steps=loop.position,
+        seconds=loop.seconds,
+        step_seconds=loop.step_seconds,
+        first_loss=math.nan if validate is None else validate.first_loss,
+        best_loss=math.nan if validate is None else validate.best_loss,
+        best_step=loop.position if best is None else best,
+        compilations=step.cache_size(),
+        epoch=len(train),
+    )
+
+
+def _named(out: Any) -> Mapping[str, Any]:
+    """Return a loss, or a loss with metrics, as named metrics."""
+    if isinstance(out, tuple) and isinstance(out[1], Mapping):
+        return {**out[1], "loss": out[0]}
+    return {"loss": out}
+
+
+def _restore(loop: Loop, run: RunFolder) -> None:
+    from jlora import checkpoint
+
+    state, saved = checkpoint.restore_state(run.state, loop.state)
+    if int(state.step) > loop.steps:
+        raise OptionError(
+            f"the run in {run.path} has made {int(state.step)} steps already, more "
+            f"than {loop.steps}.\nAsk for more steps, or start a new run."
+        )
+    loop.restore(state, saved)
+    run.metrics.cut(loop.position)
+
+
+def _with_adapter(run: RunFolder, params: Tree) -> Tree:
+    """Put the adapter of the run's folder onto the base of a lorafied tree."""
+    from jlora import checkpoint
+
+    def base(x: Any) -> Any:
+        if not is_node(x):
+            return x
+        return x.value if isinstance(x, Full) else x.base
+
+    return checkpoint.load_adapter(
+        run.adapter, jax.tree.map(base, params, is_leaf=is_node)
+    )

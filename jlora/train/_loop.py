@@ -1,0 +1,218 @@
+"""The loop over a run's steps, and the hooks that everything else hangs on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import jax
+
+from jlora._errors import NonFiniteError
+from jlora.train._state import TrainState
+from jlora.train._step import TrainStep
+
+Batch = Any
+Numbers = dict[str, float]
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """A run was asked to stop, and did; the message says where."""
+
+
+class Callback:
+    """What a loop calls while it runs; a subclass overrides what it needs.
+
+    Attributes:
+      every: `on_interval` is called after each so many steps, and after the last;
+        None never calls it.
+    """
+
+    every: int | None = None
+
+    def on_start(self, loop: Loop) -> None:
+        """Before the first step of this process; `loop.position` is where it stands."""
+
+    def on_compile(self, loop: Loop) -> None:
+        """Before a step on batches of new shapes, which compiles."""
+
+    def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
+        """After each step, in their order; the next one may be under way already."""
+
+    def on_interval(self, loop: Loop) -> None:
+        """After every so many steps; `loop.state` is that of `loop.position`."""
+
+    def on_stop(self, loop: Loop) -> None:
+        """After a signal to stop, before `Interrupted` is raised."""
+
+    def on_end(self, loop: Loop) -> None:
+        """When the loop is left, however that comes about."""
+
+    def saved(self) -> dict[str, Any]:
+        """What resuming needs of this callback, as JSON."""
+        return {}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take back what `saved` returned."""
+
+
+class Loop:
+    """A run's steps, from the first or from where it stopped.
+
+    A step is dispatched while the one before it runs, and its metrics are read when
+    that is done: the device never waits, and a progress bar tells the truth.
+
+    Attributes:
+      state: the training state.
+      position: updates made, and with it the place in the order of the data.
+      steps: how many updates the run makes.
+      seconds: time since the loop began, in this process and those before.
+      step_seconds: the part of it that steps took, without validation and saving.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        state: TrainState,
+        batches: Callable[[int], Iterator[Batch]],
+        *,
+        steps: int,
+        callbacks: Sequence[Callback] = (),
+        count: Callable[[Batch], int] | None = None,
+    ) -> None:
+        """Prepare a loop.
+
+        Args:
+          step: from `make_train_step`.
+          state: from `TrainState.create`.
+          batches: a function from a step's number to the batches from there on, such
+            as `jlora.data.Batches.stream`.
+          steps: how many updates to make.
+          callbacks: called in this order.
+          count: how many tokens, or what else is to be counted, a batch holds; its
+            metrics have it as `count`.
+        """
+        self.step, self.state, self.batches = step, state, batches
+        self.steps, self.callbacks, self.count = steps, callbacks, count
+        self.position = int(state.step)
+        self.seconds = self.step_seconds = 0.0
+        self._waiting: list[tuple[int, int, Any]] = []
+        self._shapes: set[Any] = set()
+
+    def saved(self) -> dict[str, Any]:
+        """Return what resuming needs beside the state, as JSON."""
+        names = {type(callback).__name__: callback for callback in self.callbacks}
+        kept = {name: callback.saved() for name, callback in names.items()}
+        return {
+            "seconds": self.seconds,
+            "step_seconds": self.step_seconds,
+            "callbacks": {name: values for name, values in kept.items() if values},
+        }
+
+    def restore(self, state: TrainState, saved: dict[str, Any]) -> None:
+        """Go back to a saved state and what `saved` returned beside it."""
+        self.state, self.position = state, int(state.step)
+        self.seconds = saved["seconds"]
+        self.step_seconds = saved["step_seconds"]
+        for callback in self.callbacks:
+            callback.restore(saved["callbacks"].get(type(callback).__name__, {}))
+
+    def run(self) -> TrainState:
+        """Make the steps that are left.
+
+        Returns:
+          The last state.
+
+        Raises:
+          Interrupted: SIGINT or SIGTERM came; the callbacks have saved.
+          NonFiniteError: the loss or the gradient is not finite.
+        """
+        with stop_signals() as stopped, self._ended():
+            self._clock = time.perf_counter()
+            for callback in self.callbacks:
+                callback.on_start(self)
+            self._tick()
+            left = max(0, self.steps - self.position)
+            for batch in islice(self.batches(self.position), left):
+                self._dispatch(batch)
+                last = self.position == self.steps
+                due = [c for c in self.callbacks if c.every and self._is_due(c.every)]
+                self._read(0 if due or last else 1)
+                if stopped:
+                    self._read(0)
+                self._tick(steps=True)
+                for callback in due:
+                    callback.on_interval(self)
+                    self._tick()
+                if stopped and not last:
+                    for callback in self.callbacks:
+                        callback.on_stop(self)
+                    raise Interrupted(f"step {self.position} of {self.steps}")
+        return self.state
+
+    def _is_due(self, every: int) -> bool:
+        return self.position % every == 0 or self.position == self.steps
+
+    @contextlib.contextmanager
+    def _ended(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for callback in self.callbacks:
+                callback.on_end(self)
+
+    def _tick(self, steps: bool = False) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self.step_seconds += now - self._clock if steps else 0.0
+        self._clock = now
+
+    def _dispatch(self, batch: Batch) -> None:
+        shapes = tuple(map(jax.numpy.shape, jax.tree.leaves(batch)))
+        if shapes not in self._shapes:
+            self._shapes.add(shapes)
+            for callback in self.callbacks:
+                callback.on_compile(self)
+        count = self.count(batch) if self.count else 0
+        self.state, metrics = self.step(self.state, batch)
+        self.position += 1
+        self._waiting.append((self.position, int(count), metrics))
+
+    def _read(self, left: int) -> None:
+        """Wait for the steps that were dispatched, but for the last `left`."""
+        while len(self._waiting) > left:
+            step, count, metrics = self._waiting.pop(0)
+            numbers = {
+                k: float(v) for k, v in metrics.items() if jax.numpy.ndim(v) == 0
+            }
+            if numbers["nonfinite"]:
+                raise NonFiniteError(
+                    f"step {step}: the loss is {numbers['loss']}, the gradient's norm "
+                    f"{numbers['grad_norm']}.\nTry a lower learning rate, or float32."
+                )
+            for callback in self.callbacks:
+                callback.on_step(self, step, {**numbers, "count": count})
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM; a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+        for name in (signal.SIGINT, signal.SIGTERM):
+            before[name] = signal.signal(name, note)
+    try:
+        yield received
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler or signal.SIG_DFL)

@@ -1,0 +1,53 @@
+"""A run's log: one JSON object a line, each an event."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """A file of JSON lines, each an event such as `train` or `valid` and its numbers.
+
+    >>> import tempfile
+    >>> log = MetricsLog(Path(tempfile.mkdtemp()) / "metrics.jsonl")
+    >>> log.write("train", step=10, loss=1.5)
+    >>> log.rows("train")
+    [{'event': 'train', 'step': 10, 'loss': 1.5}]
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append a line."""
+        line = json.dumps({"event": event, **values}, ensure_ascii=False)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def rows(self, event: str | None = None) -> list[Row]:
+        """Return the events of a kind, or all; a line that was cut off is left out."""
+        if not self.file.exists():
+            return []
+        rows = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the process was killed while it wrote
+                continue
+            if event is None or row["event"] == event:
+                rows.append(row)
+        return rows
+
+    def cut(self, step: int) -> None:
+        """Drop what was logged after that step, since it will be run again."""
+        kept = [row for row in self.rows() if row.get("step", 0) <= step]
+        if self.file.exists():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            new = self.file.with_name(self.file.name + ".new")
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, self.file)

@@ -1,0 +1,228 @@
+"""The folder of a run: claimed by one process, continued, or replaced when asked."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from jlora._errors import OptionError
+from jlora._files import local_path
+from jlora.train._metrics import MetricsLog
+
+SETTINGS = "settings.json"  # its presence marks a folder as a run
+LOCK = ".lock"
+ROOT = Path("runs")
+
+
+class RunFolder:
+    """A folder that one process writes a run into.
+
+    Make one by `RunFolder.claim` or `RunFolder.resume`; close it, or use it in a `with`
+    statement, so that another may resume the run.
+
+    Attributes:
+      path: the folder.
+      settings: what the run was asked to do, as JSON.
+      resumed: whether it goes on with what is there.
+      metrics: its log.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], resumed: bool) -> None:
+        self.path, self.settings, self.resumed = path, dict(settings), resumed
+        self.metrics = MetricsLog(path / "metrics.jsonl")
+        self._lock = _lock(path)
+        if resumed:
+            self._write_settings()
+
+    adapter = property(lambda self: self.path / "adapter", doc="The best adapter.")
+    state = property(lambda self: self.path / "state", doc="What resuming needs.")
+    merged = property(lambda self: self.path / "merged", doc="A Hugging Face folder.")
+    outputs = property(lambda self: self.path / "outputs", doc="What the model says.")
+    plot = property(lambda self: self.path / "loss.png", doc="The plotted losses.")
+    report = property(lambda self: self.path / "report.md", doc="The report.")
+
+    @classmethod
+    def claim(
+        cls,
+        path: str | Path | None,
+        settings: Mapping[str, Any],
+        *,
+        name: str = "run",
+        overwrite: bool = False,
+    ) -> RunFolder:
+        """Make a folder for a new run; of several processes one gets it.
+
+        Args:
+          path: the folder; None takes the first free `runs/NAME-N`.
+          settings: written into it, as JSON.
+          name: the `NAME`.
+          overwrite: replace another run that is there. Only what a run writes is
+            removed, and nothing of a run that is going on.
+
+        Raises:
+          OptionError: the folder holds another run or something else, or cannot be
+            made.
+          CheckpointError: `path` is the address of a bucket.
+        """
+        try:
+            folder = _numbered(name) if path is None else local_path(path)
+            _make_free(folder, overwrite)
+            with (folder / SETTINGS).open("x", encoding="utf-8") as file:
+                file.write(_json(settings))
+        except FileExistsError as error:
+            raise OptionError(
+                f"{folder} holds another run, which another process began just now.\n"
+                "Choose another folder."
+            ) from error
+        except OSError as error:
+            where = error.filename or path
+            raise OptionError(
+                f"the folder {path or ROOT} cannot be written: {error.strerror} "
+                f"({where}).\nChoose another one."
+            ) from error
+        return cls(folder, settings, resumed=False)
+
+    @classmethod
+    def resume(
+        cls, path: str | Path, settings: Mapping[str, Any] | None = None
+    ) -> RunFolder:
+        """Go on with a run that stopped.
+
+        Args:
+          path: its folder.
+          settings: what replaces its settings; None keeps them.
+
+        Raises:
+          OptionError: there is no run, nothing was saved yet, or it is going on.
+        """
+        folder = local_path(path)
+        kept = saved_settings(folder)
+        return cls(folder, kept if settings is None else settings, resumed=True)
+
+    def _write_settings(self) -> None:
+        new = self.path / (SETTINGS + ".new")
+        new.write_text(_json(self.settings), encoding="utf-8")
+        os.replace(new, self.path / SETTINGS)
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        words = ["python", sys.argv[0], "--output", str(self.path), "--resume"]
+        return shlex.join(words)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: Any, *exc: Any) -> None:
+        self.close()
+        if kind is KeyboardInterrupt and self.state.exists():
+            print(f"\nTo continue:\n  {self.resume_command}", file=sys.stderr)
+
+
+_WRITTEN = (
+    *("adapter", "state", "merged", "outputs", "loss.png", "report.md"),
+    *("metrics.jsonl", "metrics.jsonl.new", SETTINGS, SETTINGS + ".new", LOCK),
+)
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run that can be resumed.
+
+    Raises:
+      OptionError: there is none.
+    """
+    file = folder / SETTINGS
+    if not file.is_file():
+        raise OptionError(
+            f"{folder} holds no run to resume ({SETTINGS} is missing).\nStart one "
+            "without --resume."
+        )
+    if not (folder / "state").is_dir():
+        raise OptionError(
+            f"the run in {folder} stopped before its first step; nothing was saved "
+            "yet.\nStart it again with --overwrite."
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{file} cannot be read: {error}.") from error
+    return dict(settings)
+
+
+def _json(settings: Mapping[str, Any]) -> str:
+    return json.dumps(dict(settings), indent=2) + "\n"
+
+
+def _numbered(name: str) -> Path:
+    """Make the first free `runs/NAME-N`; making it is what claims it."""
+    ROOT.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = ROOT / f"{name}-{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("there are numbers enough")
+
+
+def _make_free(folder: Path, overwrite: bool) -> None:
+    """Make the folder, or clear it of a run that may be replaced."""
+    if (folder / SETTINGS).exists():
+        if not overwrite:
+            raise OptionError(
+                f"{folder} holds another run.\nContinue it with --resume, replace it "
+                "with --overwrite, or choose another --output."
+            )
+        _lock(folder).close()  # refuses a run that is going on
+        for name in _WRITTEN:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OptionError(f"{folder} exists and is no run; choose another --output.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _lock(folder: Path) -> TextIO:
+    """Return the open lock file; the lock goes when it is closed, or the process."""
+    try:
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(
+            f"the folder {folder} cannot be written: {error.strerror}.\nChoose another "
+            "one."
+        ) from error
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on Windows
+        return file
+    except BlockingIOError as error:
+        file.seek(0)
+        process = file.read().strip() or "?"
+        file.close()
+        raise OptionError(
+            f"the run in {folder} is going on, in process {process}.\nStop it first, "
+            "or choose another folder."
+        ) from error
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

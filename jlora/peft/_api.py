@@ -10,8 +10,8 @@ from jlora._kernel.nodes import is_node
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.conventions import stacked_leaves
 from jlora._tree.partition import trainable_mask
-from jlora.peft import _derived, _load, _save, _whole
-from jlora.peft._contents import sorted_out
+from jlora.peft import _config_for, _load, _save, _whole
+from jlora.peft._contents import contents_of
 from jlora.peft._fields import check_config
 from jlora.peft._files import (
     CONFIG,
@@ -24,7 +24,7 @@ from jlora.peft._files import (
     read_tensors,
     write,
 )
-from jlora.peft._names import Model, Names, Table
+from jlora.peft._names import Model, Names, Table, advice_to_part
 
 Tree = Any
 
@@ -77,16 +77,17 @@ def load(
             "jlora.merge(params)."
         )
     config = read_config(place)
-    contents = sorted_out(read_tensors(place), str(place / WEIGHTS))
+    contents = contents_of(read_tensors(place), str(place / WEIGHTS))
     table = _table(leaves, model, names)
+    leaves = _whole.with_added_rows(contents, config, table, leaves)
     nodes: dict[str, Any] = {}
     for part in (_load.adapters, _whole.fulls, _whole.rows):
         found = part(contents, config, table, leaves)
         if both := sorted(found.keys() & nodes.keys()):
             raise CheckpointError(
                 f"{contents.where} holds two of an adapter, a whole weight and trained "
-                f"rows for {both[0]!r}, whose users share one leaf here.\nPass a tree "
-                "that holds them apart."
+                f"rows for {both[0]!r}, whose users share one leaf here.\n"
+                f"{advice_to_part(table.of_leaf[both[0]])}"
             )
         nodes.update(found)
     if not nodes:
@@ -203,8 +204,8 @@ def save(
         **{key: value for key, value in keywords.items() if value is not None},
     }
     found = _save.adapters(nodes, table, given)
-    merged = {**_derived.derived(found, nodes, table, given), **given}
-    _derived.check_says(merged, found, nodes, table)
+    merged = {**_config_for.config_for(found, nodes, table, given), **given}
+    _config_for.check_says(merged, found, nodes, table)
     saved = _save.saved_params(merged, found, nodes, table)
     _save.check_conv1d(given, saved)
     write(place, merged, _save.tensors(found, saved, nodes, merged, table))

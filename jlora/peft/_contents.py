@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from jlora._errors import CheckpointError
+from jlora._text import listed
 from jlora.peft._layouts import SUFFIXES, TABLE_SUFFIXES
 
 PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+# A key of an adapter's tensor that holds the adapter's name, `default`.
+_NAMED = re.compile(
+    r"(?P<start>.*\.(?:lora_[AB]|lora_magnitude_vector|lora_embedding_[AB]"
+    r"|token_adapter\.trainable_tokens_delta))"
+    r"\.(?P<name>(?!weight$|bias$)[^.]+)(?P<end>\.weight|\.bias)?"
+)
 
 
 @dataclasses.dataclass
@@ -44,20 +54,24 @@ class Contents:
     base: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def sorted_out(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
+def contents_of(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
     """The file's tensors by what their keys say.
 
+    PEFT leaves the adapter's name out of the keys. A state dict as the model has it, of
+    `torch.save` or a trainer's own checkpoint, holds it: `lora_A.default.weight`.
+
     Raises:
-      CheckpointError: an unknown prefix; a copy of a module that differs from it.
+      CheckpointError: an unknown prefix; keys of an adapter that are not understood, or
+        of several adapters; a copy of a module that differs from it.
     """
     out = Contents(where)
     copies: dict[str, np.ndarray] = {}
-    for key, value in tensors.items():
+    for key, value in _without_names(tensors, where).items():
         if not key.startswith(PREFIX):
             raise CheckpointError(
                 f"{where}: {key} does not begin with {PREFIX!r}, as PEFT's keys do."
             )
-        _sort_one(out, copies, key.removeprefix(PREFIX), value)
+        _add(out, copies, key.removeprefix(PREFIX), value)
     for key, value in copies.items():
         outer, _, rest = key.partition(".modules_to_save.")
         # The adapter's name stays in the key where the parameter is of an inner module.
@@ -65,10 +79,49 @@ def sorted_out(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
         found = [out.plain[k] for k in keys if k in out.plain]
         if not found or not np.array_equal(found[0], value):
             raise CheckpointError(f"{where}: {key} has no equal of its plain name.")
+    if unknown := [key for key in out.plain if ".lora_" in f".{key}"]:
+        raise CheckpointError(
+            f"{where}: {len(unknown)} keys of adapters are not understood:\n  "
+            f"{listed(unknown)}\nSave the adapter with PEFT's save_pretrained, whose "
+            "keys end in lora_A.weight and the like."
+        )
     return out
 
 
-def _sort_one(
+def _without_names(
+    tensors: Mapping[str, np.ndarray], where: str
+) -> dict[str, np.ndarray]:
+    """The tensors by PEFT's keys, where their own hold an adapter's name.
+
+    Raises:
+      CheckpointError: the keys hold several names.
+    """
+    found = {key: match for key in tensors if (match := _NAMED.fullmatch(key))}
+    names = sorted({match["name"] for match in found.values()})
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{where} holds several adapters in one file, {', '.join(names)}, as "
+            f"{next(iter(found))} shows.\nSave each with PEFT's save_pretrained."
+        )
+    out: dict[str, np.ndarray] = {}
+    for key, value in tensors.items():
+        new = key
+        if match := found.get(key):
+            new = match["start"] + (match["end"] or "")
+        elif names and f".modules_to_save.{names[0]}." in key:
+            new = key.replace(f".modules_to_save.{names[0]}.", ".")
+        if new.endswith(".lora_magnitude_vector.weight"):  # PEFT drops the last part
+            new = new.removesuffix(".weight")
+        if new in out:
+            raise CheckpointError(
+                f"{where} holds {new} and {key}, which are one tensor.\nSave the "
+                "adapter with PEFT's save_pretrained."
+            )
+        out[new] = value
+    return out
+
+
+def _add(
     out: Contents, copies: dict[str, np.ndarray], key: str, value: np.ndarray
 ) -> None:
     for suffixes in (SUFFIXES, TABLE_SUFFIXES):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jlora._errors import CheckpointError
+from jlora._errors import CheckpointError, JloraWarning
 
 Config = Mapping[str, Any]
 
@@ -69,6 +70,11 @@ NEUTRAL = {
     "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+# An unknown key with one of these words in its name is taken to change the numbers.
+_NUMERIC = re.compile(
+    r"(^|_)(alphas?|scales?|scaling|factors?|gain|multiplier|magnitude|norms?|normali[sz]e"
+    r"|ranks?|ratio|shift|bias|temperature)(_|$)"
+)
 # Initialisations that leave the base as it is; the others change it, and their factors
 # belong to the changed base.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -109,6 +115,8 @@ _ITEMS: dict[str, tuple[type, ...]] = {
 def check_config(config: Config, where: str) -> None:
     """Refuse what jlora cannot honour; nothing a file says is dropped in silence.
 
+    An unknown key is passed over, with a warning, where it cannot matter.
+
     Raises:
       CheckpointError: an unknown kind of adapter, a feature that is not supported,
         or a value of the wrong type; the key is named.
@@ -119,17 +127,29 @@ def check_config(config: Config, where: str) -> None:
             f"{where}: peft_type is {kind!r}; jlora reads 'LORA' adapters.\nMerge the "
             "adapter into its base with PEFT, and load the merged model."
         )
+    ignored: dict[str, Any] = {}
     for key, value in config.items():
         if key in HONOURED or key in NEUTRAL:
             continue
-        # An unknown key that is empty says nothing; of a known one it may switch on.
-        says_nothing = value in (None, False) if key in DEFAULTS else not value
-        if not says_nothing and (key not in DEFAULTS or value != DEFAULTS[key]):
+        if key in DEFAULTS:
+            refused = value not in (None, False, DEFAULTS[key])
+        else:
+            refused = bool(value) and _may_matter(key, value)
+            ignored |= {key: value} if value and not refused else {}
+        if refused:
             raise CheckpointError(
                 f"{where}: {key} is {value!r}, which jlora cannot honour, and without "
                 "it the adapter would be another one.\nMerge the adapter into its base "
                 "with PEFT, and load the merged model."
             )
+    if ignored:
+        said = ", ".join(f"{key} {value!r}" for key, value in ignored.items())
+        warnings.warn(
+            f"{where} says {said}, which this jlora does not know and passes over; "
+            "it looks like the setting of something that is not switched on.",
+            JloraWarning,
+            stacklevel=3,
+        )
     if config.get("init_lora_weights") not in _INITS:
         raise CheckpointError(
             f"{where}: init_lora_weights is {config['init_lora_weights']!r}, so the "
@@ -138,6 +158,17 @@ def check_config(config: Config, where: str) -> None:
             "path_initial_model_for_weight_conversion=...)."
         )
     _check_types(config, where)
+
+
+def _may_matter(key: str, value: Any) -> bool:
+    """Whether an unknown key may change what an adapter computes.
+
+    PEFT's features are switched on by a flag or a configuration of their own, and bring
+    tensors that match nothing here. Beside them a release adds settings, numbers and
+    words with a default, that say nothing while the feature is off.
+    """
+    is_setting = isinstance(value, int | float | str) and not isinstance(value, bool)
+    return not is_setting or _NUMERIC.search(key) is not None
 
 
 def _check_types(config: Config, where: str) -> None:

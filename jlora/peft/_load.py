@@ -17,8 +17,9 @@ from jlora.peft._contents import Contents, Stored
 from jlora.peft._factors import new_adapter
 from jlora.peft._fields import Config
 from jlora.peft._layouts import Kind, Layout, Pair, kind_here, layout_of
-from jlora.peft._names import Param, Table
-from jlora.peft._parameters import wrapped
+from jlora.peft._names import Param, Table, advice_to_part
+from jlora.peft._parameters import targeted_parameters
+from jlora.peft._vocabulary import resize_advice
 
 _KINDS = {
     "linear": "a linear layer",
@@ -61,6 +62,7 @@ def adapters(
       TargetError: parameters of one module whose order in PyTorch is not known.
     """
     where = contents.where
+    config = _said_by_file(config)
     slots = _slots(contents, config, table)
     ranks = {name: slot.rank for name, slot in slots.items()}
     modules = {m: [p.module for p in table.sharing(m)] for m in table.kernels()}
@@ -75,12 +77,24 @@ def adapters(
         raise CheckpointError(
             f"{where} is of another base; {len(wrong)} adapters do not fit:\n  "
             f"{listed(wrong)}\nPass the parameters of the model it was trained on."
+            f"{resize_advice(contents, table)}"
         )
     found: dict[str, LowRank] = {}
     for path in dict.fromkeys(slot.param.path for slot in slots.values()):
         one = _of_leaf(where, table.of_leaf[path], slots, config)
         found[path] = _node(where, path, *one, config, leaves)
     return found
+
+
+def _said_by_file(config: Config) -> Config:
+    """The configuration, where it does not say which modules have an adapter.
+
+    With `target_modules: null` PEFT takes those that it knows for the model's type. The
+    file's tensors are of the modules that it took.
+    """
+    if config.get("target_modules") is None and not config.get("target_parameters"):
+        return {**config, "target_modules": "all-linear"}
+    return config
 
 
 def _node(
@@ -105,7 +119,7 @@ def _node(
 
 def _slots(contents: Contents, config: Config, table: Table) -> dict[str, Slot]:
     """The file's adapters by the module or parameter that has them."""
-    params = wrapped(config, table)
+    params = targeted_parameters(config, table)
     found: dict[str, tuple[str, Param]] = {}
     unknown = []
     for module in contents.adapters:
@@ -202,7 +216,7 @@ def _of_leaf(
     if missing:
         raise CheckpointError(
             f"{where} adapts {held[0].module} and not {missing[0]}; here both are the "
-            f"one leaf {held[0].path!r}, with one adapter.\n{_advice(held)}"
+            f"one leaf {held[0].path!r}, with one adapter.\n{_advice(held, users)}"
         )
     first, *others = [slots[p.module] for p in held]
     pair, scale = _as_used(where, first), scale_of(config, first.name)
@@ -211,8 +225,8 @@ def _of_leaf(
         if not same or scale_of(config, slot.name) != scale:
             raise CheckpointError(
                 f"{where}: the adapters of {first.name} and {slot.name} differ; here "
-                f"both are the one leaf {first.param.path!r}, with one adapter.\nPass "
-                "a tree that holds them apart."
+                f"both are the one leaf {first.param.path!r}, with one adapter.\n"
+                f"{advice_to_part(users)}"
             )
     tied = first.param.tied
     return first.name, layout_of(first.param, "table") if tied else first.layout, pair
@@ -227,20 +241,20 @@ def _as_used(where: str, slot: Slot) -> Pair:
         raise CheckpointError(
             f"{where}: {slot.name} is tied to the leaf {slot.param.path!r} here, and "
             "its magnitude or bias is of the head's outputs, not of the table's: one "
-            "adapter cannot be both.\nPass a tree that holds them apart."
+            f"adapter cannot be both.\n{advice_to_part([slot.param])}"
         )
     return pair.swapped()
 
 
-def _advice(held: list[Param]) -> str:
+def _advice(held: list[Param], users: list[Param]) -> str:
     if not any(p.called for p in held):
         return (
             f"Hugging Face's models never call the module `{held[0].module}`, so its "
             "adapter does nothing in PEFT either; train `embed_tokens`."
         )
     return (
-        "In PEFT target both, tied (ensure_weight_tying); or pass a tree that holds "
-        "them apart."
+        f"{advice_to_part(users)} For one adapter of both, target both in PEFT, tied "
+        "(ensure_weight_tying)."
     )
 
 

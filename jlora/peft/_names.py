@@ -293,6 +293,16 @@ def _users(owner: str, shapes: Mapping[str, Any]) -> tuple[str, ...]:
     return (*users, "lm_head.T") if headless else tuple(users)
 
 
+def advice_to_part(users: Iterable[Param]) -> str:
+    """How to hold apart what is one leaf here and several in a file."""
+    if any(p.tied for p in users):
+        return (
+            "Give the head a kernel of its own: model, params = "
+            "jlora.models.untie(model, params), or jlora.models.load(..., untie=True)."
+        )
+    return "Pass a tree that holds them apart."
+
+
 def last_of(path: str) -> str:
     """The last part of a path."""
     return path.rpartition("/")[2]

@@ -15,7 +15,7 @@ from jlora.peft._fields import Config
 from jlora.peft._names import Param, Table
 
 
-def wrapped(config: Config, table: Table) -> dict[str, Param]:
+def targeted_parameters(config: Config, table: Table) -> dict[str, Param]:
     """The parameters that the configuration targets, by the module of their keys.
 
     Raises:

@@ -25,8 +25,8 @@ from jlora.peft._layouts import (
     kind_here,
     layout_of,
 )
-from jlora.peft._names import Param, Table
-from jlora.peft._parameters import wrapped
+from jlora.peft._names import Param, Table, advice_to_part
+from jlora.peft._parameters import targeted_parameters
 from jlora.peft._whole import is_rowwise
 
 Tensors = dict[str, np.ndarray]
@@ -92,7 +92,7 @@ def _check_holdable(path: str, pair: Pair, layout: Layout, users: list[Param]) -
         raise StructureError(
             f"the adapter of {path!r} {layout.shape} has a {said[0]}, and {tied[0]} is "
             "tied to it: in PEFT that head has one of its own, along its outputs.\n"
-            "Leave the table out of targets, or hold the two apart."
+            f"Leave the table out of targets. {advice_to_part(users)}"
         )
     refused = {"table": ("bias",), "experts": ("magnitude", "bias")}
     for name in refused.get(layout.kind, ()):
@@ -110,7 +110,10 @@ def tensors(
 ) -> Tensors:  # fmt: skip
     """Everything the file holds."""
     flat = bool(config.get("fan_in_fan_out"))
-    inside = {param.key: module for module, param in wrapped(config, table).items()}
+    inside = {
+        param.key: module
+        for module, param in targeted_parameters(config, table).items()
+    }
     out: Tensors = {}
     for name, x in found.items():
         if not x.param.called and not config.get("ensure_weight_tying"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from jlora.peft._contents import Contents
 from jlora.peft._factors import put
 from jlora.peft._fields import Config
 from jlora.peft._layouts import kind_here
-from jlora.peft._names import Param, Table
+from jlora.peft._names import Param, Table, advice_to_part
+from jlora.peft._vocabulary import added_rows, resize_advice, warn_of_added
 
 # -- leaves that are trained as they are -----------------------------------------------
 
@@ -53,15 +54,60 @@ def fulls(
     laid = {
         key: _conv1d(where, table.params[key], x, flat) for key, x in stored.items()
     }
-    _check_shapes(where, stored, table, laid)
-    for key in stored:
-        if key not in wanted:
-            _check_same(where, key, stored[key], table.params[key], leaves, laid[key])
+    _check_shapes(contents, stored, table, laid)
+    added = _added(contents, wanted, table, leaves, laid)
+    if added:
+        warn_of_added(where, added, trained=True)
     return {
         path: _full(where, table.of_leaf[path], stored, leaves[path], laid)
         for path in leaves
-        if path in paths
+        if path in paths or path in added
     }
+
+
+def _added(
+    contents: Contents, wanted: Collection[str], table: Table,
+    leaves: Mapping[str, Any], laid: Mapping[str, bool],
+) -> dict[str, int]:  # fmt: skip
+    """The tables by path that the file carries with rows of its own.
+
+    Raises:
+      CheckpointError: a tensor of the base that is not that of this base.
+    """
+    found = {}
+    for key, value in {**contents.plain, **contents.base}.items():
+        param = table.params[key]
+        if key in wanted:
+            continue
+        rows = _check_same(contents.where, key, value, param, table, leaves, laid[key])
+        if rows and param.module not in contents.adapters:
+            found[param.path] = rows
+    return found
+
+
+def with_added_rows(
+    contents: Contents, config: Config, table: Table, leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The leaves, where tokens were added to a table with an adapter the file's table.
+
+    Raises:
+      CheckpointError: a tensor of the base that is not that of this base.
+    """
+    out, added = dict(leaves), {}
+    flat = bool(config.get("fan_in_fan_out"))
+    for key, value in contents.base.items():
+        param = table.params.get(key)
+        if param is None or _is_full(param, contents, config):
+            continue
+        if value.shape != param.torch_shape(flat):
+            continue  # said by `fulls`
+        if rows := _check_same(contents.where, key, value, param, table, leaves, flat):
+            values = param.from_torch(value, flat).astype(leaves[param.path].dtype)
+            sharding = getattr(leaves[param.path], "sharding", None)
+            out[param.path], added[param.path] = put(values, sharding), rows
+    if added:
+        warn_of_added(contents.where, added, trained=False)
+    return out
 
 
 def _is_full(param: Param, contents: Contents, config: Config) -> bool:
@@ -90,7 +136,7 @@ def _conv1d(where: str, param: Param, value: np.ndarray, told: bool) -> bool:
 
 
 def _check_shapes(
-    where: str,
+    contents: Contents,
     stored: Mapping[str, np.ndarray],
     table: Table,
     laid: Mapping[str, bool],
@@ -103,25 +149,48 @@ def _check_shapes(
     ]
     if wrong:
         raise CheckpointError(
-            f"{where} is of another base; {len(wrong)} tensors do not fit:\n  "
+            f"{contents.where} is of another base; {len(wrong)} tensors do not fit:\n  "
             f"{listed(wrong)}\nPass the parameters of the model it was trained on."
+            f"{resize_advice(contents, table)}"
         )
+
+
+def _same_values(ours: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """Where a file's tensor and ours are equal, in the coarser dtype of the two.
+
+    What was saved while the base was bfloat16 is a float32 base rounded, and the other
+    way round.
+    """
+    return (ours.astype(stored.dtype) == stored) | (ours == stored.astype(ours.dtype))
 
 
 def _check_same(
-    where: str, key: str, value: np.ndarray, param: Param,
+    where: str, key: str, value: np.ndarray, param: Param, table: Table,
     leaves: Mapping[str, Any], flat: bool,
-) -> None:  # fmt: skip
-    """A tensor of the base that PEFT saved along must be that of this base."""
+) -> int:  # fmt: skip
+    """A tensor of the base that PEFT saved along must be that of this base.
+
+    Returns:
+      How many rows at the end are not, because they are of tokens that were added.
+    """
     leaf = leaves[param.path]
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return
-    if not np.array_equal(param.as_torch(leaf, flat), value.astype(leaf.dtype)):
+        return 0
+    ours = param.as_torch(leaf, flat)
+    same = _same_values(ours, value)
+    if np.all(same):
+        return 0
+    rows = added_rows(param, same, table)
+    if not rows:
+        other = ""
+        if ours.dtype != value.dtype:
+            other = f" It is {value.dtype} there and {ours.dtype} here."
         raise CheckpointError(
             f"{where}: {key} is of the base, neither adapted nor in modules_to_save, "
-            f"and its values are not those of {param.path!r} here.\nPass the base it "
-            "was trained on."
+            f"and its values are not those of {param.path!r} here.{other}\nPass the "
+            "base it was trained on, in the dtype it had then."
         )
+    return rows
 
 
 def _full(
@@ -135,7 +204,7 @@ def _full(
         if not np.array_equal(value, stored[other.key]):
             raise CheckpointError(
                 f"{where}: {first.key} and {other.key} differ; here both are the one "
-                f"leaf {first.path!r}.\nPass a tree that holds them apart."
+                f"leaf {first.path!r}.\n{advice_to_part(users)}"
             )
     value = first.from_torch(value, laid[first.key]).astype(leaf.dtype)
     return Full(put(value, getattr(leaf, "sharding", None)))
@@ -212,7 +281,8 @@ def _checked(
         raise CheckpointError(
             f"{where}: trainable_token_indices of {param.module} are {indices[:8]}; of "
             f"the table {param.path!r} {list(param.shape)} they are rows 0 to "
-            f"{count - 1}, each once."
+            f"{count - 1}, each once.\nFor tokens that were added to the base make "
+            "room first: jlora.models.resize_vocabulary."
         )
     return tuple(indices)
 
@@ -235,8 +305,8 @@ def _check_shared(
     ):
         raise CheckpointError(
             f"{where}: the trained rows of {' and '.join(p.module for p in users)} "
-            f"differ; here all are the one leaf {param.path!r}.\nPass a tree that "
-            "holds them apart."
+            f"differ; here all are the one leaf {param.path!r}.\n"
+            f"{advice_to_part(users)}"
         )
     # With a tied head PEFT stores rows once, of the module that holds the table.
     once = any(p.tied for p in users) and param == table.home(param.path)
@@ -244,5 +314,5 @@ def _check_shared(
     if missing and not once:
         raise CheckpointError(
             f"{where} trains rows of {param.module} and not of {missing[0]}; here both "
-            f"are the one leaf {param.path!r}.\nPass a tree that holds them apart."
+            f"are the one leaf {param.path!r}.\n{advice_to_part(users)}"
         )

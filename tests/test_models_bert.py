@@ -252,7 +252,7 @@ def test_config_of_labels(labels):
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"quantization_config": {"bits": 8}}, "quantization_config"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
-        ({"embedding_size": 128}, "'embedding_size'"),
+        ({"embedding_size": 128}, "embedding_size is 128"),
         ({"hidden_act": "mish"}, "mish"),
         ({"problem_type": "ranking"}, "ranking"),
         ({"model_type": "albert"}, "architectures"),

@@ -9,11 +9,13 @@ The models know nothing of LoRA. `jlora.lora` adapts their pure functions, here 
 `models.generate(..., transform=jlora.lora)`.
 """
 
-from jlora.models._generate.generate import GenerationConfig as GenerationConfig
+from jlora.models._generate.config import GenerationConfig as GenerationConfig
 from jlora.models._generate.generate import generate as generate
 from jlora.models._generate.generate import generate_with as generate_with
 from jlora.models._hf.load import load as load
 from jlora.models._hf.save import save as save
+from jlora.models._hf.tables import resize_vocabulary as resize_vocabulary
+from jlora.models._hf.tables import untie as untie
 from jlora.models.bert._config import BertConfig as BertConfig
 from jlora.models.bert._model import Bert as Bert
 from jlora.models.bert._model import BertClassifier as BertClassifier

@@ -1,4 +1,4 @@
-"""Generation as one compiled program: greedy, sampling, and beams (`_beam`).
+"""Generation as one compiled program: greedy search, sampling, and beams.
 
 Two pure functions stand for the model, so any model serves, adapted or not, with an
 encoder or without:
@@ -10,29 +10,31 @@ encoder or without:
 The cache is a dict: `"beams"` holds leaves `[B*K, ...]` that follow their beam, all
 else goes from step to step as `apply_decode` returns it. A model with an encoder
 answers with its start token; one without reads the prompt up to its last token and
-answers with that. B is the batch, K the beams, V the vocabulary, n the room for new
-tokens.
+answers with that. B is the batch, K the beams or samples of a prompt, V the vocabulary,
+n the room for new tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jlora._errors import DataError, DtypeError, ShapeError, StructureError
 from jlora.models._generate.beam import beam_search
-from jlora.models._generate.decoding import GenerationConfig, suppress_eos, warp
+from jlora.models._generate.config import GenerationConfig
+from jlora.models._generate.functions import Decode, Encode, functions_of
+from jlora.models._generate.history import History
+from jlora.models._generate.settings import resolve, with_room
+from jlora.models._generate.single import one_by_one
+from jlora.models._parts.decoder import padding_left
 
-Encode = Callable[..., tuple[Array, Any]]
-Decode = Callable[[Any, Array, Any], tuple[Array, Any]]
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -46,6 +48,7 @@ def generate_with(
     *,
     key: Array | None = None,
     transform: Transform | None = None,
+    is_encoder_decoder: bool = False,
 ) -> Array:
     """Generate with the two functions that stand for a model.
 
@@ -57,19 +60,25 @@ def generate_with(
       apply_decode: makes one step.
       params: the first argument of both.
       input_ids: `[B, S]`.
-      attention_mask: `[B, S]`, 0 at padding; `None` is no padding.
+      attention_mask: `[B, S]`, 0 at padding; `None` is no padding. A row that is all
+        padding generates nothing but padding.
       config: what to do. `eos_token_id=None` never stops early.
       key: for sampling.
       transform: applied to both functions, for instance `jlora.lora`.
+      is_encoder_decoder: whether the output begins anew, with the token that
+        `apply_encode` returns (or `config.decoder_start_token_id`), rather than going
+        on from the input. Rules about repetition and length look at what it follows.
 
     Returns:
-      `[B, n]` int32: the new tokens, the end token included and padding after it.
+      `[B*N, n]` int32: the new tokens, the end token included and padding after it. N
+      is `config.num_return_sequences`.
 
     Raises:
       ShapeError: `input_ids` and `attention_mask` are not alike or not `[B, S]`.
-      StructureError: sampling without a key.
+      DataError: prompts of no tokens.
+      StructureError: sampling without a key, or no room for new tokens.
     """
-    ids = jnp.asarray(input_ids).astype(jnp.int32)
+    ids = jnp.asarray(input_ids)
     mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
     if ids.ndim != 2 or ids.shape != mask.shape:
         raise ShapeError(
@@ -78,8 +87,16 @@ def generate_with(
         )
     if config.do_sample and key is None:
         raise StructureError("do_sample=True draws tokens: pass key=jax.random.key(0).")
-    run = compiled(apply_encode, apply_decode, config, transform)
-    return run(params, ids, mask, key)
+    if ids.shape[0] and not ids.shape[1]:
+        raise DataError(
+            f"input_ids {ids.shape} are empty prompts: there is no token to go on "
+            "from.\nBegin each with the tokenizer's bos_token_id, [[bos_token_id]]."
+        )
+    config = with_room(config, 1 if is_encoder_decoder else ids.shape[1])
+    if not ids.shape[0]:
+        return jnp.zeros((0, config.max_new_tokens), jnp.int32)
+    run = compiled(apply_encode, apply_decode, config, transform, is_encoder_decoder)
+    return run(params, ids.astype(jnp.int32), mask, key)
 
 
 def generate(
@@ -92,37 +109,45 @@ def generate(
     key: Array | None = None,
     transform: Transform | None = None,
     **settings: Any,
-) -> Array:
+) -> np.ndarray | Array:
     """Generate with a model of `jlora.models`.
+
+    The settings that count are those given here, then those of the checkpoint's
+    `generation_config.json` (or, where there is none, of its `config.json`), then the
+    defaults of `GenerationConfig`.
 
     Args:
       model: from `load`.
       params: its parameters; with `transform=jlora.lora` the lorafied ones.
       input_ids: `[B, S]`.
-      attention_mask: `[B, S]`, 0 at padding; `None` is no padding.
-      config: what to do; end and padding tokens default to the model's, of which
-        those in `generation_config.json` go first.
-      key: for sampling.
+      attention_mask: `[B, S]`, 0 at padding; `None` is no padding. A row that is all
+        padding generates nothing but padding.
+      config: what to do, instead of what the files say; tokens that it leaves `None`
+        are the model's.
+      key: for sampling. Without one, files that ask for sampling are not followed,
+        and a warning says so.
       transform: applied to the model's pure functions, for instance `jlora.lora`.
         Pass the same object again, or the program is compiled again.
-      **settings: fields of `GenerationConfig` that replace those of `config`.
+      **settings: fields of `GenerationConfig`.
 
     Returns:
-      `[B, max_new_tokens]` int32: the new tokens, padding after the end token. It
-      does not repeat the prompt or the start token.
+      `[B*N, n]` int32: the new tokens, padding after the end token, N sequences for
+      each prompt and n the room for new tokens. The prompt and the start token are not
+      repeated. It is a NumPy array, which `tokenizer.batch_decode` takes; under a
+      transformation of JAX, or where it is spread over several processes, a
+      `jax.Array`.
 
     Raises:
       ShapeError: `input_ids` and `attention_mask` are not alike or not `[B, S]`.
-      DataError: an id beyond the vocabulary.
+      DataError: an id beyond the vocabulary, or prompts of no tokens.
       DtypeError: `input_ids` are no integers.
-      StructureError: settings that exclude each other, sampling without a key, or a
-        model that generates nothing.
+      StructureError: settings that are not known, not honoured or exclude each other,
+        sampling without a key, or a model that generates nothing.
     """
     encode, decode = functions_of(model)
-    config = dataclasses.replace(config or GenerationConfig(), **settings)
+    config = resolve(model.config, config, settings, sampling=key is not None)
     _check_ids(input_ids, model.config.vocab_size)
-    config = _with_tokens(config, model.config)
-    return generate_with(
+    out = generate_with(
         encode,
         decode,
         params,
@@ -131,26 +156,11 @@ def generate(
         config,
         key=key,
         transform=transform,
+        is_encoder_decoder=getattr(model, "is_encoder_decoder", False),
     )
-
-
-def _with_tokens(config: GenerationConfig, own: Any) -> GenerationConfig:
-    """Fill in end and padding tokens from a model's configuration."""
-
-    def said(name: str) -> Any:
-        value = own.generation.get(name)
-        value = getattr(own, name) if value is None else value
-        return tuple(value) if isinstance(value, list) else value
-
-    if config.eos_token_id is None:
-        config = dataclasses.replace(config, eos_token_id=said("eos_token_id"))
-    if config.pad_token_id is None:
-        # Models without a padding token fill up with their end token.
-        pad = said("pad_token_id")
-        if pad is None and config.eos:
-            pad = config.eos[0]
-        config = dataclasses.replace(config, pad_token_id=pad)
-    return config
+    if isinstance(out, jax.core.Tracer) or not out.is_fully_addressable:
+        return out
+    return np.asarray(out)
 
 
 def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
@@ -158,6 +168,8 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
     if isinstance(input_ids, jax.core.Tracer):
         return
     ids = np.asarray(input_ids)
+    if not ids.size:
+        return  # an empty list is of no dtype
     if not np.issubdtype(ids.dtype, np.integer):
         raise DtypeError(f"input_ids must be integers, not {ids.dtype}.")
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
@@ -169,96 +181,47 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def functions_of(model: Any) -> tuple[Encode, Decode]:
-    """Return a model's two functions, the same objects at every call.
-
-    They are its methods `prefill` and `decode_step`.
-    """
-    if not hasattr(model, "prefill"):
-        raise StructureError(
-            f"{type(model).__name__} is an encoder and generates no tokens.\nCall it "
-            "with model.apply."
-        )
-
-    def encode(
-        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
-    ) -> tuple[Array, Any]:
-        """Read the inputs; answer with the first tokens `[B*K]` and the cache."""
-        how = {"length": length, "beams": beams, "method": "prefill"}
-        read: Any = model.apply({"params": params}, input_ids, attention_mask, **how)
-        return read
-
-    def decode(params: Any, tokens: Array, cache: Any) -> tuple[Array, Any]:
-        """Feed one token `[B*K]` each; return the logits `[B*K, V]` and the cache."""
-        variables = {"params": params}
-        logits, cache = model.apply(
-            variables, tokens[:, None], cache, method="decode_step"
-        )
-        return logits[:, 0], cache
-
-    return encode, decode
-
-
-@lru_cache(maxsize=64)
 def compiled(
     apply_encode: Encode,
     apply_decode: Decode,
     config: GenerationConfig,
     transform: Transform | None,
+    is_encoder_decoder: bool,
 ) -> Any:
     """Return the jitted program; it holds no parameters."""
-    length, beams = config.max_new_tokens, config.num_beams
-    encode: Encode = partial(apply_encode, length=length, beams=beams)
+    length, rows = config.max_new_tokens, config.rows_per_prompt
+    encode: Encode = partial(apply_encode, length=length, beams=rows)
     decode = apply_decode
     if transform is not None:
         encode, decode = transform(encode), transform(decode)
 
     def run(params: Any, ids: Array, mask: Array, key: Array | None) -> Array:
         tokens, cache = encode(params, ids, mask)
-        step = partial(decode, params)
-        if config.num_beams > 1:
-            return beam_search(step, tokens, cache, config)
-        return _one_by_one(step, tokens, cache, config, key)
+        step, held = partial(decode, params), mask.astype(bool)
+        history = _history(ids, held, tokens, config)
+        if is_encoder_decoder:
+            start = config.decoder_start_token_id
+            tokens = tokens if start is None else jnp.full_like(tokens, start)
+            prompt, counted = tokens[:, None], jnp.ones((tokens.size, 1), bool)
+            history = history._replace(prompt=prompt, counted=counted)
+        search = beam_search if config.num_beams > 1 else one_by_one
+        given = jnp.any(held, axis=1)
+        out = search(step, tokens, cache, history, given, config, key)
+        given = jnp.repeat(given, config.num_return_sequences)
+        return jnp.where(given[:, None], out, config.pad_token_id or 0)
 
     return jax.jit(run)
 
 
-class _State(NamedTuple):
-    step: Array  # how many tokens were made
-    tokens: Array  # [B] the last ones
-    cache: Any
-    finished: Array  # [B]
-    out: Array  # [B, n]
-
-
-def _one_by_one(
-    step: Callable[[Array, Any], tuple[Array, Any]],
-    tokens: Array,
-    cache: Any,
-    config: GenerationConfig,
-    key: Array | None,
-) -> Array:
-    """Greedy search or sampling, until every sequence has ended."""
-    pad = config.pad_token_id or 0
-    eos = jnp.array(config.eos, jnp.int32)
-
-    def body(state: _State) -> _State:
-        logits, cache = step(state.tokens, state.cache)
-        logits = suppress_eos(logits.astype(jnp.float32), state.step, config)
-        if key is None or not config.do_sample:
-            tokens = jnp.argmax(logits, axis=-1)
-        else:
-            draw = jax.random.fold_in(key, state.step)
-            tokens = jax.random.categorical(draw, warp(logits, config))
-        tokens = jnp.where(state.finished, pad, tokens.astype(jnp.int32))
-        out = lax.dynamic_update_slice(state.out, tokens[:, None], (0, state.step))
-        finished = state.finished | jnp.isin(tokens, eos)
-        return _State(state.step + 1, tokens, cache, finished, out)
-
-    def unfinished(state: _State) -> Array:
-        return (state.step < config.max_new_tokens) & ~jnp.all(state.finished)
-
-    rows = tokens.shape[0]
-    out = jnp.full((rows, config.max_new_tokens), pad, jnp.int32)
-    start = _State(jnp.int32(0), tokens, cache, jnp.zeros(rows, bool), out)
-    return lax.while_loop(unfinished, body, start).out
+def _history(
+    ids: Array, mask: Array, tokens: Array, config: GenerationConfig
+) -> History:
+    """Return the history of rows that continue their inputs."""
+    rows = config.rows_per_prompt
+    source = jnp.repeat(ids, rows, axis=0)
+    counted = jnp.repeat(mask, rows, axis=0)
+    new = jnp.full(
+        (tokens.shape[0], config.max_new_tokens), config.pad_token_id or 0, jnp.int32
+    )
+    prompt, counted = padding_left(source, counted)
+    return History(source, prompt, counted, new, jnp.int32(0))

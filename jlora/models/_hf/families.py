@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jlora._errors import CheckpointError
 from jlora.models._hf.sources import Joined, Source, Stacked, Tensor
 from jlora.models.bert import _files
-from jlora.models.bert._config import BertConfig, with_head
+from jlora.models.bert._config import NAMES, BertConfig, with_head
 from jlora.models.bert._model import with_its_head
 from jlora.models.gpt2._config import GPT2Config
 from jlora.models.gpt2._model import GPT2
@@ -21,6 +21,7 @@ from jlora.models.llama._config import LlamaConfig
 from jlora.models.llama._gemma_config import GemmaConfig
 from jlora.models.llama._model import Llama
 from jlora.models.llama._moe_config import MoeConfig
+from jlora.models.t5._config import KINDS as T5_KINDS
 from jlora.models.t5._config import T5Config
 from jlora.models.t5._model import T5
 
@@ -53,6 +54,7 @@ class Family:
       stacks: the paths of a model's blocks and their numbers, for a model that scans
         them.
       aliases: names that files may hold besides, and the tensor each must equal.
+      stands_alone: whether a file that lacks the tensor may hold it by that alias.
       unused: names that files may hold although the model never reads them; `*`
         stands for anything.
       settle: corrects a configuration by what the file holds; it gets the
@@ -71,6 +73,7 @@ class Family:
     source: Callable[[Path, Any, Names], Source]
     stacks: Callable[[Any], Mapping[Path, int]]
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    stands_alone: Callable[[Any, str], bool] = lambda config, alias: True
     unused: frozenset[str] = frozenset()
     settle: Callable[[Any, Mapping[str, Any], set[str], Same], Any] = (
         lambda config, raw, names, same: config
@@ -192,20 +195,32 @@ def _t5_aliases(config: T5Config) -> dict[str, str]:
     return dict.fromkeys(embeddings + head, "shared.weight")
 
 
+def _t5_stands_alone(config: T5Config, alias: str) -> bool:
+    """Whether a name of the embedding is enough, and a head's no head of its own.
+
+    A head whose input is not scaled was untied when it was trained, whatever later
+    releases of `transformers` wrote of it.
+    """
+    return alias != "lm_head.weight" or bool(config.scale_decoder_outputs)
+
+
 def _t5_settle(
     config: T5Config, raw: Mapping[str, Any], names: set[str], same: Same
 ) -> T5Config:
     """Untie the head where the file holds another one than the embedding.
 
     Since release 5 `transformers` writes `tie_word_embeddings: true` for every T5 and
-    tells by the tensors; `scale_decoder_outputs` marks such a file.
+    tells by the tensors; `scale_decoder_outputs` marks such a file. Of an mT5 it heeds
+    the tensors alone.
     """
     held = {"lm_head.weight", "shared.weight"} <= names
+    if config.model_type == "mt5" and "lm_head.weight" not in names:
+        return dataclasses.replace(config, tie_word_embeddings=True)
     if not config.tie_word_embeddings or not held:
         return config
     if same("lm_head.weight", "shared.weight"):
         return config
-    if raw.get("scale_decoder_outputs") is None:
+    if config.model_type == "t5" and raw.get("scale_decoder_outputs") is None:
         raise CheckpointError(
             "config.json ties the head to the embedding, but lm_head.weight differs "
             "from shared.weight.\nIf the head is its own, set "
@@ -230,6 +245,24 @@ _ENCODER = Family(
     is_head=_files.is_head,
 )
 
+_T5 = Family(
+    config=T5Config,
+    model=T5,
+    init_args=(_IDS, None, _IDS),
+    source=dotted,
+    stacks=lambda config: {
+        ("encoder", "block"): config.num_layers,
+        ("decoder", "block"): config.num_decoder_layers,
+    },
+    aliases=_t5_aliases,
+    stands_alone=_t5_stands_alone,
+    # The first release's files hold it; cross-attention has no positions.
+    unused=frozenset(
+        {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+    ),
+    settle=_t5_settle,
+)
+
 _LLAMA = Family(
     config=LlamaConfig,
     model=Llama,
@@ -246,8 +279,7 @@ _MOE = dataclasses.replace(
 )
 
 FAMILIES: dict[str, Family] = {
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
+    **dict.fromkeys(NAMES, _ENCODER),
     "gpt2": Family(
         config=GPT2Config,
         model=GPT2,
@@ -261,22 +293,7 @@ FAMILIES: dict[str, Family] = {
         ),
         spelling=_with_prefix("transformer."),
     ),
-    "t5": Family(
-        config=T5Config,
-        model=T5,
-        init_args=(_IDS, None, _IDS),
-        source=dotted,
-        stacks=lambda config: {
-            ("encoder", "block"): config.num_layers,
-            ("decoder", "block"): config.num_decoder_layers,
-        },
-        aliases=_t5_aliases,
-        # The first release's files hold it; cross-attention has no positions.
-        unused=frozenset(
-            {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
-        ),
-        settle=_t5_settle,
-    ),
+    **dict.fromkeys(T5_KINDS, _T5),
     **dict.fromkeys(LlamaConfig.kinds, _LLAMA),
     **dict.fromkeys(GemmaConfig.kinds, dataclasses.replace(_LLAMA, config=GemmaConfig)),
     **dict.fromkeys(MoeConfig.kinds, _MOE),

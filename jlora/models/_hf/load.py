@@ -15,14 +15,17 @@ from jax.sharding import Sharding
 from jlora._errors import CheckpointError
 from jlora._files import check_local, read_json
 from jlora._text import listed
+from jlora.models._generate.settings import said_in_config
 from jlora.models._hf import heads, reading
 from jlora.models._hf.families import Family, family_of
 from jlora.models._hf.sources import Source, names, places
+from jlora.models._hf.tables import check_untying
 from jlora.models._hf.tensors import TensorFolder
 
 Params = dict[str, Any]
 
 GENERATION = "generation_config.json"
+HEAD = "lm_head.weight"
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -49,6 +52,7 @@ def load(
     attn_implementation: str = "einsum",
     head: str | None = None,
     num_labels: int | None = None,
+    untie: bool = False,
     key: jax.Array | None = None,
 ) -> tuple[Any, Params]:
     """Return the model and the parameters of a Hugging Face checkpoint.
@@ -84,6 +88,9 @@ def load(
         warning lists it.
       num_labels: outputs of the classification head; `None` takes config.json's.
         Where the checkpoint's head has another number, its last layer is made anew.
+      untie: whether a model whose head is its embedding gets a head of its own, which
+        begins as a copy: adapters then change one and not the other. `models.untie`
+        does it to a model that is loaded.
       key: for what is newly initialised; `None` is `jax.random.key(0)`.
 
     Returns:
@@ -93,8 +100,11 @@ def load(
       CheckpointError: files missing or damaged, tensors that are missing, unknown or
         of another shape, or a configuration that no model here honours.
       ShapeError: a sharding that does not divide its leaf.
-      StructureError: shardings that are not those of the parameters, or blocks that
-        are not alike and shall be scanned.
+      StructureError: shardings that are not those of the parameters, blocks that are
+        not alike and shall be scanned, or an encoder that shall be untied.
+
+    Warns:
+      JloraWarning: keys of `config.json` that nothing reads, or a head made anew.
     """
     folder = _folder(source)
     raw = read_json(folder / "config.json")
@@ -104,10 +114,14 @@ def load(
     tensors = TensorFolder(folder)
     config = family.config.from_dict(raw)
     tensors.rename(family.spelling(config, tensors.names))
+    _rename_aliases(tensors, family, config)
     config = family.settle(config, raw, tensors.names, tensors.same)
-    if hasattr(config, "generation") and (folder / GENERATION).exists():
-        said = read_json(folder / GENERATION)
+    if hasattr(config, "generation"):
+        file = folder / GENERATION
+        said = read_json(file) if file.exists() else said_in_config(raw)
         config = dataclasses.replace(config, generation=said)
+    if untie:
+        config = _untied(tensors, family, config)
     form: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
     form["attn_implementation"] = attn_implementation
     model = family.model(config=config, **form)
@@ -162,6 +176,24 @@ def _folder(source: str | Path) -> Path:
             f"repository of that name: {error}\nCheck the name and the connection, or "
             "pass the path of a downloaded folder."
         ) from error
+
+
+def _untied(tensors: TensorFolder, family: Family, config: Any) -> Any:
+    """Return `config` with a head of its own, which is read from the embedding."""
+    check_untying(family.model(config=config))
+    if not config.tie_word_embeddings:
+        return config
+    (table,) = [t for a, t in family.aliases(config).items() if a == HEAD]
+    tensors.repeat(table, HEAD)
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _rename_aliases(tensors: TensorFolder, family: Family, config: Any) -> None:
+    """Call a shared tensor by its first name where a file holds another one alone."""
+    for alias, name in family.aliases(config).items():
+        alone = alias in tensors.names and name not in tensors.names
+        if alone and family.stands_alone(config, alias):
+            tensors.rename({alias: name})
 
 
 def _new_leaves(

@@ -66,6 +66,10 @@ class TensorFolder:
             renamed[name] = held
         self._held = renamed
 
+    def repeat(self, name: str, other: str) -> None:
+        """Let a tensor be found by another name, too."""
+        self._held[other] = self._held[name]
+
     def where(self, name: str) -> str:
         """Return the path of the file that holds a tensor."""
         return str(self._held[name].file)

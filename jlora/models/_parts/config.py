@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jlora._errors import CheckpointError, ShapeError
+from jlora._errors import CheckpointError, JloraWarning, ShapeError
+from jlora._text import listed
 from jlora.models._parts.layers import ACTIVATIONS
 
 # Keys that every file may hold, and that change no logit of a language model.
@@ -22,6 +24,25 @@ _HARMLESS = re.compile(
     r"|(encoder_)?no_repeat_ngram_size|bad_words_ids|(begin_)?suppress_tokens"
     r"|forced_(bos|eos)_token_id|exponential_decay_length_penalty"
     r"|remove_invalid_values|torchscript|tf_legacy_loss|use_bfloat16"
+    r"|loss_type|transformers\.js_config|(_)?attn_implementation(_.*)?|.*flash_attn.*"
+    r"|(model_|tokenizer_)?max_(seq|sequence|position|model)?_?(len|length)|seq_length"
+    r"|(bos|cls|eos|mask|pad|sep|unk|begin|end|im_start|im_end)_token(_id)?"
+)
+# What the name of a key speaks of where it may change what is computed. A key that
+# speaks of nothing of the kind is some tool's note; `transformers` reads it no more.
+_MATTERS = re.compile(
+    r"(^|_)(act|activation|adapter|adapters|alibi|alpha|attn|attention|beta|bias|biases"
+    r"|block|blocks|cap|causal|clip|conv|cross|decoder|depth|dim|dims|dropout|embd"
+    r"|embed|embedding|embeddings|encoder|eps|epsilon|expert|experts|factor|ffn|fp8"
+    r"|freq|fused|gate|gated|gating|gelu|group|groups|head|heads|hidden|interleaved"
+    r"|intermediate|kernel|kv|latent|layer|layers|layerdrop|linear|lora|mamba|mask"
+    r"|mlp|moe|multi|multiplier|mup|nope|norm|norms|normalization|normalize|ntk"
+    r"|parallel|partial|peft|pooler|pooling|position|positions|positional|pre|post|qk"
+    r"|qkv|quant|quantization|quantized|quantize|query|key|value|rank|ratio|relative"
+    r"|residual|rms|rmsnorm|rope|rotary|router|scalar|scale|scaled|scaling|scales"
+    r"|sequential|shared|shift|sink|sinks|size|sliding|softcap|softcapping|softmax"
+    r"|sparse|sparsity|std|temperature|theta|tie|tied|tying|type|types|untied"
+    r"|vocab|width|window|windows|yarn)(s|_|$)"
 )
 # Values of keys that are not read: each says that nothing is to be done.
 _NOTHING: tuple[Any, ...] = (None, False, {}, [], "")
@@ -42,6 +63,9 @@ def read_keys(
 
     Raises:
       CheckpointError: another key whose value says that something is to be computed.
+
+    Warns:
+      JloraWarning: other keys that nothing reads.
     """
     # What are no keys of the file.
     own = ("extra", "rope", "local_rope", "generation")
@@ -52,15 +76,41 @@ def read_keys(
         if key in types and (value is not None or "None" in types[key])
     }
     extra = {key: value for key, value in config.items() if key not in types}
-    for key, value in extra.items():
-        harms = not (_HARMLESS.fullmatch(key) or re.fullmatch(harmless, key))
-        if harms and value not in _NOTHING:
+    pass_over(kind, extra, harmless)
+    return known, extra
+
+
+def pass_over(kind: str, extra: Mapping[str, Any], harmless: str) -> None:
+    """Pass over keys that change nothing; the others of `read_keys` are refused.
+
+    Raises:
+      CheckpointError: a key whose name speaks of what is computed, and whose value
+        does not switch it off.
+
+    Warns:
+      JloraWarning: keys that nothing reads.
+    """
+    unknown = {
+        key: value
+        for key, value in extra.items()
+        if not (_HARMLESS.fullmatch(key) or re.fullmatch(harmless, key))
+        and not any(value is none or value == none for none in _NOTHING)
+    }
+    for key, value in unknown.items():
+        if _MATTERS.search(key.lower()):
             raise CheckpointError(
                 f"{kind} config: {key} is {value!r}, and this model does not know that "
                 "key.\nIf it does not change what is computed, remove it from "
                 "config.json; otherwise the model is of another kind."
             )
-    return known, extra
+    if unknown:
+        lines = [f"{key}: {str(value)[:60]}" for key, value in unknown.items()]
+        warnings.warn(
+            f"{kind} config: keys that nothing here reads were passed over:\n  "
+            f"{listed(lines)}",
+            JloraWarning,
+            stacklevel=5,
+        )
 
 
 def check_sizes(kind: str, config: Any, names: Collection[str]) -> None:

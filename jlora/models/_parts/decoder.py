@@ -302,7 +302,7 @@ class Decoder(Part):
         room = S - 1 + length
         self.check_room(room)
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, mask = _to_the_right(input_ids, mask.astype(bool))
+        ids, mask = padding_left(input_ids, mask.astype(bool))
         keys = jnp.concatenate([mask, jnp.ones((B, length - 1), bool)], axis=1)
         layers, G, D = self.cache_shape()
         past = self.empty(layers, (B, G, room, D))
@@ -335,7 +335,7 @@ class Decoder(Part):
         return self.head(x), {"beams": past, "shared": {**shared, **moved}}
 
 
-def _to_the_right(ids: Array, mask: Array) -> tuple[Array, Array]:
+def padding_left(ids: Array, mask: Array) -> tuple[Array, Array]:
     """Turn each row so that padding on its right stands on its left."""
     S = ids.shape[1]
     shift = jnp.argmax(mask[:, ::-1], axis=1)  # [B], the padding on the right

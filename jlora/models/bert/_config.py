@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora._errors import CheckpointError, ShapeError
+from jlora.models._parts.config import pass_over
 from jlora.models._parts.layers import ACTIVATIONS
 
-PREFIXES = {"bert": "Bert", "roberta": "Roberta"}
+
+class Names(NamedTuple):
+    """What a `model_type` is called elsewhere.
+
+    Attributes:
+      prefix: what the encoder's tensors begin with in a model with a head.
+      classes: what its classes in `transformers` begin with.
+    """
+
+    prefix: str
+    classes: str
+
+
+# All but the first are RoBERTas, which differ in their data and tokenizers.
+NAMES = {
+    "bert": Names("bert", "Bert"),
+    "roberta": Names("roberta", "Roberta"),
+    "xlm-roberta": Names("roberta", "XLMRoberta"),
+    "camembert": Names("roberta", "Camembert"),
+    "data2vec-text": Names("data2vec_text", "Data2VecText"),
+}
 HEADS = {
     "base": "Model",
     "classification": "ForSequenceClassification",
@@ -27,25 +48,12 @@ _REQUIRED: dict[str, Any] = {
     "pruned_heads": {},
     "quantization_config": None,
 }
-# Keys that `transformers` of one release or another writes, and which an encoder's
-# computation does not read.
-# fmt: off
-_INERT = frozenset({
-    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
-    "_num_labels", "adapters", "architectures", "attn_implementation", "auto_map",
-    "bos_token_id", "chunk_size_feed_forward", "cls_token_id", "directionality",
-    "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing",
-    "id2label", "label2id", "language", "mask_token_id", "max_length", "min_length",
-    "model_name", "name", "name_or_path", "num_labels", "output_attentions",
-    "output_hidden_states", "output_past", "pooler_fc_size",
-    "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
-    "pooler_type", "prefix", "return_dict", "return_dict_in_generate",
-    "sentence_transformers", "sep_token_id", "task_specific_params",
-    "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
-    "use_return_dict",
-})
-# fmt: on
+# Keys that an encoder's computation does not read, beside those of every model.
+_HARMLESS = (
+    r"adapters|directionality|language|model_name|name|name_or_path|pooler_fc_size"
+    r"|pooler_num_attention_heads|pooler_num_fc_layers|pooler_size_per_head"
+    r"|pooler_type|return_dict_in_generate|sentence_transformers|use_return_dict"
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -67,7 +75,7 @@ class BertConfig:
     they came and take no part in comparisons.
 
     Attributes:
-      model_type: `"bert"` or `"roberta"`.
+      model_type: one of `NAMES`, `"bert"` or a RoBERTa.
       head: `"base"` (hidden states), `"classification"` or `"masked_lm"`; in
         `config.json` it is the end of `architectures`' only entry.
       pooler: whether a base model has the layer over its first token; `None` is yes.
@@ -118,7 +126,7 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         """Fill what follows from other fields, and refuse what makes no model."""
-        _check_choice(self, "model_type", PREFIXES)
+        _check_choice(self, "model_type", NAMES)
         _check_choice(self, "head", HEADS)
         _check_choice(self, "hidden_act", ACTIVATIONS)
         _check_choice(self, "problem_type", (None, *PROBLEMS))
@@ -139,7 +147,12 @@ class BertConfig:
     @property
     def roberta(self) -> bool:
         """Whether it is a RoBERTa, whose positions and heads differ from BERT's."""
-        return self.model_type == "roberta"
+        return self.model_type != "bert"
+
+    @property
+    def prefix(self) -> str:
+        """What the encoder's names begin with in a model with a head."""
+        return NAMES[self.model_type].prefix
 
     @property
     def first_position(self) -> int:
@@ -158,8 +171,8 @@ class BertConfig:
           The configuration, with defaults as `transformers` fills them.
 
         Raises:
-          CheckpointError: a key that is not known, a value that this model cannot
-            honour, or a head that is not defined here.
+          CheckpointError: a key or a value that this model cannot honour, or a head
+            that is not defined here.
           ShapeError: sizes that make no model.
         """
         for key, wanted in _REQUIRED.items():
@@ -170,13 +183,8 @@ class BertConfig:
                 )
         names = {field.name for field in dataclasses.fields(cls)}
         names -= {"extra", "head", "pooler"}
-        unknown = sorted(config.keys() - names - _REQUIRED.keys() - _INERT)
-        if unknown:
-            raise CheckpointError(
-                f"BERT config: {unknown[0]!r} ({config[unknown[0]]!r}) is not known, "
-                "and could change what the model computes.\nIf it does not, take it "
-                f"out of config.json{_others(unknown[1:])}."
-            )
+        others = {k: v for k, v in config.items() if k not in names | _REQUIRED.keys()}
+        pass_over("BERT", others, _HARMLESS)
         # A null stands for the default, as in files written by older releases.
         known = {k: v for k, v in config.items() if k in names and v is not None}
         known["num_labels"] = _num_labels(config)
@@ -190,7 +198,7 @@ class BertConfig:
             for field in dataclasses.fields(self)
             if field.name not in ("extra", "head", "pooler", "num_labels")
         }
-        own["architectures"] = [PREFIXES[self.model_type] + HEADS[self.head]]
+        own["architectures"] = [NAMES[self.model_type].classes + HEADS[self.head]]
         if "id2label" not in self.extra and self.num_labels != 2:
             labels = [f"LABEL_{i}" for i in range(self.num_labels)]
             own["id2label"] = {str(i): label for i, label in enumerate(labels)}
@@ -212,7 +220,7 @@ def with_head(
             raise CheckpointError(
                 f"head={head!r} is not defined.\nKnown are {', '.join(HEADS)}."
             )
-        prefix = PREFIXES[config["model_type"]]
+        prefix = NAMES[config["model_type"]].classes
         changed["architectures"] = [prefix + HEADS[head]]
     if num_labels is None:
         return changed
@@ -230,7 +238,7 @@ def with_head(
 
 
 def _head(config: Mapping[str, Any]) -> str:
-    prefix = PREFIXES.get(config.get("model_type", "bert"), "")
+    prefix = NAMES.get(config.get("model_type", "bert"), Names("", "")).classes
     heads = {prefix + suffix: head for head, suffix in HEADS.items()}
     named = config.get("architectures") or []
     if len(named) != 1 or named[0] not in heads:
@@ -251,10 +259,6 @@ def _num_labels(config: Mapping[str, Any]) -> int:
     if said is not None:
         return said
     return 2 if names is None else len(names)
-
-
-def _others(names: list[str]) -> str:
-    return f"; so with {', '.join(names)}" if names else ""
 
 
 def _check_choice(config: BertConfig, field: str, known: Any) -> None:

@@ -11,6 +11,7 @@ from jlora.models.bert._config import BertConfig
 
 _ENCODER = ("embeddings", "encoder")
 _OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_TABLE = "embeddings.word_embeddings.weight"
 _BUFFER = re.compile(r"embeddings\.(position_ids|token_type_ids)")
 # Pretraining leaves them in files whose model reads them no more.
 _LEFT_OVER = re.compile(r"(pooler|cls|lm_head)\..*")
@@ -33,7 +34,7 @@ def spelling(config: BertConfig, names: set[str]) -> dict[str, str | None]:
 
 
 def _spelled(name: str, config: BertConfig, names: set[str]) -> str | None:
-    prefix = config.model_type + "."
+    prefix = config.prefix + "."
     bare = name.removeprefix(prefix)
     for old, new in _OLD.items():
         if bare.endswith(old):
@@ -43,11 +44,18 @@ def _spelled(name: str, config: BertConfig, names: set[str]) -> str | None:
     head = _masked_lm_names(config)
     if bare == head["decoder.bias"] and head["bias"] not in names:
         bare = head["bias"]
+    if bare == head["decoder.weight"] and not _has_table(names):
+        bare = _TABLE
     if _LEFT_OVER.fullmatch(bare) and not _is_read(bare, config):
         return None
     if bare.split(".")[0] not in (*_ENCODER, "pooler"):
         return name if name.startswith(prefix) else bare
     return bare if config.head == "base" else prefix + bare
+
+
+def _has_table(names: set[str]) -> bool:
+    """Whether the file holds the embedding by its own name, not the decoder's alone."""
+    return any(name.endswith(_TABLE) for name in names)
 
 
 def _is_read(bare: str, config: BertConfig) -> bool:
@@ -70,13 +78,13 @@ def aliases(config: BertConfig) -> dict[str, str]:
     if config.head != "masked_lm":
         return {}
     head = _masked_lm_names(config)
-    table = f"{config.model_type}.embeddings.word_embeddings.weight"
+    table = f"{config.prefix}.embeddings.word_embeddings.weight"
     return {head["decoder.weight"]: table, head["decoder.bias"]: head["bias"]}
 
 
 def stacks(config: BertConfig) -> dict[tuple[str, ...], int]:
     """Return the path of the blocks, and how many there are."""
-    prefix = () if config.head == "base" else (config.model_type,)
+    prefix = () if config.head == "base" else (config.prefix,)
     return {(*prefix, "encoder", "layer"): config.num_hidden_layers}
 
 

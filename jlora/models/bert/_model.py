@@ -138,7 +138,7 @@ class Headed(Part):
 
     def setup(self) -> None:
         """Declare the encoder."""
-        self.base = self.part(Bert)(name=self.config.model_type)
+        self.base = self.part(Bert)(name=self.config.prefix)
 
     def head(self, x: Array, deterministic: bool) -> Array:
         """[B, S, d] -> the logits."""
@@ -215,7 +215,7 @@ class BertMaskedLM(Headed):
         The decoder multiplies with the word embeddings (".T"), and adds a bias that
         the head holds and does not use itself, hence the parentheses.
         """
-        base = self.config.model_type
+        base = self.config.prefix
         head = "lm_head" if self.config.roberta else "cls.predictions"
         words = f"{base}.embeddings.word_embeddings"
         return {

@@ -74,6 +74,11 @@ _MISTRAL = {
 KINDS = {
     "llama": Kind("LlamaForCausalLM", {}, frozenset({"attention_bias", "mlp_bias"})),
     "mistral": Kind("MistralForCausalLM", _MISTRAL, frozenset({"sliding_window"})),
+    "ministral": Kind(
+        "MinistralForCausalLM",
+        _MISTRAL,
+        frozenset({"sliding_window", "layer_types"}),
+    ),
     "qwen2": Kind(
         "Qwen2ForCausalLM",
         _QWEN,

@@ -9,9 +9,22 @@ from typing import Any
 from jlora._errors import CheckpointError, ShapeError
 from jlora.models._parts.config import check_activation, plain, read_keys
 
+# By `model_type`: the class in `transformers`, and its defaults where they are others.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5ForConditionalGeneration", {}),
+    "mt5": (
+        "MT5ForConditionalGeneration",
+        {
+            "vocab_size": 250112,
+            "d_ff": 1024,
+            "num_layers": 8,
+            "num_heads": 6,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+}
 # Values that would change what the model computes, and which it cannot honour.
 _REQUIRED = {
-    "model_type": "t5",
     "is_decoder": False,
     "is_encoder_decoder": True,
     "quantization_config": None,
@@ -26,13 +39,14 @@ _HARMLESS = (
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes and choices of a T5 v1.0, v1.1 or FLAN-T5.
+    """Sizes and choices of a T5 v1.0, v1.1, FLAN-T5, ByT5 or mT5.
 
     Fields carry the names and the defaults of `config.json`. `extra` holds the keys
     that do not change the computation (`n_positions`, `task_specific_params`, ...);
     they are written back as they came and take no part in comparisons.
 
     Attributes:
+      model_type: `"t5"` or `"mt5"`.
       vocab_size: V, the rows of the shared embedding.
       d_model: width of the residual stream.
       d_kv: D, the width of one head.
@@ -49,7 +63,7 @@ class T5Config:
       dense_act_fn: the activation; derived from `feed_forward_proj` where empty.
       tie_word_embeddings: whether the head is the shared embedding.
       scale_decoder_outputs: whether the head's input is scaled by d_model**-0.5;
-        `None` follows `tie_word_embeddings`.
+        `None` follows `tie_word_embeddings`, but an mT5 never scales.
       pad_token_id: fills batches, and takes the place of ignored labels.
       eos_token_id: ends a sequence; several where any of them does.
       decoder_start_token_id: the decoder's first input.
@@ -58,6 +72,7 @@ class T5Config:
         before those here.
     """
 
+    model_type: str = "t5"
     vocab_size: int = 32128
     d_model: int = 512
     d_kv: int = 64
@@ -87,7 +102,8 @@ class T5Config:
         if self.num_decoder_layers is None:
             self._set("num_decoder_layers", self.num_layers)
         if self.scale_decoder_outputs is None:
-            self._set("scale_decoder_outputs", self.tie_word_embeddings)
+            scaled = self.tie_word_embeddings and self.model_type == "t5"
+            self._set("scale_decoder_outputs", scaled)
         if not self.dense_act_fn:
             self._set("dense_act_fn", _activation_name(self.feed_forward_proj))
         if isinstance(self.eos_token_id, list):
@@ -98,6 +114,16 @@ class T5Config:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def _check(self) -> None:
+        if self.model_type not in KINDS:
+            raise CheckpointError(
+                f"T5 config: model_type is {self.model_type!r}.\nKnown are "
+                f"{', '.join(KINDS)}."
+            )
+        if self.model_type == "mt5" and self.scale_decoder_outputs:
+            raise CheckpointError(
+                "T5 config: scale_decoder_outputs is True, and an mT5 scales nothing."
+                "\nTake it out, or change model_type."
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             size = field.name.startswith(("d_", "num_", "relative_", "vocab"))
@@ -156,7 +182,8 @@ class T5Config:
                 "Correct the one that is wrong."
             )
         known, extra = read_keys("T5", cls, config, _HARMLESS)
-        return cls(**known, extra=extra)
+        _, defaults = KINDS.get(known.get("model_type", "t5"), ("", {}))
+        return cls(**{**defaults, **known}, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what belongs into `config.json`, the extra keys included."""
@@ -164,11 +191,12 @@ class T5Config:
         own = {f.name: plain(getattr(self, f.name)) for f in fields}
         del own["generation"]
         head = {
-            "architectures": ["T5ForConditionalGeneration"],
+            "architectures": [KINDS[self.model_type][0]],
             "is_encoder_decoder": True,
             "is_gated_act": self.gated,
-            "model_type": "t5",
         }
+        if self.model_type != "t5":
+            del own["scale_decoder_outputs"]
         return dict(sorted({**head, **own.pop("extra"), **own}.items()))
 
 

@@ -171,6 +171,11 @@ class T5(Part):
       attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether its output begins anew, rather than go on from the input."""
+        return True
+
     def setup(self) -> None:
         """Declare embedding, stacks and head."""
         c = self.config

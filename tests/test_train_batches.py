@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen
+from tools import randomise
 
 import jlora
 import jlora.train as jt
@@ -146,3 +148,161 @@ def test_without_values_a_label_beyond_the_classes_is_nan(loss):
 def test_labels_are_integers(loss):
     with pytest.raises(jlora.DtypeError, match=r"labels are float32\[3\][\s\S]*argmax"):
         loss(jnp.zeros(3))
+
+
+# -- ids in a step ---------------------------------------------------------------------
+
+
+def language_params(rows=V):
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "embed": {"embedding": jax.random.normal(keys[0], (rows, D))},
+        "head": {"kernel": jax.random.normal(keys[1], (D, V))},
+    }
+    return randomise(jlora.lorafy(params, 2, ["embed", "head"]), jax.random.key(1))
+
+
+def lookups(name):
+    module = linen.Embed(V, D)
+    return {
+        "index": lambda p, ids: p["embed"]["embedding"][ids],
+        "take": lambda p, ids: jnp.take(p["embed"]["embedding"], ids, axis=0),
+        "linen": lambda p, ids: module.apply({"params": p["embed"]}, ids),
+        "cast": lambda p, ids: p["embed"]["embedding"].astype(jnp.bfloat16)[ids],
+    }[name]
+
+
+def language_loss(lookup, *, head="cross_entropy", mask=True, shifted=False):
+    def loss(params, batch, key=None):
+        hidden = lookup(params, batch["ids"]).astype(jnp.float32)
+        labels, weights = batch["labels"], batch["mask"] if mask else None
+        if shifted:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            weights = weights[:, 1:] if mask else None
+        if head == "linear_cross_entropy":
+            w = params["head"]["kernel"]
+            return jt.linear_cross_entropy(hidden, w, labels, weights)
+        return jt.cross_entropy(hidden @ params["head"]["kernel"], labels, weights)
+
+    return loss
+
+
+def language_batch(**changes):
+    rng = np.random.default_rng(3)
+    batch = {
+        "ids": rng.integers(0, V, (4, 5)),
+        "labels": rng.integers(0, V, (4, 5)),
+        "mask": np.ones((4, 5), np.float32),
+    }
+    for name, (place, value) in changes.items():
+        batch[name][place] = value
+    return batch
+
+
+def step_of(loss, **options):
+    tx = optax.sgd(0.1)
+    state = jt.TrainState.create(language_params(), tx)
+    step = jt.make_train_step(loss, tx, donate=False, **options)
+    return lambda batch: step(state, batch)[1], step
+
+
+@pytest.mark.parametrize("name", ["index", "take", "linen", "cast"])
+def test_an_id_beyond_the_table_is_named_before_the_step(name):
+    run, step = step_of(language_loss(lookups(name)))
+    words = rf"'ids': {V} at \[3, 1\] is beyond the {V} rows, 0..10"
+    for _ in range(2):
+        with pytest.raises(jlora.DataError, match=words):
+            run(language_batch(ids=((3, 1), V)))
+    assert np.isfinite(run(language_batch())["loss"])
+    with pytest.raises(jlora.DataError, match=words):
+        run(language_batch(ids=((3, 1), V)))
+    with pytest.raises(jlora.DataError, match=r"'ids': -100 at \[0, 0\]"):
+        run(language_batch(ids=((0, 0), -100)))
+    assert np.isfinite(run(language_batch(ids=((0, 0), -1)))["loss"])
+    assert step.cache_size() == 1
+
+
+@pytest.mark.parametrize("head", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_label_beyond_the_classes_is_named_before_the_step(head, accumulate, shifted):
+    loss = language_loss(lookups("take"), head=head, shifted=shifted)
+    run, step = step_of(loss, accumulate=accumulate)
+    with pytest.raises(
+        jlora.DataError, match=rf"'labels': 90 at \[2, 3\] is beyond the {V} classes"
+    ):
+        run(language_batch(labels=((2, 3), 90)))
+    masked = language_batch(labels=((2, 3), 90), mask=((2, 3), 0))
+    assert np.isfinite(run(masked)["loss"])
+    assert np.isfinite(run(language_batch(labels=((2, 3), -100)))["loss"])
+    if shifted:  # the first labels are cut off
+        assert np.isfinite(run(language_batch(labels=((2, 0), 90)))["loss"])
+    assert step.cache_size() == 1
+
+
+def test_ids_in_evaluation_and_without_a_mask():
+    loss = language_loss(lookups("take"), mask=False)
+    step = jt.make_eval_step(lambda p, b: {"loss": loss(p, b)})
+    params = language_params()
+    with pytest.raises(jlora.DataError, match=r"'labels': 11 at \[0, 4\]"):
+        jt.evaluate(step, params, [language_batch(labels=((0, 4), V))])
+    with pytest.raises(jlora.DataError, match=r"'ids': 11 at \[0, 4\]"):
+        jt.evaluate(step, params, [language_batch(), language_batch(ids=((0, 4), V))])
+    assert jt.evaluate(step, params, [language_batch()])["loss"] > 0
+
+
+def test_ids_on_a_device_are_looked_at_once():
+    run, _ = step_of(language_loss(lookups("take")))
+    on_device = lambda **changes: jax.tree.map(jnp.asarray, language_batch(**changes))
+    with pytest.raises(jlora.DataError, match=r"'ids': 11 at"):
+        run(on_device(ids=((0, 4), V)))
+    run(on_device())
+    assert run(on_device(ids=((0, 4), V)))["nonfinite"]
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda ids: jnp.where(ids >= V, 0, ids),
+        lambda ids: jnp.minimum(ids, V - 1),
+        lambda ids: ids % V,
+    ],
+)
+def test_ids_that_the_loss_brings_within_bounds_are_its_own_affair(within):
+    inner = language_loss(lookups("take"))
+    loss = lambda p, b, k: inner(p, {**b, "ids": within(b["ids"])})
+    run, _ = step_of(loss)
+    assert np.isfinite(run(language_batch(ids=((0, 4), V + 2)))["loss"])
+
+
+def test_columns_that_are_no_ids_may_hold_anything():
+    inner = language_loss(lookups("index"), mask=False)
+
+    def loss(params, batch, key):
+        return inner(params, {"ids": batch[..., 0], "labels": batch[..., 1]})
+
+    run, _ = step_of(loss)
+    columns = np.zeros((4, 5, 3), np.int64)
+    columns[..., 2] = 1000
+    assert np.isfinite(run(columns)["loss"])
+    columns[1, 2, 1] = V
+    with pytest.raises(jlora.DataError, match=r"'the batch': 11 at \[1, 2, 1\]"):
+        run(columns)
+
+
+def test_ids_under_vmap_and_checkpoint():
+    inner = language_loss(lookups("take"), mask=False)
+
+    @jax.checkpoint
+    def one(params, ids, labels):
+        return inner(params, {"ids": ids, "labels": labels})
+
+    def loss(params, batch, key):
+        totals = jax.vmap(one, (None, 0, 0))(params, batch["ids"], batch["labels"])
+        return jax.tree.map(jnp.sum, totals)
+
+    run, _ = step_of(loss)
+    for name in ("ids", "labels"):
+        with pytest.raises(jlora.DataError, match=rf"'{name}': 11 at \[2, 3\]"):
+            run(language_batch(**{name: ((2, 3), V)}))
+    assert np.isfinite(run(language_batch())["loss"])

@@ -29,6 +29,7 @@ from jlora.train._state import TrainState, unreplicate
 from jlora.train._static import put_together, take_apart
 from jlora.train._step import Parallel, check_parallel
 from jlora.train._totals import Metrics, Totals, means, pair, totals_fn
+from jlora.train._uses import IdCheck
 
 Tree = Any
 MetricFn = Callable[[Tree, Batch], Mapping[str, Any]]
@@ -47,7 +48,8 @@ class EvalStep:
             return totals(put_together(arrays, rest), batch)
 
         self._is_mapped = parallel == "pmap"
-        self._totals: Callable[..., Any] = (
+        self._check_ids = IdCheck()
+        self._totals: Any = (
             jax.pmap(of_arrays, axis_name=axis_name, static_broadcasted_argnums=0)
             if self._is_mapped
             else jax.jit(of_arrays, static_argnums=0)
@@ -60,7 +62,12 @@ class EvalStep:
     def totals(self, state: TrainState | Tree, batch: Batch) -> Totals:
         """Each metric as `(total, count)`, to be summed over batches."""
         arrays, rest = take_apart(_eval_params(state))
-        totals = self._totals(rest, arrays, as_batch(batch))
+        batch = as_batch(batch)
+        arguments = (rest, arrays, batch)
+        if not self._is_mapped:
+            trace = lambda: self._totals.trace(*arguments).jaxpr  # noqa: E731
+            self._check_ids(rest, batch, trace, len(arrays))
+        totals = self._totals(*arguments)
         return unreplicate(totals) if self._is_mapped else totals
 
 
@@ -96,7 +103,7 @@ def make_eval_step(
 
     Raises:
       OptionError: options out of range.
-      DataError: when called, a batch that holds something else than arrays.
+      DataError: when called, as of a training step.
       StructureError: when called, a result that is no dict of metrics.
     """
     if not callable(metric_fn):

@@ -85,7 +85,8 @@ def linear_cross_entropy(
     axis = _vocab_axis(hidden, kernel, vocab_axis)
     if chunk < 1:
         raise ShapeError(f"chunk={chunk}: expected a number of classes, at least 1.")
-    check_labels("hidden", hidden, labels, mask, classes=kernel.shape[axis])
+    classes = kernel.shape[axis]
+    labels = check_labels("hidden", hidden, labels, mask, classes=classes)
     weight = weights_of(labels, mask, jnp.dtype(jnp.float32)).reshape(-1)
     counted = weight != 0
     safe = jnp.where(counted, labels.reshape(-1), 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import DtypeError, ShapeError
-from jlora.train._ids import refuse_ids
+from jlora.train._ids import checked_labels
 
 
 def cross_entropy(
@@ -54,7 +54,7 @@ def cross_entropy(
     >>> float(total / count) == float(jnp.log(4.0)), int(count)
     (True, 2)
     """
-    check_labels("logits", logits, labels, mask, classes=logits.shape[-1])
+    labels = check_labels("logits", logits, labels, mask, classes=logits.shape[-1])
     weight = weights_of(labels, mask, _sum_dtype(logits))
     counted = weight != 0
     safe = jnp.where(counted, labels, 0)
@@ -64,8 +64,8 @@ def cross_entropy(
 
 def check_labels(
     name: str, array: Array, labels: Array, mask: Array | None, *, classes: int
-) -> None:
-    """Refuse labels and masks that do not fit an array `[..., d]`, or the classes.
+) -> Array:
+    """Return the labels, if they and the mask fit an array `[..., d]` and the classes.
 
     Raises:
       ShapeError: labels or a mask of another shape than the array's without its last
@@ -89,7 +89,7 @@ def check_labels(
             "the number of a class.\nOne-hot labels become numbers by "
             "jnp.argmax(labels, axis=-1)."
         )
-    refuse_ids("labels", labels, classes, what="classes", mask=mask)
+    return checked_labels(labels, mask, classes)
 
 
 def weights_of(labels: Array, mask: Array | None, dtype: jnp.dtype) -> Array:

@@ -28,6 +28,7 @@ from jlora.train._gradients import (
 from jlora.train._state import TrainState, strongly_typed
 from jlora.train._static import put_together, take_apart
 from jlora.train._totals import Metrics, Totals, means, totals_fn
+from jlora.train._uses import IdCheck
 
 Tree = Any
 Parallel = Literal["jit", "pmap"]
@@ -147,7 +148,9 @@ def make_train_step(
 
     Raises:
       OptionError: options out of range.
-      DataError: when called, a batch that holds something else than arrays.
+      DataError: when called, a batch that holds something else than arrays, or ids
+        beyond a table's rows or a loss's classes. Arrays of NumPy are looked at in each
+        step, those on a device in the first; not with `"pmap"`.
       ShapeError: when called, a batch that `accumulate` does not divide.
       StructureError: when called, a result of the loss function or of a hook that is
         none of the above.
@@ -208,10 +211,19 @@ class TrainStep:
         self._axis_name = axis_name
         self._compiled: dict[Any, Any] = {}
         self._traces = 0
+        self._check_ids = IdCheck()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Run one step."""
         run, arguments, treedef = self._prepare(state, batch)
+        if self._parallel == "jit":
+            *others, batch = arguments
+            self._check_ids(
+                run,
+                batch,
+                lambda: run.trace(*arguments).jaxpr,
+                len(jax.tree.leaves(others)),
+            )
         leaves, metrics = run(*arguments)
         step, trainable, opt_state = jax.tree.unflatten(treedef, leaves)
         return dataclasses.replace(

@@ -1,7 +1,9 @@
 """`lora(fn)`: arguments, compilation, what the program holds, meshes."""
 
+import gc
 import re
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +280,25 @@ def test_a_block_called_for_every_layer_is_traced_once():
         for f, p in ((jlora.lora(apply), tree), (apply, jlora.merge(tree)))
     ]
     assert counts == [1, 1]
+
+
+@pytest.mark.parametrize("under_jit", [False, True])
+def test_arrays_that_inner_functions_closed_over_die_with_them(under_jit):
+    def run():
+        closed_over = jnp.ones((37, 41))
+        inner = jax.jit(lambda w, x: x @ w @ closed_over)
+        f = jlora.lora(lambda p, x: inner(p["query"], x))
+        f = jax.jit(f) if under_jit else f
+        tree = jlora.lorafy({"query": jnp.ones((7, 37))}, 2, ["query"])
+        x = jnp.ones((3, 7))
+        jax.grad(lambda p: f(p, x).sum())(tree)
+        f(tree, x)
+        assert compilations(f, (tree, x), (tree, 2 * x)) == 0
+        return weakref.ref(closed_over)
+
+    alive = run()
+    gc.collect()
+    assert alive() is None
 
 
 # -- what the compiled program holds ---------------------------------------------------

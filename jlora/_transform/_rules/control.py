@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,28 +37,35 @@ def jit(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         _operand_sharding(arg, s)
         for arg, s in zip(args, parts.in_shardings, strict=True)
     )
-    shardings = jax.tree.leaves((in_shardings, parts.out_shardings))
-    if not shardings:
-        return _jitted(run, parts.body, parts.name)(*args)
-    f = _named(functools.partial(_replay, run, parts.body), parts.name)
-    return jax.jit(
-        f, in_shardings=in_shardings, out_shardings=list(parts.out_shardings)
-    )(*args)
+    return _jitted(run, parts, in_shardings)(*args)
 
 
-@functools.lru_cache(maxsize=1024)
-def _jitted(run: Run, body: Jaxpr, name: str) -> Callable[..., list[Any]]:
-    """One jitted function for each inner jaxpr.
-
-    JAX hands out the same jaxpr object for the same inner function and shapes, so a
-    block that is called for every layer is traced once, and an eager caller of a
-    jitted function does not compile at every call.
-    """
-    return jax.jit(_named(functools.partial(_replay, run, body), name))
+# What was made of an inner jaxpr, for as long as that is alive. JAX hands out the same
+# object for the same inner function and shapes, so a block that is called for every
+# layer is traced once, and an eager caller of a jitted function does not compile at
+# every call. Nothing here may hold the jaxpr, nor the arrays that it closed over.
+_JITTED: weakref.WeakKeyDictionary[Jaxpr, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def _replay(run: Run, body: Jaxpr, *args: Any) -> list[Any]:
-    return run.replay(body, args)
+def _jitted(
+    run: Run, parts: _compat.Jit, in_shardings: tuple[Any, ...]
+) -> Callable[..., list[Any]]:
+    """One jitted function for each inner jaxpr."""
+    made = _JITTED.setdefault(parts.body, {})
+    leaves, structure = jax.tree.flatten((in_shardings, parts.out_shardings))
+    key = run, parts.name, structure, tuple(leaves)
+    if key not in made:
+        f = _named(functools.partial(_replay, run, weakref.ref(parts.body)), parts.name)
+        shardings: dict[str, Any] = {}
+        if leaves:
+            shardings["in_shardings"] = in_shardings
+            shardings["out_shardings"] = list(parts.out_shardings)
+        made[key] = jax.jit(f, **shardings)
+    return made[key]
+
+
+def _replay(run: Run, body: weakref.ref[Jaxpr], *args: Any) -> list[Any]:
+    return run.replay(body(), args)
 
 
 def _named(f: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -295,6 +295,63 @@ def test_trained_rows_are_merged_bit_for_bit():
     assert jlora.merge(rows)["table"]["embedding"].dtype == jnp.bfloat16
 
 
+ROWS = {
+    "lookup": lambda p, ids: p["table"][ids],
+    "take": lambda p, ids: jnp.take(p["table"], ids, axis=0),
+    "out of bounds": lambda p, ids: jnp.take(p["table"], ids + 5, axis=0, mode="clip"),
+    "cast": lambda p, ids: p["table"].astype(jnp.float32)[ids],
+    "scaled": lambda p, ids: (p["table"] * 2)[ids],
+    "one hot": lambda p, ids: (
+        jax.nn.one_hot(ids, 11, dtype=p["table"].dtype) @ p["table"]
+    ),
+    "transposed": lambda p, ids: p["table"].T[:, ids],
+    "joined": lambda p, ids: (
+        jnp.eye(6, dtype=p["table"].dtype) @ jnp.concatenate([p["table"], p["other"]]).T
+    ),
+    "joined wide": lambda p, ids: jnp.concatenate([p["table"], p["other"]], 1)[ids],
+    "in a loop": lambda p, ids: lax.map(lambda i: p["table"][i[None]], ids),
+    "head of units": lambda p, ids: jnp.eye(6, dtype=p["table"].dtype) @ p["table"].T,
+    "both": lambda p, ids: jnp.tanh(p["table"][ids]) @ p["table"].T,
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("use", ROWS)
+def test_trained_rows_are_those_of_the_merged_table_bit_for_bit(use, dtype):
+    params = {
+        "table": normal(0, 11, 6, dtype=dtype),
+        "other": normal(1, 11, 6, dtype=dtype),
+    }
+    tree = jlora.lorafy(params, targets=[], trainable_tokens={"table": [7, 2, 10]})
+    tree = randomise(tree, KEY)
+    ids = jnp.array([7, 3, 2, 0, 10, 7])
+    f = lambda p: ROWS[use](p, ids)
+    if use == "joined wide":  # a row of both has no gain of its own
+        with pytest.raises(jlora.UnsupportedOpError, match="table"):
+            jlora.lora(f)(tree)
+        return
+    got, want = jax.jit(jlora.lora(f))(tree), jax.jit(f)(jlora.merge(tree))
+    assert got.dtype == want.dtype
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    if use == "both" and dtype == jnp.float32:
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(got, want)
+
+    # The gradient is that of the merged table's rows, in the rows' own dtype.
+    half, frozen = jlora.split(tree)
+    loss = lambda g: lambda t: jnp.sum(jnp.sin(g(t).astype(jnp.float32)))
+    low = loss(lambda t: jlora.lora(f)(jlora.combine(t, frozen)))
+    dense = loss(
+        lambda t: f({**tree, "table": jlora.combine(t, frozen)["table"].merged()})
+    )
+    one, two = (jax.jit(jax.grad(g))(half)["table"].rows for g in (low, dense))
+    assert one.dtype == two.dtype == jnp.float32
+    tol = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert float(jnp.max(jnp.abs(two))) > 0.1
+    np.testing.assert_allclose(one, two, rtol=tol, atol=tol * float(jnp.max(abs(two))))
+
+
 @pytest.mark.parametrize("settings", [{"dora": True}, {"lora_bias": True}])
 def test_training_moves_what_is_trained_and_nothing_else(settings):
     _, tree = everything(**settings)

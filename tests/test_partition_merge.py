@@ -237,12 +237,40 @@ def test_weights_as_large_as_the_dtype_has_are_finite_and_overflow_is_not(dtype)
         jlora.merge({"query": over})
 
 
-def test_float64_is_summed_in_float64():
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "lora_bias", "rank 1"])
+def test_float64_is_summed_in_float64(dtype, variant):
+    """Merging, the report and the transform, whatever the dtype of the factors."""
     with jax.enable_x64(True):
-        base = jnp.arange(35.0, dtype=jnp.float64).reshape(7, 5) / 3
-        tree = jlora.lorafy({"query": base}, 2, ["query"])
-        assert bits(jlora.merge(tree)["query"]) == bits(base)  # b is zero
-        assert bits(tree["query"].merged()) == bits(base)
+        rng = np.random.default_rng(3)
+        params = {"query": {"kernel": rng.normal(size=(13, 11)), "bias": np.ones(11)}}
+        params = jax.tree.map(jnp.asarray, params)
+        rank = 1 if variant == "rank 1" else 3  # fused with the sum, and not
+        options = {variant: True} if variant in ("dora", "lora_bias") else {}
+        tree = jlora.lorafy(params, rank, ["query"], dtype=jnp.dtype(dtype), **options)
+        tree = randomise(tree, jax.random.key(1))
+        w = tree["query"]["kernel"]
+        t = w.adapters[""]
+        host = lambda x: np.asarray(x, np.float64)
+        delta = float(t.scale) * host(t.a) @ host(t.b)
+        kernel, bias = host(w.base) + delta, host(tree["query"]["bias"])
+        if variant == "dora":
+            kernel *= host(t.magnitude) / np.linalg.norm(kernel, axis=0)
+            delta = kernel - host(w.base)
+        if variant == "lora_bias":
+            bias = bias + float(t.scale) * host(t.bias)
+
+        merged, report = jlora.merge(tree, report=True)
+        close = {"rtol": 1e-13, "atol": 1e-14}
+        assert_close(merged["query"]["kernel"], jnp.asarray(kernel), **close)
+        assert_close(merged["query"]["bias"], jnp.asarray(bias), **close)
+        assert_close(w.merged(), jnp.asarray(kernel), **close)
+        assert report[0].delta_norm == pytest.approx(np.linalg.norm(delta), rel=1e-13)
+        assert report[0].max_error < 1e-14
+        x = rng.normal(size=(2, 13))
+        f = lambda p, x: x @ p["query"]["kernel"] + p["query"]["bias"]
+        got = jax.jit(jlora.lora(f))(tree, x)
+        assert_close(got, jnp.asarray(x @ kernel + bias), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -108,16 +108,19 @@ class Adapter:
         """Whether the window spans all of one dimension."""
         return self.size(dim) in (None, size)
 
-    def delta(self, shape: Sequence[int], *, fuse_up_to: int = 0) -> Array:
-        """The dense update `scale * a @ b` of a kernel of that shape, float32.
+    def delta(
+        self, shape: Sequence[int], dtype: Any = jnp.float32, *, fuse_up_to: int = 0
+    ) -> Array:
+        """The dense update `scale * a @ b` of a kernel of that shape.
 
         Args:
           shape: the kernel's.
+          dtype: what the update is summed in.
           fuse_up_to: the largest rank of which the update is in a form that XLA fuses
             with the sum it goes into.
         """
         dims = tuple(range(len(shape)))
-        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        a, b = self.a.astype(dtype), self.b.astype(dtype)
         a = a * spread(self.scale, self.s_dims, self.a_dims)
         explicit = is_explicit(a) or is_explicit(b)
         if self.rank <= fuse_up_to and not explicit:

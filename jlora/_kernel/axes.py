@@ -27,6 +27,23 @@ Label = Any  # an int names a kernel dimension, ("x", i) an axis that only x has
 RANK = -1
 
 
+def accumulation_dtype(dtype: Any) -> Any:
+    """What kernels of a dtype are summed in: float32, or float64 where they are."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """X with the numbers of a dtype, in its own.
+
+    XLA may leave out a cast to bfloat16 and back; this stays.
+    """
+    info = jnp.finfo(dtype)
+    largest = (2 - 2.0**-info.nmant) * 2.0 ** (2 ** (info.nexp - 1) - 1)
+    if float(info.max) == largest:  # as IEEE has it, and not float8_e4m3fn
+        return lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype).astype(x.dtype)
+
+
 def contract(
     x: Array, x_labels: Sequence[Hashable], y: Array, y_labels: Sequence[Hashable],
     keep: Collection[Hashable], **dot_params: Any,

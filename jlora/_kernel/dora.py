@@ -17,13 +17,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, Dims, align, contract, spread, widen
+from jlora._kernel.axes import (
+    RANK,
+    Array,
+    Dims,
+    accumulation_dtype,
+    align,
+    contract,
+    spread,
+    widen,
+)
 
 _RANK_TOO = -2  # the rank axis of the second A in Aᵀ·A
 
 
 def column_norm(base: Array, t: Adapter) -> Array:
-    """‖W + s·A·B‖ of every output's column, float32, laid out as `o_dims`.
+    """‖W + s·A·B‖ of every output's column, laid out as `o_dims`.
+
+    In float32, or in float64 for a kernel of that.
 
     The sum is never formed. Of column o the square is
     ‖W‖² + 2s·Σ_r (Aᵀ·W)[r,o]·B[r,o] + s²·Σ_r (Aᵀ·A·B)[r,o]·B[r,o].
@@ -39,12 +50,13 @@ def column_norm(base: Array, t: Adapter) -> Array:
     batch = set(t.both)
     # As the forward product sees them: in the kernel's dtype, summed up in float32.
     a, b = t.a.astype(base.dtype), t.b.astype(base.dtype)
-    into = {"preferred_element_type": jnp.float32, "precision": "highest"}
+    dtype = accumulation_dtype(base.dtype)
+    into = {"preferred_element_type": dtype, "precision": "highest"}
     cross, cross_dims = contract(a, t.a_dims, window, dims, batch, **into)
     a_too = tuple(_RANK_TOO if d == RANK else d for d in t.a_dims)
     gram, gram_dims = contract(a, t.a_dims, a, a_too, {*batch, RANK, _RANK_TOO}, **into)
     b_too = tuple(_RANK_TOO if d == RANK else d for d in t.b_dims)
-    b = b.astype(jnp.float32)
+    b = b.astype(dtype)
     square, square_dims = contract(gram, gram_dims, b, b_too, batch, **into)
 
     order = (*t.o_dims, RANK)
@@ -53,7 +65,7 @@ def column_norm(base: Array, t: Adapter) -> Array:
     update = linear + scale**2 * align(square, square_dims, order)
     update = jnp.sum(update * align(b, t.b_dims, order), axis=-1)
     others = [d for d in dims if d not in t.o_dims]
-    own = jnp.sum(jnp.square(window.astype(jnp.float32)), axis=others)
+    own = jnp.sum(jnp.square(window.astype(dtype)), axis=others)
     own = align(own, [d for d in dims if d in t.o_dims], t.o_dims)
     return jnp.sqrt(jnp.maximum(own + update, 0))
 
@@ -64,9 +76,20 @@ def with_gain(base: Array, t: Adapter) -> Adapter:
         return t
     norm = lax.stop_gradient(column_norm(base, t))
     # A column of zeros has magnitude zero, and stays.
-    gain = t.magnitude.astype(jnp.float32) / jnp.maximum(norm, jnp.finfo(norm).tiny)
+    gain = t.magnitude.astype(norm.dtype) / jnp.maximum(norm, jnp.finfo(norm).tiny)
     b = t.b * spread(gain, t.o_dims, t.b_dims).astype(t.b.dtype)
     return dataclasses.replace(t, b=b, magnitude=None, gain=gain)
+
+
+def with_magnitude(base: Array, t: Adapter) -> Adapter:
+    """Undo `with_gain`: the adapter of the same kernel, without gain."""
+    if t.gain is None:
+        return t
+    # A gain of zero leaves nothing of b, and nothing of the column.
+    divisor = spread(jnp.where(t.gain == 0, 1, t.gain), t.o_dims, t.b_dims)
+    t = dataclasses.replace(t, b=t.b / divisor.astype(t.b.dtype))
+    magnitude = t.gain * lax.stop_gradient(column_norm(base, t))
+    return dataclasses.replace(t, magnitude=magnitude.astype(t.a.dtype), gain=None)
 
 
 def common_gain(
@@ -83,7 +106,7 @@ def common_gain(
     if not gained:
         return None
     dims = tuple(sorted({d for _, t in gained for d in t.o_dims}))
-    total = jnp.ones((), jnp.float32)
+    total = jnp.ones((), gained[0][0].dtype)
     for gain, t in gained:
         starts = [t.starts[d] if d in t.o_dims else None for d in dims]
         more = widen(spread(gain - 1, t.o_dims, dims), starts, [shape[d] for d in dims])

@@ -23,11 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jlora._kernel import dora
 from jlora._kernel.adapter import KEYS, Adapter, new_adapter
-from jlora._kernel.axes import Array, Dims, spread
-from jlora._kernel.opaque import Note, Opaque
+from jlora._kernel.axes import Array, Dims, accumulation_dtype, rounded, spread
+from jlora._kernel.opaque import Note, Opaque, Origin
+from jlora._paths import leaf_paths
 
 
 class _OnBase(Opaque):
@@ -74,31 +76,65 @@ class LowRank(_OnBase):
         return dataclasses.replace(self, base=base, adapters=kept)
 
     def with_gains(self) -> LowRank:
-        """The same kernel with a gain in the place of each magnitude."""
-        return self.map(self.base, lambda t: dora.with_gain(self.base, t))
+        """The same kernel with a gain in the place of each magnitude.
+
+        The factors of a float64 kernel are float64 then, as all that is made of them.
+        """
+        dtype = accumulation_dtype(self.dtype)
+
+        def one(t: Adapter) -> Adapter:
+            if dtype == jnp.float64:
+                t = t.map(lambda x, dims: (_cast(x, dtype), dims))
+            return dora.with_gain(self.base, t)
+
+        return self.map(self.base, one)
+
+    def with_magnitudes(self) -> LowRank:
+        """The same kernel with a magnitude in the place of each gain."""
+        return self.map(self.base, lambda t: dora.with_magnitude(self.base, t))
 
     def gain(self) -> tuple[Array, Dims] | None:
         """What the adapters multiply the base's columns by, float32, and its dims."""
         return dora.common_gain(self.shape, list(self.adapters.values()))
 
     def delta(self, *, fuse_up_to: int = 0) -> Array:
-        """The dense update, float32: what all adapters change of the base.
+        """The dense update: what all adapters change of the base.
 
-        `fuse_up_to` is that of `Adapter.delta`.
+        It is summed in float32, or in float64 for a kernel of that.
+
+        Args:
+          fuse_up_to: as of `Adapter.delta`.
         """
         w = self.with_gains()
-        update = jnp.zeros(w.shape, jnp.float32)
-        for t in w.adapters.values():
-            update = update + t.delta(w.shape, fuse_up_to=fuse_up_to)
-        gained = w.gain()
+        update, gained = w._sum_of_terms(fuse_up_to), w.gain()
         if gained is None:
             return update
         gain = spread(*gained, range(w.ndim))
-        return update + (gain - 1) * w.base.astype(jnp.float32)
+        return update + (gain - 1) * w.base.astype(update.dtype)
+
+    def value(self, *, fuse_up_to: int = 0) -> Array:
+        """The dense kernel `base + delta`, in what it is summed in.
+
+        Args:
+          fuse_up_to: as of `Adapter.delta`.
+        """
+        w = self.with_gains()
+        update, gained = w._sum_of_terms(fuse_up_to), w.gain()
+        base = w.base.astype(update.dtype)
+        if gained is not None:
+            base = spread(*gained, range(w.ndim)) * base
+        return base + update
+
+    def _sum_of_terms(self, fuse_up_to: int) -> Array:
+        dtype = accumulation_dtype(self.dtype)
+        update = jnp.zeros(self.shape, dtype)
+        for t in self.adapters.values():
+            update = update + t.delta(self.shape, dtype, fuse_up_to=fuse_up_to)
+        return update
 
     def merged(self) -> Array:
-        """The dense kernel `base + delta`, summed in float32 at least, rounded once."""
-        return (wide(self.base) + self.delta()).astype(self.dtype)
+        """The dense kernel, summed in float32 at least and rounded once."""
+        return self.value().astype(self.dtype)
 
     def __repr__(self) -> str:
         # Halves of a split, masks and labels hold other things than arrays.
@@ -151,9 +187,8 @@ class LowRank(_OnBase):
         return cls(base, adapters, note.text)
 
 
-def wide(x: Array) -> Array:
-    """X in what kernels are summed in: float32, or float64 where they are."""
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+def _cast(x: Array, dtype: Any) -> Array:
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _brief(scale: Any) -> str:
@@ -222,12 +257,22 @@ class Rows(_OnBase):
     kind = "table with trained rows"
 
     def lowrank(self) -> LowRank:
-        """The same value as a low-rank node: selected rows, times what they change."""
+        """The same value as a low-rank node, bit by bit that of the merged table.
+
+        The base's rows that are trained have a gain of zero, and the term is a
+        selection times the trained rows. They have the table's precision, and their
+        gradient that of their own dtype.
+        """
         where = jnp.asarray(self.indices)
         select = jax.nn.one_hot(where, self.shape[0], axis=0, dtype=self.rows.dtype)
-        change = self.rows - self.base[where].astype(self.rows.dtype)
+        rows = self.rows
+        if jnp.finfo(self.dtype).nmant < jnp.finfo(rows.dtype).nmant:
+            # The difference is exact, so the sum is what the table would hold.
+            rows = rows + lax.stop_gradient(rounded(rows, self.dtype) - rows)
+        keep = jnp.ones(self.shape[:1], accumulation_dtype(self.dtype))
         one = jnp.ones((), jnp.float32)
-        term = new_adapter(select, change, one, batch=(), ins=(0,), outs=(1,))
+        term = new_adapter(select, rows, one, batch=(), ins=(0,), outs=(1,))
+        term = dataclasses.replace(term, gain=keep.at[where].set(0), o_dims=(0,))
         return LowRank(self.base, {"": term}, self.path)
 
     def merged(self) -> Array:
@@ -248,6 +293,23 @@ class Rows(_OnBase):
 
 
 _ROWS = ("base", "rows")
+
+
+def with_origin(tree: Any) -> Any:
+    """The tree whose nodes remember their paths in it, and which leaves are frozen.
+
+    Whoever makes a lorafied tree ends with this: `jlora.lora` gives no gradient to the
+    leaves that were there, and lets those pass that somebody puts beside the tree.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_node)
+    paths = leaf_paths(tree, is_leaf=is_node)
+    pairs = list(zip(paths, leaves, strict=True))
+    frozen = frozenset(path for path, x in pairs if not is_node(x))
+    marked = [
+        dataclasses.replace(x, path=Origin(path, frozen)) if is_node(x) else x
+        for path, x in pairs
+    ]
+    return jax.tree.unflatten(structure, marked)
 
 
 def same_structure(*trees: Any, is_leaf: Callable[[Any], bool] | None = None) -> bool:

@@ -40,6 +40,22 @@ class Note:
         return repr(self.text)
 
 
+class Origin(str):
+    """A node's path in the tree in which it was made, and what else stood there.
+
+    Attributes:
+      leaves: the paths of the leaves that are neither trained nor adapted.
+    """
+
+    leaves: frozenset[str]
+
+    def __new__(cls, path: str, leaves: frozenset[str] = frozenset()) -> Origin:
+        """A path that remembers."""
+        made = super().__new__(cls, path)
+        made.leaves = leaves
+        return made
+
+
 class UnmergedAttributeError(UnmergedError, AttributeError):
     """An attribute that arrays have; `hasattr` and `getattr` ask without harm."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jlora._errors import OptionError
-from jlora._kernel.nodes import Full, LowRank, Rows, is_node
+from jlora._kernel.nodes import LowRank, is_node
+from jlora._transform.forwarded import forwarded
+from jlora._transform.frozen import freeze
 from jlora._transform.replay import OnMissing, Replay
-from jlora._transform.resolve import resolve
+from jlora._transform.resolve import resolve, with_magnitudes
 
 
 def lora(
@@ -36,12 +36,17 @@ def lora(
       on_missing: what to do where a primitive that meets an adapted kernel has no
         low-rank rule: `"error"`, or `"materialize"` to merge that leaf for that one
         use, which is said once by a `JloraWarning`.
-      stop_frozen: give no gradient to the frozen leaves of every argument that holds
-        adapters, so that `jax.grad` of the whole tree costs no more than that of its
-        trainable half. Pass False to differentiate the base too.
+      stop_frozen: give no gradient to the frozen leaves of lorafied trees: the bases
+        of their nodes, and what else stood in the tree when it was lorafied. So
+        `jax.grad` of the whole tree costs no more than that of its trainable half, and
+        `optax.masked` finds nothing to pass on. Leaves that were put beside such a tree
+        later keep their gradient, `{"model": tree, "prompt": soft_prompt}` say. Pass
+        False to differentiate the bases too.
 
     Returns:
       A function of the same arguments. Without a lorafied tree among them it is `fn`.
+      Parameters that `fn` returns come back as the nodes they are, and what is no array
+      as it is.
 
     Raises:
       OptionError: an `on_missing` that is neither.
@@ -60,55 +65,38 @@ def lora(
     @functools.wraps(fn)
     def lorafied(*args: Any, **kwargs: Any) -> Any:
         if stop_frozen:
-            args = tuple(_freeze(x) for x in args)
-            kwargs = {name: _freeze(x) for name, x in kwargs.items()}
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
-        if not any(is_node(x) for x in leaves):
+            args = tuple(freeze(x) for x in args)
+            kwargs = {name: freeze(x) for name, x in kwargs.items()}
+        given, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+        if not any(is_node(x) for x in given):
             return fn(*args, **kwargs)
         leaves = jax.tree.leaves(resolve((args, kwargs)), is_leaf=is_node)
         traced = [i for i, x in enumerate(leaves) if _is_traced(x)]
+        out: list[Any] = []
         out_tree = None
 
         def flat(*arrays: Any) -> list[Any]:
-            nonlocal out_tree
+            nonlocal out, out_tree
             full = list(leaves)
             for i, x in zip(traced, arrays, strict=True):
                 full[i] = x
             inner_args, inner_kwargs = jax.tree.unflatten(treedef, full)
             out, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
-            return out
+            return [x for x in out if isinstance(x, jax.Array)]
 
         operands = jax.tree.map(_as_jax, [leaves[i] for i in traced])
         jaxpr = jax.make_jaxpr(flat)(*[_dense(x) for x in operands])
-        out = Replay(on_missing).replay(jaxpr, operands)
-        return jax.tree.unflatten(out_tree, out)
+        results = Replay(on_missing).replay(jaxpr, operands)
+        # What is handed on goes out as it was given; what is no array, a name or a
+        # number, is no result of a program.
+        arrays = iter(
+            with_magnitudes(x) if n is None else given[traced[n]]
+            for x, n in zip(results, forwarded(jaxpr), strict=True)
+        )
+        done = [next(arrays) if isinstance(x, jax.Array) else x for x in out]
+        return jax.tree.unflatten(out_tree, done)
 
     return lorafied
-
-
-def _freeze(argument: Any) -> Any:
-    """Stop the gradient of all frozen leaves of an argument that holds adapters."""
-    leaves, treedef = jax.tree.flatten(argument, is_leaf=is_node)
-    if not any(is_node(x) for x in leaves):
-        return argument
-    return jax.tree.unflatten(treedef, [_freeze_leaf(x) for x in leaves])
-
-
-def _freeze_leaf(x: Any) -> Any:
-    if isinstance(x, Full):
-        return x
-    if isinstance(x, Rows):
-        return dataclasses.replace(x, base=_stop(x.base))
-    if isinstance(x, LowRank):
-        return x.map(
-            _stop(x.base), lambda t: dataclasses.replace(t, scale=_stop(t.scale))
-        )
-    return _stop(x)
-
-
-def _stop(x: Any) -> Any:
-    is_float = _is_traced(x) and jnp.issubdtype(x.dtype, jnp.inexact)
-    return lax.stop_gradient(x) if is_float else x
 
 
 def _is_traced(x: Any) -> bool:

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jlora._errors import StructureError
+from jlora._errors import StructureError, UnsupportedOpError
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import Array, align, spread, widen
+from jlora._kernel.axes import Array, accumulation_dtype, align, spread, widen
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import BIAS_NAMES, leaf_paths, module_of
 
@@ -31,17 +30,42 @@ def resolve(tree: Tree) -> Tree:
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     paths = leaf_paths(tree, is_leaf=is_node)
     terms = bias_terms(dict(zip(paths, leaves, strict=True)))
-    out = [_plain(x, terms.get(p)) for p, x in zip(paths, leaves, strict=True)]
+    out = [_plain(p, x, terms.get(p)) for p, x in zip(paths, leaves, strict=True)]
     return jax.tree.unflatten(treedef, out)
 
 
-def _plain(x: Any, bias: Array | None) -> Any:
+def _plain(path: str, x: Any, bias: Array | None) -> Any:
+    if is_node(x):
+        x = dataclasses.replace(x, path=_in_argument(path) or x.path)
     if isinstance(x, LowRank):
         x = x.with_gains()
         return x.map(x.base, lambda t: dataclasses.replace(t, bias=None))
     if isinstance(x, Rows):
         return x.lowrank()
     return plain_leaf(x, bias)
+
+
+def _in_argument(path: str) -> str:
+    """A leaf's path in its argument, from that in `(args, kwargs)`."""
+    return "/".join(path.split("/")[2:])
+
+
+def with_magnitudes(x: Any) -> Any:
+    """A result, as a lorafied tree holds it: magnitudes in the place of gains.
+
+    Raises:
+      UnsupportedOpError: a table with trained rows was changed.
+    """
+    if not isinstance(x, LowRank):
+        return x
+    for t in x.adapters.values():
+        if t.gain is not None and not set(t.o_dims) <= set(t.b_dims):
+            raise UnsupportedOpError(
+                f"the table {x.path!r} with trained rows {x.shape} is changed and then "
+                "returned, and no node stands for that.\nReturn it as it came in, or "
+                "change it outside of jlora.lora, after jlora.merge."
+            )
+    return x.with_magnitudes()
 
 
 def plain_leaf(x: Any, bias: Array | None) -> Any:
@@ -51,7 +75,7 @@ def plain_leaf(x: Any, bias: Array | None) -> Any:
 
 
 def bias_terms(leaves: Mapping[str, Any]) -> dict[str, Array]:
-    """What adapters add to biases, float32, by the bias's path.
+    """What adapters add to biases, float32 at least, by the bias's path.
 
     Args:
       leaves: nodes and plain leaves by path.
@@ -90,6 +114,6 @@ def bias_of(path: str, kernel: Any, leaves: Mapping[str, Any]) -> str:
 def _bias_term(w: LowRank, t: Adapter, bias: Array) -> Array:
     """`scale * bias` on the outputs of the whole kernel, in the kernel's order."""
     order = tuple(sorted(t.o_dims))
-    term = align(bias.astype(jnp.float32), t.o_dims, order)
+    term = align(bias.astype(accumulation_dtype(w.dtype)), t.o_dims, order)
     term = term * spread(t.scale, t.s_dims, order)
     return widen(term, [t.starts[d] for d in order], [w.shape[d] for d in order])

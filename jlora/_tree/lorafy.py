@@ -16,7 +16,7 @@ from jlora._errors import OptionError, ShapeError
 from jlora._kernel.adapter import Adapter, new_adapter
 from jlora._kernel.axes import Dims
 from jlora._kernel.dora import column_norm
-from jlora._kernel.nodes import Full, LowRank, is_array, is_node
+from jlora._kernel.nodes import Full, LowRank, is_array, is_node, with_origin
 from jlora._kernel.placement import placed_adapter
 from jlora._paths import Tree, leaves_by_path
 from jlora._transform.resolve import bias_of
@@ -148,7 +148,9 @@ def lorafy(
         return Full(leaf, path) if path in full else leaf
 
     structure = jax.tree.structure(params, is_leaf=is_node)
-    return jax.tree.unflatten(structure, [place(*item) for item in leaves.items()])
+    return with_origin(
+        jax.tree.unflatten(structure, [place(*item) for item in leaves.items()])
+    )
 
 
 _ARGUMENTS = [n for n in inspect.signature(lorafy).parameters if n != "unknown"]

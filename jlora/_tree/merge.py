@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import NonFiniteError, StructureError
-from jlora._kernel.axes import Array
-from jlora._kernel.nodes import LowRank, Rows, is_node, same_structure, wide
+from jlora._kernel.axes import Array, accumulation_dtype
+from jlora._kernel.nodes import LowRank, Rows, is_node, same_structure
 from jlora._paths import leaf_paths, leaves_by_path
 from jlora._text import table
 from jlora._transform.resolve import bias_terms, plain_leaf
@@ -204,7 +204,8 @@ def _place(x: Any) -> int:
 def _figures(base: Array, w: LowRank | Rows, merged: Array) -> dict[str, Array]:
     """What a report says of a merged kernel, of its base and its bare node."""
     w = dataclasses.replace(w, base=base)
-    base, rounded = wide(w.base), wide(merged)
+    dtype = accumulation_dtype(w.dtype)
+    base, rounded = w.base.astype(dtype), merged.astype(dtype)
     if isinstance(w, Rows):
         delta = dataclasses.replace(w, base=base).merged() - base
     else:

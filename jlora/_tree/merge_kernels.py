@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._kernel.axes import Array, contract
-from jlora._kernel.nodes import LowRank, Rows, wide
+from jlora._kernel.axes import Array, contract, rounded
+from jlora._kernel.nodes import LowRank, Rows
 
 Node = LowRank | Rows
 
@@ -131,22 +131,11 @@ _merge_onto = jax.jit(_merged_together, static_argnums=0, donate_argnums=1)
 def _sum_and_check(
     w: Node, is_finite: Callable[[Array], Array], fuse_up_to: int
 ) -> tuple[Array, Array]:
-    base = wide(w.base)
     if isinstance(w, Rows):
-        whole = dataclasses.replace(w, base=base).merged()  # the rows' own bits
+        merged = w.merged()
     else:
-        whole = base + w.delta(fuse_up_to=fuse_up_to)
-    merged = _rounded(whole, w.dtype)
+        merged = rounded(w.value(fuse_up_to=fuse_up_to), w.dtype).astype(w.dtype)
     return merged, is_finite(merged)
-
-
-def _rounded(x: Array, dtype: Any) -> Array:
-    """X in the dtype. XLA may keep a cast to bfloat16 and back; a rounding stays."""
-    info = jnp.finfo(dtype)
-    largest = (2 - 2.0**-info.nmant) * 2.0 ** (2 ** (info.nexp - 1) - 1)
-    if float(info.max) == largest:  # as IEEE has it, and not float8_e4m3fn
-        x = lax.reduce_precision(x, info.nexp, info.nmant)
-    return x.astype(dtype)
 
 
 def _is_finite(x: Array) -> Array:

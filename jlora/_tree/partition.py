@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
 
-from jlora._errors import StructureError
+from jlora._errors import JloraWarning, StructureError
 from jlora._kernel.adapter import DIMS_OF, Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node, same_structure
 from jlora._paths import BIAS_NAMES, leaf_paths, map_with_path, name_of
+from jlora._text import listed
+from jlora._transform.frozen import beside
 
 Tree = Any
 
@@ -50,9 +53,26 @@ def _label_adapter(t: Adapter) -> Adapter:
 def trainable_mask(tree: Tree) -> Tree:
     """True for every leaf that is trained, for `optax.masked`.
 
+    A plain leaf beside a lorafied tree, `{"model": tree, "prompt": x}`, counts as
+    frozen and has a gradient, which `optax.masked` would add to it as it is; a
+    `JloraWarning` says so. `jlora.Full(x)` is trained, and True.
+
     Raises:
       StructureError: nothing in the tree is trained.
     """
+    if strangers := beside(tree):
+        warnings.warn(
+            "these leaves lie beside a lorafied tree, not in it. The mask is False for "
+            "them, but jlora.lora lets their gradients pass, and optax.masked adds to "
+            f"a leaf the gradient that it leaves alone:\n  {listed(strangers)}\n"
+            "Make such a leaf jlora.Full(x) to train it, or pass it on its own.",
+            JloraWarning,
+            stacklevel=2,
+        )
+    return _mask(tree)
+
+
+def _mask(tree: Tree) -> Tree:
     mask = jax.tree.map(lambda label: label != "frozen", labels(tree))
     if not any(jax.tree.leaves(mask)):
         raise StructureError(
@@ -74,7 +94,7 @@ def split(tree: Tree) -> tuple[Tree, Tree]:
     Raises:
       StructureError: nothing in the tree is trained.
     """
-    mask = trainable_mask(tree)
+    mask = _mask(tree)
     trainable = jax.tree.map(lambda x, m: x if m else None, tree, mask)
     frozen = jax.tree.map(lambda x, m: None if m else x, tree, mask)
     return trainable, frozen

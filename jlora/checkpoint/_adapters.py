@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.nodes import Full, LowRank, Rows
+from jlora._kernel.nodes import Full, LowRank, Rows, with_origin
 from jlora._kernel.placement import placed_adapter
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.merge import MergeReport, merge
@@ -140,7 +140,7 @@ def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -
         full = arrays.get(f"{name}/full")
         return leaf if full is None else Full(full)
 
-    return map_with_path(one, base)
+    return with_origin(map_with_path(one, base))
 
 
 # -- merged parameters -----------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora._errors import CheckpointError, StructureError, TargetError
-from jlora._kernel.nodes import is_node
+from jlora._kernel.nodes import is_node, with_origin
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.conventions import stacked_leaves
 from jlora._tree.partition import trainable_mask
@@ -92,7 +92,7 @@ def load(
         nodes.update(found)
     if not nodes:
         raise CheckpointError(f"{contents.where} holds no tensors.")
-    return map_with_path(nodes.get, params)
+    return with_origin(map_with_path(nodes.get, params))
 
 
 def load_all(

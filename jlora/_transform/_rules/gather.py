@@ -65,9 +65,11 @@ def _rows(
     rows, labels = _look_up(*first, indices, p)
     rows = rows * spread(t.scale, t.s_dims, labels)
     factor, dims = second
+    # In full precision: a lookup rounds nothing, and a trained row is to be itself.
     low, labels = contract(
-        rows.astype(w.dtype), labels, factor.astype(w.dtype), dims, set(order)
-    )
+        rows.astype(w.dtype), labels, factor.astype(w.dtype), dims, set(order),
+        precision="highest",
+    )  # fmt: skip
     return spread(low, labels, order)
 
 

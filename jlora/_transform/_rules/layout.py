@@ -275,7 +275,8 @@ def concatenate(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Side by side: each term keeps to its window, or like terms join into one."""
     dim = eqn.params["dimension"]
     adapters = [t for w in args if isinstance(w, LowRank) for t in w.adapters.values()]
-    if any(t.gain is not None and dim in t.a_only for t in adapters):
+    gained = [t for t in adapters if t.gain is not None]
+    if any(dim not in t.o_dims and t.size(dim) is not None for t in gained):
         return NotImplemented  # a column would have a gain for each of its parts
     return [join(args, eqn.params["dimension"], rebind(eqn, _bases(args))[0])]
 

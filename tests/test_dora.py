@@ -426,7 +426,7 @@ def test_abstract_and_sharded_trees():
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
-        ({"dora": True, "lora_bias": True}, jlora.TargetError, "refuses the two"),
+        ({"dora": True, "lora_bias": True}, jlora.OptionError, "refuses the two"),
         ({"lora_bias": True, "targets": ["table"]}, jlora.StructureError, "has none"),
         ({"trainable_tokens": {"tables": [1]}}, jlora.TargetError, "table/embedding"),
         ({"trainable_tokens": {"query/kernel": [1]}}, jlora.TargetError, "choose one"),

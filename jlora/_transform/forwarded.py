@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
@@ -14,7 +15,7 @@ Forwards = Sequence[int | None]
 def forwarded(jaxpr: Jaxpr) -> Forwards:
     """What a program only hands on, through its inner programs too."""
     bare, _ = _compat.open_jaxpr(jaxpr)
-    number = {var: n for n, var in enumerate(bare.invars)}
+    number: dict[Any, int] = {var: n for n, var in enumerate(bare.invars)}
     for eqn in bare.eqns:
         known = [
             None if isinstance(v, _compat.Literal) else number.get(v)
@@ -22,8 +23,9 @@ def forwarded(jaxpr: Jaxpr) -> Forwards:
         ]
         if any(n is not None for n in known):
             for var, n in zip(eqn.outvars, _through(eqn), strict=True):
-                if n is not None and known[n] is not None:
-                    number[var] = known[n]
+                operand = None if n is None else known[n]
+                if operand is not None:
+                    number[var] = operand
     return [
         None if isinstance(v, _compat.Literal) else number.get(v) for v in bare.outvars
     ]

@@ -126,7 +126,9 @@ def lorafy(
     check_survey(survey, leaves)
     arrays = {path: x for path, x in leaves.items() if is_array(x) or is_node(x)}
     stacked = conventions.stacked_leaves(arrays) if survey is None else set()
-    chosen = choose(targets, leaves, exclude, survey, stacked)
+    # Without targets there is something to do where leaves or rows are trained alone.
+    no_kernels = not targets and bool(train or trainable_tokens)
+    chosen = {} if no_kernels else choose(targets, leaves, exclude, survey, stacked)
     full = trained(train, bias, leaves, chosen)
     tokens = options.token_lists(trainable_tokens)
     tables = token_rows(tokens, leaves, {*chosen, *full})

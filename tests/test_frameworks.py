@@ -4,12 +4,14 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 from tools import TOL, assert_close, products, randomise
 
 import jlora
+import jlora.train
 
 
 class Block(nn.Module):
@@ -202,3 +204,101 @@ def test_linen_dropout_and_batch_statistics_pass_through():
     got, stats = jlora.lora(call)(tree, x)
     want, want_stats = call(jlora.merge(tree), x)
     assert_close((got, stats), (want, want_stats), **TOL[jnp.float32])
+
+
+# -- NNX models with more than parameters ----------------------------------------------
+
+
+class Noisy(nnx.Module):
+    """Parameters, running statistics and random state."""
+
+    def __init__(self, rngs):
+        self.query = nnx.Linear(3, 7, rngs=rngs)
+        self.norm = nnx.BatchNorm(7, momentum=0.9, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(7, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.drop(jnp.tanh(self.norm(self.query(x)))))
+
+
+def noisy():
+    """The model's function of (parameters, rest, x), these, and a batch."""
+    graph, state, rest = nnx.split(Noisy(nnx.Rngs(0)), nnx.Param, ...)
+
+    def forward(state, rest, x):
+        net = nnx.merge(graph, state, rest)
+        return net(x), nnx.state(net, nnx.Not(nnx.Param))
+
+    x = jax.random.normal(jax.random.key(1), (16, 3)) * 2 + 1
+    return forward, state, rest, x
+
+
+def test_nnx_statistics_and_random_state_come_back():
+    forward, state, rest, x = noisy()
+    tree = randomise(jlora.lorafy(state, 2, ["query"]), jax.random.key(2))
+    got, new = jax.jit(jlora.lora(forward))(tree, rest, x)
+    want, wanted = jax.jit(forward)(jlora.merge(tree), rest, x)
+    assert_close(got, want, **TOL[jnp.float32])
+    assert jax.tree.structure(new) == jax.tree.structure(wanted)
+    stats, wanted_stats = (nnx.to_pure_dict(s)["norm"] for s in (new, wanted))
+    assert_close(stats, wanted_stats, **TOL[jnp.float32])
+    assert jnp.all(stats["mean"] != nnx.to_pure_dict(rest)["norm"]["mean"])
+    assert nnx.to_pure_dict(new)["drop"]["rngs"]["count"] == 1
+    again, _ = jlora.lora(forward)(tree, new, x)  # another mask
+    assert jnp.any(again != got)
+
+
+def test_nnx_trains_with_statistics_and_random_state():
+    forward, state, rest, x = noisy()
+    tree = jlora.lorafy(state, 2, ["query"], train=["head"])
+    trainable, frozen = jlora.split(tree)
+    tx = optax.adam(3e-2)
+    low = jlora.lora(forward)
+
+    def loss_fn(trainable, rest):
+        y, rest = low(jlora.combine(trainable, frozen), rest, x)
+        return jnp.mean((y - x[:, :2]) ** 2), rest
+
+    @jax.jit
+    def step(trainable, opt_state, rest):
+        grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, rest), grads = grad(trainable, rest)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, rest, loss
+
+    opt_state, losses = tx.init(trainable), []
+    for _ in range(60):
+        trainable, opt_state, rest, loss = step(trainable, opt_state, rest)
+        losses.append(float(loss))
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert nnx.to_pure_dict(rest)["drop"]["rngs"]["count"] == 60
+    # The statistics follow the batch as the adapted layer sees it.
+    tree = jlora.combine(trainable, frozen)
+    kernel = jax.tree.leaves(tree["query"]["kernel"], is_leaf=jlora.is_node)[0]
+    mean = nnx.to_pure_dict(rest)["norm"]["mean"]
+    far = lambda w: float(jnp.linalg.norm(mean - jnp.mean(x @ w, 0)))  # biases are zero
+    assert far(kernel.merged()) < 0.3 * far(kernel.base)
+
+
+def test_the_projects_step_trains_nnx_parameters_alone():
+    """Statistics as they are, dropout by the step's key."""
+    forward, state, rest, x = noisy()
+    tree = jlora.lorafy(state, 2, ["query"])
+
+    def loss_fn(params, batch, key):
+        own = nnx.to_pure_dict(batch["rest"])
+        own["drop"]["rngs"]["key"] = key
+        rest = nnx.clone(batch["rest"])
+        nnx.replace_by_pure_dict(rest, own)
+        y, _ = forward(params, rest, batch["x"])
+        return jnp.mean((y - batch["x"][:, :2]) ** 2)
+
+    tx = optax.adam(3e-2)
+    run = jlora.train.TrainState.create(tree, tx, jax.random.key(0))
+    step = jlora.train.make_train_step(loss_fn, tx)
+    losses = []
+    for _ in range(30):
+        run, metrics = step(run, {"x": x, "rest": rest})
+        losses.append(float(metrics["loss"]))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

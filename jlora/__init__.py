@@ -1,5 +1,26 @@
 """LoRA for JAX as a transformation of functions and parameter trees.
 
+    lorafy                    adapters on the chosen kernels of a parameter tree
+    lora                      a function that uses such trees, from any JAX function
+    split  combine            the trainable half for the optimiser, and the rest
+    labels  trainable_mask    the same as labels and as a mask, for optax
+    merge  unmerge            adapters folded into their kernels, and undone bit for bit
+    with_dropout              dropout on for a step
+    survey                    how a function uses each parameter: exact targets and axes
+    summary                   what is trained, as a table
+    stack_layers  unstack_layers    numbered layers as one stack, and back
+    Target                    settings of some kernels: rank, alpha, axes
+    LowRank  Full  Rows       what stands in the place of leaves; `is_node` tells
+
+    jlora.train               states, steps, losses, evaluation, whole runs
+    jlora.checkpoint          adapters, training states and merged parameters on disk
+    jlora.peft                PEFT's adapter folders, read and written
+    jlora.models              Flax models that read and write Hugging Face folders
+    jlora.data                text and tables, tokens, batches
+    jlora.cli                 the console
+
+Every error is a `LoraError`. A tree is any pytree of parameters:
+
 >>> params = jlora.lorafy(params, rank=8, targets=["query", "value"])
 >>> trainable, frozen = jlora.split(params)
 >>> loss = lambda t, x: jnp.mean(jlora.lora(apply)(jlora.combine(t, frozen), x) ** 2)

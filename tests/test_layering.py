@@ -1,7 +1,11 @@
 """The layers of the code: imports go one way, and `import jlora` is light."""
 
 import ast
+import importlib
+import inspect
 import pathlib
+import pydoc
+import re
 import subprocess
 import sys
 
@@ -109,8 +113,45 @@ def test_every_module_says_what_it_is():
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path}: no docstring"
 
 
-def test_public_names_are_documented():
-    for name in dir(jlora):
-        public = getattr(jlora, name)
-        if not name.startswith("_") and callable(public):
-            assert public.__doc__, f"jlora.{name} has no docstring"
+ROOMS_FOR_USERS = ["checkpoint", "cli", "data", "models", "peft", "train"]
+NAMESPACES = ["jlora", *(f"jlora.{room}" for room in ROOMS_FOR_USERS)]
+
+
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_public_names_are_documented(name):
+    module = importlib.import_module(name)
+    for public in dir(module):
+        value = getattr(module, public)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            assert value.__doc__, f"{name}.{public} has no docstring"
+
+
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_a_namespace_holds_its_own_names_alone(name):
+    module = importlib.import_module(name)
+    own = {n for n in dir(module) if n != "__version__"}
+    assert not [n for n in own if n.startswith("_")]
+    strangers = [
+        n for n in own
+        if inspect.ismodule(value := getattr(module, n))
+        and not value.__name__.startswith("jlora.")
+    ]  # fmt: skip
+    assert not strangers, f"{name} holds {strangers}"
+    given = ast.parse(pathlib.Path(module.__file__).read_text()).body
+    imported = {
+        alias.asname for node in given if isinstance(node, ast.ImportFrom)
+        for alias in node.names if alias.asname
+    }  # fmt: skip
+    assert {n for n in imported if not n.startswith("_")} <= own
+    assert own <= {*module.__all__, *ROOMS_FOR_USERS}
+
+
+def test_help_begins_with_a_map():
+    text = pydoc.plain(pydoc.render_doc(jlora))
+    top = text.partition("PACKAGE CONTENTS")[0]
+    functions = [n for n in jlora.__all__ if inspect.isfunction(getattr(jlora, n))]
+    for name in [*functions, *(f"jlora.{room}" for room in ROOMS_FOR_USERS)]:
+        assert re.search(rf"\b{name}\b", top), f"help(jlora) does not tell of {name}"
+    assert "lorafy(params" in text.partition("FUNCTIONS")[2]
+    trained = pydoc.plain(pydoc.render_doc(jlora.train)).partition("FUNCTIONS")[2]
+    assert "make_train_step(" in trained

@@ -181,7 +181,7 @@ def test_a_block_is_traced_once_for_all(monkeypatch):
     calls = []
     attend = _decoder.attend
     monkeypatch.setattr(
-        models.llama, "attend", lambda *args: calls.append(1) or attend(*args)
+        models.llama._model, "attend", lambda *args: calls.append(1) or attend(*args)
     )
 
     def traces(layers, **settings):

@@ -21,3 +21,9 @@ from jlora.checkpoint._fingerprint import fingerprint as fingerprint
 from jlora.checkpoint._manager import Checkpoints as Checkpoints
 from jlora.checkpoint._states import restore_state as restore_state
 from jlora.checkpoint._states import save_state as save_state
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,3 +5,9 @@ The function imports what it needs when it is called, so that `jlora --help` is 
 """
 
 from jlora.cli._main import main as main
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -30,3 +30,9 @@ from jlora.data._tokens import Tokens as Tokens
 from jlora.data._tokens import load_tokenizer as load_tokenizer
 from jlora.data._tokens import prompted as prompted
 from jlora.data._tokens import tokenise as tokenise
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -32,3 +32,9 @@ from jlora.models.llama._moe_config import MoeConfig as MoeConfig
 from jlora.models.t5._config import T5Config as T5Config
 from jlora.models.t5._model import T5 as T5
 from jlora.models.t5._model import shift_right as shift_right
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

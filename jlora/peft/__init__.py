@@ -17,3 +17,9 @@ from jlora.peft._api import load as load
 from jlora.peft._api import load_all as load_all
 from jlora.peft._api import read_config as read_config
 from jlora.peft._api import save as save
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -58,3 +58,9 @@ from jlora.train._step import Hook as Hook
 from jlora.train._step import StepInfo as StepInfo
 from jlora.train._step import TrainStep as TrainStep
 from jlora.train._step import make_train_step as make_train_step
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -613,15 +613,41 @@ def test_what_is_no_adapter(run, tmp_path):
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "file", "is a file"),
         (tmp_path / "empty", "holds no PEFT adapter"),
-        (tmp_path / "runs", "Inside it are deep"),
+        (tmp_path / "runs", "folders inside it: deep"),
+        ("gs://bucket/run", "is not a local path"),
     ]:
         for argv in (["inspect", folder], ["convert", folder, tmp_path / "out"]):
+            if argv == ["inspect", tmp_path / "runs"]:
+                continue  # shows what is inside
             status, out, err = run(*argv)
-            assert (status, out) == (1, "")
+            misused = 2 if folder == "gs://bucket/run" else 1
+            assert (status, out) == (misused, "")
             assert message in err
+    assert not list(Path.cwd().glob("gs:*"))
     status, _, err = run("convert", T5 / "base", tmp_path / "out")
     assert status == 1
     assert "is a model" in err
+
+
+def test_a_run_is_what_is_in_it(done, tmp_path):
+    """The folder that a training run leaves: an adapter, states, a merged model."""
+    tree = jlora.lorafy({"q": {"kernel": jnp.ones((5, 3))}}, 2, ["q"])
+    state = jlora.train.TrainState.create(tree, optax.sgd(1e-3))
+    checkpoint.save_adapter(tmp_path / "adapter", tree)
+    with checkpoint.Checkpoints(tmp_path / "state") as checkpoints:
+        checkpoints.save(state)
+    shutil.copytree(T5 / "base", tmp_path / "merged")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "settings.json").write_text("{}")
+    reports = json.loads(done("inspect", tmp_path, "--json"))
+    assert [(r["kind"], Path(r["path"]).relative_to(tmp_path)) for r in reports] == [
+        ("adapter", Path("adapter")),
+        ("model", Path("merged")),
+        ("state", Path("state/0")),
+    ]
+    text = done("inspect", tmp_path)
+    for part in ("adapter checkpoint", "Hugging Face model", "training state"):
+        assert part in text
 
 
 def test_a_state_is_no_adapter(run, tmp_path):
@@ -636,7 +662,6 @@ def test_a_state_is_no_adapter(run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: COMMAND"),
         (["insect"], "invalid choice: 'insect'"),
         (["inspect"], "required: FOLDER"),
         (["inspect", ".", "--jsn"], "unrecognized arguments: --jsn"),
@@ -672,6 +697,8 @@ def test_missing_libraries_are_named(run, monkeypatch):
 
 
 def test_help_and_version(done):
+    assert done() == done("--help")
+    assert "exit status:" in done()
     assert done("--version") == f"jlora {jlora.__version__}\n"
     text = done("--help")
     for command in cli.COMMANDS:

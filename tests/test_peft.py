@@ -327,7 +327,7 @@ def change_tensors(folder, f):
         ("use_bdlora", {}),
         ("arrow_config", {"top_k": 2}),
         ("init_lora_weights", "pissa_niter_4"),
-        ("a_key_of_the_future", [1]),
+        ("a_key_of_the_future", 1),
         ("bias", "some"),
         ("r", "8"),
         ("r", True),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jlora
+from jlora._files import check_local
 
 Args = argparse.Namespace
 _DONE, _FAILED, _MISUSED, _INTERRUPTED = 0, 1, 2, 130
@@ -52,13 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `jlora`; None takes the process's.
 
     Returns:
-      The exit status: 0, 1 for what could not be done, 2 for a misused command line.
-      Either is explained on stderr.
+      The exit status: 0, 1 for what could not be done, 2 for a misused command line,
+      130 after an interruption. All but the first are explained on stderr.
     """
+    parser = _parser()
     try:
-        args = _parser().parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as stop:  # after --help, --version, or a complaint
         return int(stop.code or 0)
+    if args.command is None:
+        parser.print_help()
+        return _DONE
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("folder", type=Path, metavar="FOLDER", help="what to look at")
+    p.add_argument("folder", type=_folder, metavar="FOLDER", help="what to look at")
     p.add_argument("--json", action="store_true", help="for programs: nothing is cut")
 
 
@@ -96,8 +101,8 @@ def _inspect(args: Args) -> None:
 
 def _convert_options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
-    add("source", type=Path, metavar="SOURCE", help="a PEFT adapter or a checkpoint")
-    add("target", type=Path, metavar="TARGET", help="the folder to write")
+    add("source", type=_folder, metavar="SOURCE", help="a PEFT adapter or a checkpoint")
+    add("target", type=_folder, metavar="TARGET", help="the folder to write")
     add(
         "--base",
         metavar="DIR|NAME",
@@ -146,6 +151,16 @@ def _convert(args: Args) -> None:
     print(f"{args.target}: {what}, on {base}")
 
 
+def _folder(text: str) -> Path:
+    """A path; the address of a bucket is none."""
+    try:
+        check_local(text)
+    except jlora.CheckpointError as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise argparse.ArgumentTypeError(said) from error
+    return Path(text)
+
+
 def _count(text: str) -> int:
     """A number of things, at least one."""
     if not (text.isdecimal() and int(text)):
@@ -164,10 +179,11 @@ def _stay_on_host() -> None:
 COMMANDS = (
     Command(
         "inspect",
-        "say what a PEFT adapter, a checkpoint of jlora or a Hugging Face model holds",
+        "say what an adapter, a checkpoint, a model or a whole run's folder holds",
         _inspect_options,
         _inspect,
         "  jlora inspect someones/adapter\n"
+        "  jlora inspect runs/translate-1\n"
         "  jlora inspect runs/adapter --json | jq '.[0].kernels'",
     ),
     Command(
@@ -199,7 +215,9 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--help] [--version] COMMAND ...",
         description=f"LoRA for JAX.\n\ncommands:\n{names}",
         epilog="examples:\n" + "\n".join(c.examples for c in COMMANDS)
-        + "\n\n`jlora COMMAND --help` says what a command takes.",
+        + "\n\nexit status:\n  0  done\n  1  it could not be done; stderr says why"
+        "\n  2  the command line is wrong\n  130  interrupted"
+        "\n\n`jlora COMMAND --help` says what a command takes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
@@ -208,7 +226,6 @@ def _parser() -> argparse.ArgumentParser:
         dest="command",
         prog="jlora",
         metavar="COMMAND",
-        required=True,
         help=argparse.SUPPRESS,
     )
     for command in COMMANDS:

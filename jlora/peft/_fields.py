@@ -163,12 +163,12 @@ def check_config(config: Config, where: str) -> None:
 def _may_matter(key: str, value: Any) -> bool:
     """Whether an unknown key may change what an adapter computes.
 
-    PEFT's features are switched on by a flag or a configuration of their own, and bring
-    tensors that match nothing here. Beside them a release adds settings, numbers and
-    words with a default, that say nothing while the feature is off.
+    PEFT's features are switched on by a flag (True, or 1) or a configuration of their
+    own, and bring tensors that match nothing here. Beside them a release adds settings,
+    numbers and words with a default, that say nothing while the feature is off.
     """
-    is_setting = isinstance(value, int | float | str) and not isinstance(value, bool)
-    return not is_setting or _NUMERIC.search(key) is not None
+    is_setting = isinstance(value, int | float | str) and value is not True
+    return not is_setting or value == 1 or _NUMERIC.search(key) is not None
 
 
 def _check_types(config: Config, where: str) -> None:

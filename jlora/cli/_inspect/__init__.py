@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jlora._errors import CheckpointError
+from jlora._files import check_local
 from jlora.cli._inspect._report import Report as Report
 
 Kind = Literal["peft", "checkpoint", "model"]
@@ -17,27 +18,35 @@ def kind_of(path: Path) -> Kind:
     Raises:
       CheckpointError: nothing is there, or nothing that jlora knows.
     """
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{str(path)!r} {what}.\nPass the path of a folder.")
+    _check_folder(path)
     if kind := _kind(path):
         return kind
-    known = [p.name for p in sorted(path.iterdir()) if p.is_dir() and _kind(p)]
+    known = ", ".join(p.name for p in _known_inside(path))
     raise CheckpointError(
         f"{str(path)!r} holds no PEFT adapter (adapter_config.json), no checkpoint of "
         "jlora (config/) and no model (config.json).\n"
-        + (f"Inside it are {', '.join(known)}." if known else "Is the path right?")
+        + (f"Pass one of the folders inside it: {known}." if known else "Is it right?")
     )
 
 
 def inspect(path: Path) -> list[Report]:
     """What is there, one report an adapter, checkpoint or model.
 
+    Of a folder that holds such folders, a run's for one, there is a report on each.
+
     Raises:
       CheckpointError: nothing is there, nothing that jlora knows, or it is damaged.
     """
-    kind = kind_of(path)
+    _check_folder(path)
+    places = [path] if _kind(path) else _known_inside(path)
+    if not places:
+        kind_of(path)  # says what is missing
+    return [report for place in places for report in _reports(place)]
+
+
+def _reports(path: Path) -> list[Report]:
     # Each reader needs a library of its own; none is imported for another's sake.
+    kind = _kind(path)
     if kind == "peft":
         from jlora.cli._inspect import _peft
 
@@ -49,6 +58,17 @@ def inspect(path: Path) -> list[Report]:
     from jlora.cli._inspect import _model
 
     return [_model.report(path)]
+
+
+def _check_folder(path: Path) -> None:
+    check_local(path)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{str(path)!r} {what}.\nPass the path of a folder.")
+
+
+def _known_inside(path: Path) -> list[Path]:
+    return [p for p in sorted(path.iterdir()) if p.is_dir() and _kind(p)]
 
 
 def _kind(path: Path) -> Kind | None:

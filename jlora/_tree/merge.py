@@ -13,11 +13,11 @@ import numpy as np
 
 from jlora._errors import NonFiniteError, StructureError
 from jlora._kernel.axes import Array, accumulation_dtype
-from jlora._kernel.nodes import LowRank, Rows, is_node, same_structure
+from jlora._kernel.nodes import LowRank, Rows, is_node
 from jlora._paths import leaf_paths, leaves_by_path
 from jlora._text import table
 from jlora._transform.resolve import bias_terms, plain_leaf
-from jlora._tree.merge_kernels import bare, merge_kernels, merge_node
+from jlora._tree.merge_kernels import merge_kernels, merge_node, without_base
 
 Tree = Any
 
@@ -58,9 +58,16 @@ class MergeReport(tuple[MergedLeaf, ...]):
 
 @dataclasses.dataclass(frozen=True)
 class Undo:
-    """What turns a merged tree back: the lorafied tree, whose arrays it shares."""
+    """What turns a merged tree back; it shares the arrays of both trees.
+
+    Attributes:
+      lorafied: what was merged.
+      leaves, structure: what came of it, to tell whether that was changed since.
+    """
 
     lorafied: Tree
+    leaves: tuple[Any, ...]
+    structure: Any
 
 
 def merge(
@@ -76,7 +83,7 @@ def merge(
       tree: a lorafied tree.
       report: also return a `MergeReport`, with the part of each update lost to
         rounding (in bfloat16 that can be most of a small one).
-      undo: also return what `unmerge` needs. It keeps the base arrays alive.
+      undo: also return what `unmerge` needs. It keeps the arrays of both trees alive.
       donate: write each merged kernel over its base, so that no second model needs
         room (nor, on a CPU, new pages, which take longer than merging does). The bases
         are deleted in `tree`, and in the parameters it was made of, even where merging
@@ -100,7 +107,9 @@ def merge(
     biases = bias_terms(leaves)
     given = _bases_of_their_own(leaves, nodes) if donate else ()
     if tracing:
-        done = {path: merge_node(x.base, bare(x))[0] for path, x in nodes.items()}
+        done = {
+            path: merge_node(x.base, without_base(x))[0] for path, x in nodes.items()
+        }
     else:
         done, bad = merge_kernels(nodes, given)
         if bad is not None:
@@ -113,12 +122,14 @@ def merge(
     if report:
         # In a pass of its own, so that asking for a report changes no bit.
         figures = {
-            path: _figures(x.base, bare(x), done[path]) for path, x in nodes.items()
+            path: _figures(x.base, without_base(x), done[path])
+            for path, x in nodes.items()
         }
         stats = jax.device_get(figures)
         out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
     if undo:
-        out.append(Undo(tree))
+        merged, treedef = jax.tree.flatten(out[0])
+        out.append(Undo(tree, tuple(merged), treedef))
     return out[0] if len(out) == 1 else tuple(out)
 
 
@@ -135,13 +146,13 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
     Raises:
       StructureError: `merged` is of another tree, or was changed since.
     """
-    again = merge(undo.lorafied)
-    if not same_structure(again, merged):
+    leaves, structure = jax.tree.flatten(merged)
+    if structure != undo.structure:
         raise StructureError(
             "the merged tree and the undo are not of one tree.\nPass what one "
             "jlora.merge(tree, undo=True) returned."
         )
-    each = zip(leaf_paths(again), *map(jax.tree.leaves, (again, merged)), strict=True)
+    each = zip(leaf_paths(merged), undo.leaves, leaves, strict=True)
     changed = [path for path, x, y in each if not _same_bits(x, y)]
     if changed:
         raise StructureError(
@@ -172,8 +183,7 @@ def _refuse_options(tracing: bool, *, report: bool, undo: bool, donate: bool) ->
 
 def _refuse_deleted(leaves: Mapping[str, Any]) -> None:
     for path, leaf in leaves.items():
-        arrays = (x for x in jax.tree.leaves(leaf) if isinstance(x, jax.Array))
-        gone = next((x for x in arrays if x.is_deleted()), None)
+        gone = next(filter(_is_deleted, jax.tree.leaves(leaf)), None)
         if gone is not None:
             raise StructureError(
                 f"an array {gone.shape} {gone.dtype} of {path!r} is gone: it was "
@@ -182,17 +192,21 @@ def _refuse_deleted(leaves: Mapping[str, Any]) -> None:
             )
 
 
+def _is_deleted(x: Any) -> bool:
+    return isinstance(x, jax.Array) and x.is_deleted()
+
+
 def _bases_of_their_own(
     leaves: Mapping[str, Any], nodes: Mapping[str, Any]
 ) -> frozenset[str]:
     """The nodes whose bases are nobody else's in the tree."""
-    places = {path: _place(x.base) for path, x in nodes.items()}
+    places = {path: _memory_of(x.base) for path, x in nodes.items()}
     others = jax.tree.leaves([x for path, x in leaves.items() if path not in nodes])
-    uses = collections.Counter([*places.values(), *map(_place, others)])
+    uses = collections.Counter([*places.values(), *map(_memory_of, others)])
     return frozenset(path for path, place in places.items() if uses[place] == 1)
 
 
-def _place(x: Any) -> int:
+def _memory_of(x: Any) -> int:
     """What two arrays on one piece of memory have in common; others do not."""
     if not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return id(x)
@@ -202,7 +216,7 @@ def _place(x: Any) -> int:
 
 @jax.jit
 def _figures(base: Array, w: LowRank | Rows, merged: Array) -> dict[str, Array]:
-    """What a report says of a merged kernel, of its base and its bare node."""
+    """What a report says of a merged kernel, of its base and its node without it."""
     w = dataclasses.replace(w, base=base)
     dtype = accumulation_dtype(w.dtype)
     base, rounded = w.base.astype(dtype), merged.astype(dtype)
@@ -260,6 +274,8 @@ def _is_tracing(tree: Tree) -> bool:
 def _same_bits(x: Any, y: Any) -> bool:
     if x is y:
         return True
+    if any(isinstance(v, jax.core.Tracer) or _is_deleted(v) for v in (x, y)):
+        return False
     if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return bool(np.all(x == y))
     x, y = np.asarray(x), np.asarray(y)

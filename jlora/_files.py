@@ -40,22 +40,27 @@ def local_path(path: PathLike) -> Path:
 
     Raises:
       CheckpointError: `path` is the address of a bucket or another URL. It would become
-        a local folder of that name, and a save that seemed to succeed.
+        a local folder of that name, and a save that seemed to succeed. Or it is empty,
+        or no path.
 
     >>> local_path("/tmp/run/../adapter").as_posix()
     '/tmp/adapter'
     """
     check_local(path)
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    return Path(os.path.abspath(os.path.expanduser(os.fsdecode(path))))
 
 
 def check_local(path: PathLike) -> None:
     """Refuse the address of a bucket, as `local_path` does.
 
     Raises:
-      CheckpointError: `path` is a URL.
+      CheckpointError: `path` is a URL, or no path at all.
     """
-    text = os.fspath(path)
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise CheckpointError(
+            f"{path!r} is no path.\nPass the folder as a string or a pathlib.Path."
+        )
+    text = os.fsdecode(path)
     found = _URL.match(text) or _COLLAPSED.match(text)
     if found is None:
         return

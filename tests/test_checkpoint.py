@@ -333,10 +333,53 @@ def test_addresses_of_buckets_are_no_folders(path, tmp_path, monkeypatch):
 
 
 def test_bad_arguments_are_checkpoint_errors(tmp_path):
-    jc.save_adapter(tmp_path / "a", lora_params())
-    refused("expected 'values' or 'shapes'",
-            jc.load_adapter, tmp_path / "a", plain_params(), check="bytes")  # fmt: skip
-    refused("best_mode='least'", jc.Checkpoints, tmp_path / "c", best_mode="least")
+    tree, state = lora_params(), make_state()
+    jc.save_adapter(tmp_path / "a", tree)
+    (tmp_path / "file").touch()
+    run = jc.Checkpoints(tmp_path / "run")
+    shapes = jax.eval_shape(lambda: tree)
+    one, new = plain_params(), tmp_path / "new"
+    for match, call in [
+        (
+            "expected 'values'",
+            lambda: jc.load_adapter(tmp_path / "a", one, check="all"),
+        ),
+        ("best_mode='least'", lambda: jc.Checkpoints(new, best_mode="least")),
+        ("keep_last='3'", lambda: jc.Checkpoints(new, keep_last="3")),
+        ("cannot be made", lambda: jc.Checkpoints(tmp_path / "file")),
+        ("cannot be made", lambda: jc.Checkpoints(tmp_path / "file" / "run")),
+        ("'loss' is 'low'", lambda: run.save(state, metrics={"loss": "low"})),
+        ("metadata= is a list", lambda: jc.save_adapter(new, tree, metadata=[1])),
+        ("metadata= is a list", lambda: jc.save_merged(new, tree, metadata=[1])),
+        ("data_position= is a int", lambda: jc.save_state(new, state, data_position=3)),
+        ("query/a' .* no values", lambda: jc.save_adapter(new, shapes)),
+        ("no values", lambda: jax.jit(lambda x: jc.save_adapter(new, x))(tree)),
+        ("no values", lambda: jc.save_merged(new, shapes)),
+        ("no values", lambda: jc.save_state(new, jax.eval_shape(lambda: state))),
+        ("is no training state", lambda: jc.save_state(new, tree)),
+        ("is no training state", lambda: jc.restore_state(tmp_path / "a", tree)),
+        ("None is no path", lambda: jc.save_adapter(None, tree)),
+        ("'' is no path", lambda: jc.save_adapter("", tree)),
+        ("adapter=3 is not", lambda: jlora.peft.load(new, one, adapter=3)),
+    ]:
+        refused(match, call)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "run"]
+
+
+def test_metadata_of_merged_parameters(tmp_path):
+    jc.save_merged(tmp_path / "m", lora_params(), metadata={"epochs": 3})
+    assert jc.load_metadata(tmp_path / "m") == {"epochs": 3}
+    jc.save_state(tmp_path / "s", make_state())
+    refused("has no metadata", jc.load_metadata, tmp_path / "s")
+
+
+def test_adapters_of_an_abstract_base_are_saved(tmp_path):
+    tree = lora_params()
+    jc.save_adapter(tmp_path / "a", tree)
+    shapes = jax.eval_shape(plain_params)
+    abstract = jc.load_adapter(tmp_path / "a", shapes)
+    jc.save_adapter(tmp_path / "b", abstract)
+    same(jc.load_adapter(tmp_path / "b", plain_params()), tree)
 
 
 def test_nothing_is_replaced_unasked(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jlora._errors import CheckpointError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, with_origin
 from jlora._kernel.placement import placed_adapter
@@ -16,10 +17,12 @@ from jlora._tree.merge import MergeReport, merge
 from jlora._tree.partition import trainable_mask
 from jlora._tree.rows import abstract_rows
 from jlora.checkpoint import _storage
+from jlora.checkpoint._arrays import check_has_values
 from jlora.checkpoint._entries import (
     Check,
     adapter_arrays,
     adapter_entries,
+    as_json,
     base_of,
     check_base,
     check_is_plain,
@@ -61,6 +64,8 @@ def save_adapter(
       StructureError: `params` holds nothing that is trained.
     """
     trainable_mask(params)  # nothing to save is an error
+    arrays = adapter_arrays(params)
+    check_has_values(arrays)
     place = _storage.local_path(path)
     _storage.check_free(place, overwrite)
     config = {
@@ -68,9 +73,9 @@ def save_adapter(
         "full": [name for name, x in nodes(params) if isinstance(x, Full)],
         "rows": {p: list(x.indices) for p, x in nodes(params) if isinstance(x, Rows)},
         "base": fingerprint(params).to_json(),
-        "metadata": dict(metadata or {}),
+        "metadata": as_json("metadata", metadata),
     }
-    _storage.write(place, "adapter", adapter_arrays(params), config)
+    _storage.write(place, "adapter", arrays, config)
 
 
 def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") -> Tree:
@@ -115,15 +120,22 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
 
 
 def load_metadata(path: PathLike) -> dict[str, Any]:
-    """The metadata given to `save_adapter`.
+    """The metadata given to `save_adapter` or `save_merged`.
 
     Args:
-      path: what `save_adapter` wrote.
+      path: what one of them wrote.
 
     Raises:
       CheckpointError: a checkpoint that is damaged or of another kind.
     """
-    return _storage.read_config(_storage.local_path(path), "adapter")["metadata"]
+    place = _storage.local_path(path)
+    config = _storage.read_config(place, None)
+    if "metadata" not in config:
+        raise CheckpointError(
+            f"{str(place)!r} is a checkpoint of kind {config['kind']!r}, which has no "
+            "metadata.\nA training state has its data_position, see restore_state."
+        )
+    return config["metadata"]
 
 
 def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -> Tree:
@@ -173,8 +185,10 @@ def save_merged(
     """
     place = _storage.local_path(path)
     _storage.check_free(place, overwrite)
+    config = {"metadata": as_json("metadata", metadata)}
+    check_has_values(params)
     merged, report = merge(params, report=True)
-    _storage.write(place, "merged", merged, {"metadata": dict(metadata or {})})
+    _storage.write(place, "merged", merged, config)
     return report
 
 

@@ -41,6 +41,21 @@ def named(tree: Tree) -> dict[str, Any]:
     return dict(zip(names, (x for _, x in leaves), strict=True))
 
 
+def check_has_values(tree: Tree) -> None:
+    """Refuse a tree of shapes, and one inside of a transformation.
+
+    Raises:
+      CheckpointError: a leaf without values, by its path.
+    """
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise CheckpointError(
+                f"the leaf {name!r} {x.shape} has no values to save.\nSave a tree of "
+                "arrays, outside of jax.jit and jax.eval_shape."
+            )
+
+
 def as_arrays(tree: Tree) -> Tree:
     """Numbers and NumPy arrays as JAX takes them, so that they come back the same."""
     ready = jax.Array | jax.ShapeDtypeStruct

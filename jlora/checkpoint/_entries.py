@@ -22,6 +22,19 @@ Tree = Any
 Check = Literal["values", "shapes"]
 
 
+def as_json(name: str, value: Any) -> dict[str, Any]:
+    """A dict that is kept beside the arrays.
+
+    Raises:
+      CheckpointError: it is no dict.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"{name}= is a {type(value).__name__}; pass a dict that JSON can hold."
+        )
+    return dict(value or {})
+
+
 def nodes(params: Tree) -> Iterator[tuple[str, Any]]:
     """Jlora's nodes in a tree, with their paths."""
     for path, x in leaves_by_path(params, is_leaf=is_node).items():

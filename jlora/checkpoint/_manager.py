@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,11 +56,7 @@ class Checkpoints:
         include_base: bool = False,
         overwrite: bool = False,
     ) -> None:
-        if keep_last < 1 or keep_best < 0 or best_mode not in ("min", "max"):
-            raise CheckpointError(
-                f"keep_last={keep_last}, keep_best={keep_best}, best_mode="
-                f"{best_mode!r}; expected 1 or more, 0 or more, 'min' or 'max'."
-            )
+        _check_policy(keep_last, keep_best, best_mode)
         self._place = _storage.local_path(directory)
         self._best = best_metric if keep_best else None
         self._worst = math.inf if best_mode == "min" else -math.inf
@@ -67,7 +64,7 @@ class Checkpoints:
         self._with_base = include_base
         self._overwrite = overwrite
         self._base: tuple[list[Any], Fingerprint] | None = None
-        on_first(f"opening {str(self._place)!r}", self._recover)
+        on_first(f"opening {str(self._place)!r}", self._prepare)
         self._manager = self._open()
 
     def _manager_options(self, keep_last: int, keep_best: int, mode: str) -> Any:
@@ -93,8 +90,23 @@ class Checkpoints:
         value = metrics[self._best or ""]
         return self._worst if math.isnan(value) else value
 
+    def _prepare(self) -> None:
+        """Make the folder, and undo a replacement that was interrupted.
+
+        Raises:
+          CheckpointError: it cannot be made.
+        """
+        try:
+            self._recover()
+            self._place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"the folder {str(self._place)!r} cannot be made: "
+                f"{_storage.brief(error)}.\nPass another one."
+            ) from error
+
     def _recover(self) -> None:
-        """Undo a replacement that was interrupted before its first state was saved."""
+        # The replacement may have stopped before its first state was saved.
         if self._place.is_dir() and _storage.previous_of(self._place).exists():
             saved = [p for p in self._place.iterdir() if p.name.isdigit()]
             if not saved:
@@ -234,7 +246,7 @@ class Checkpoints:
                 f"the metrics {sorted(metrics or {})}.\nPass save(state, metrics={{"
                 f"{self._best!r}: ...}}), or another best_metric."
             )
-        return None if metrics is None else {k: float(v) for k, v in metrics.items()}
+        return None if metrics is None else dict(map(_number, metrics.items()))
 
     def _is_there(self, step: int, config: Mapping[str, Any]) -> bool:
         if step not in self.steps():
@@ -279,6 +291,29 @@ class Checkpoints:
     def _put_back(self) -> None:
         shutil.rmtree(self._place, ignore_errors=True)
         _storage.recover(self._place)
+
+
+def _check_policy(keep_last: Any, keep_best: Any, best_mode: Any) -> None:
+    try:
+        is_fine = operator.index(keep_last) >= 1 and operator.index(keep_best) >= 0
+    except TypeError:
+        is_fine = False
+    if not is_fine or best_mode not in ("min", "max"):
+        raise CheckpointError(
+            f"keep_last={keep_last!r}, keep_best={keep_best!r}, best_mode="
+            f"{best_mode!r}; expected whole numbers of at least 1 and 0, and 'min' or "
+            "'max'."
+        )
+
+
+def _number(metric: tuple[str, Any]) -> tuple[str, float]:
+    name, value = metric
+    try:
+        return name, float(value)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the metric {name!r} is {value!r}; metrics are single numbers."
+        ) from error
 
 
 def _is(x: Any, y: Any) -> bool:

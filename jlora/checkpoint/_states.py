@@ -13,10 +13,11 @@ import jax
 from jlora._errors import CheckpointError
 from jlora._processes import on_first
 from jlora.checkpoint import _storage
-from jlora.checkpoint._arrays import named
+from jlora.checkpoint._arrays import check_has_values, named
 from jlora.checkpoint._digests import is_array, leaf_kind, leaf_print
 from jlora.checkpoint._entries import (
     Check,
+    as_json,
     base_of,
     check_adapters,
     check_base,
@@ -83,6 +84,7 @@ def restore_state(
         checkpoint.
     """
     place = _storage.local_path(path)
+    check_is_state(state)
     config = _storage.read_config(place, "state")
     with_base = config["with_base"]
     if not with_base:
@@ -113,7 +115,13 @@ def state_content(
     with_base: bool,
     base: Fingerprint | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a state's checkpoint and its description."""
+    """The arrays of a state's checkpoint and its description.
+
+    Raises:
+      CheckpointError: what is no state, or one without values.
+    """
+    check_is_state(state)
+    check_has_values(_moving(state, with_base))
     base = fingerprint(state.params) if base is None else base
     config = {
         "step": int(state.step),
@@ -121,7 +129,7 @@ def state_content(
         "with_base": with_base,
         "adapters": scale_entries(state.params),
         "base": base.to_json(),
-        "data_position": dict(data_position or {}),
+        "data_position": as_json("data_position", data_position),
     }
     return _state_arrays(state, with_base), config
 
@@ -131,6 +139,20 @@ def _run(state: TrainState, base: Fingerprint) -> str:
     shapes = {n: leaf_kind(x).kind for n, x in named(state.trainable).items()}
     text = f"{base.digest}|{shapes}|{leaf_print(state.key).digest}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_is_state(state: Any) -> None:
+    """Refuse what is no training state.
+
+    Raises:
+      CheckpointError: a field is missing.
+    """
+    for name in ("step", "trainable", "frozen", "opt_state", "key"):
+        if not hasattr(state, name):
+            raise CheckpointError(
+                f"a {type(state).__name__} is no training state: it has no {name!r}.\n"
+                "Pass a jlora.train.TrainState."
+            )
 
 
 def _check_has_base(place: Path, state: TrainState) -> None:

@@ -224,6 +224,11 @@ def _table(leaves: Mapping[str, Any], model: Model | None, names: Names) -> Tabl
 
 
 def _names(model: Model | None, names: Names) -> Names:
+    if names is not None and not (callable(names) or isinstance(names, Mapping)):
+        raise TargetError(
+            f"names= is a {type(names).__name__}.\nPass {{module here: module in "
+            "PyTorch}, or a function of a module's path."
+        )
     if model is None:
         return names
     if names is not None:

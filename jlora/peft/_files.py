@@ -29,8 +29,9 @@ def adapter_folder(folder: PathLike, adapter: str | None) -> Path:
     place = local_path(folder)
     if adapter is None or adapter == "default":
         return place
-    inside = place / adapter
-    plain = adapter == Path(adapter).name and adapter not in ("", ".", "..")
+    inside = place / str(adapter)
+    plain = isinstance(adapter, str) and adapter == inside.name
+    plain = plain and adapter not in ("", ".", "..")
     if not plain or "\\" in adapter or "\0" in adapter:
         raise CheckpointError(
             f"adapter={adapter!r} is not the name of an adapter in {str(place)!r}."

@@ -260,7 +260,8 @@ def _advice(held: list[Param], users: list[Param]) -> str:
 
 def _hint(table: Table) -> str:
     some = ", ".join([*table.kernels(), *table.experts()][:3])
+    named = f"What can be adapted here is called {some}, ...\n" if some else ""
     return (
-        f"What can be adapted here is called {some}, ...\nPass the base it was trained "
-        "on, or names={module here: module there}."
+        f"{named}Pass the base it was trained on, or names={{module here: module "
+        "there}."
     )

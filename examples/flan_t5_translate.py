@@ -498,7 +498,7 @@ def report(
 
     for fact, value in facts.items():
         print(f"{fact}: {value}")
-    for quality, source, target, one, two in chosen[:2] + chosen[-2:]:
+    for quality, source, target, one, two in dict.fromkeys(chosen[:2] + chosen[-2:]):
         print(f"\n  source     {source}\n  reference  {target}")
         print(f"  before     {one}\n  after      {two}   (chrF {quality})")
     print(f"\n{train.table([head, *scores])}")

@@ -263,6 +263,9 @@ def test_what_tokenising_costs_is_said(tokenizer):
     assert lossy.changed == 1
     said = " ".join(lossy.remarks("train"))
     assert "1 of 3 texts hold characters that the tokenizer does not know" in said
+    blank = tokenise(tokenizer, ["", *TEXTS], 32)
+    assert blank.blank == 1
+    assert "1 of 3 texts have no tokens" in blank.remarks("train")[0]
     cut = tokenise(tokenizer, TEXTS, 3)
     assert "train: 2 of 2 texts are longer than 3 tokens" in cut.remarks("train")[0]
 

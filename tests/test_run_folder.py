@@ -48,13 +48,17 @@ def test_runs_that_begin_at_once_get_a_folder_each(tmp_path, monkeypatch):
         run.close()
 
 
-def test_one_of_two_gets_a_folder_that_both_name(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_of_many_gets_a_folder_that_all_name(tmp_path, overwrite):
     start, claimed, refused = threading.Barrier(8), [], []
+    if overwrite:
+        RunFolder.claim(tmp_path / "run", {}).close()
 
     def claim():
         start.wait()
         try:
-            claimed.append(RunFolder.claim(tmp_path / "run", {}))
+            run = RunFolder.claim(tmp_path / "run", {}, overwrite=overwrite)
+            claimed.append(run)
         except jlora.OptionError as error:
             refused.append(str(error))
 

@@ -231,10 +231,15 @@ class Batches:
             from tqdm import tqdm
 
             batches = tqdm(batches, desc=title, unit="batch", leave=False)
-            batches.set_postfix_str("the first takes longest")
+        seen: set[Shape] = set()
         out: list[Any] = [None] * self.examples
         for batch in batches:
+            if title is not None and batch.shape not in seen:
+                batches.set_postfix_str("a new shape: compiling")
             results = function(self.arrays(batch))
+            if title is not None and batch.shape not in seen:
+                batches.set_postfix_str("")
+            seen.add(batch.shape)
             for row, result in zip(batch.rows, results, strict=False):
                 out[row] = result
         return out

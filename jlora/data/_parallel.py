@@ -157,6 +157,8 @@ def _columns(table: Table, way: Direction) -> list[str]:
     hint = ""
     if len(table.columns) == 1 and re.search(r"[;\t|]", names):
         hint = " (A .csv has commas between its fields, a .tsv tabs.)"
+    elif table.lines and table.name.rpartition(".")[2] not in ("jsonl", "ndjson"):
+        hint = " (They are what its first line says.)"
     raise DataError(
         f"{table.name} has the columns {names}.{hint}\nIt needs translation (with "
         f"{way.source} and {way.target} in it), or {way.source} and {way.target}, or "

@@ -26,6 +26,7 @@ class Tokens(NamedTuple):
       types: its token types, where texts are paired and the tokenizer has types.
       longest: the most tokens a text may have.
       cut: how many texts were longer.
+      blank: how many have no tokens but those that the tokenizer adds.
       unknown: how many hold something that the tokenizer does not know.
       changed: how many of `sampled` texts decode to others.
       sampled: how many were decoded.
@@ -35,6 +36,7 @@ class Tokens(NamedTuple):
     types: list[np.ndarray] | None
     longest: int
     cut: int
+    blank: int
     unknown: int
     changed: int
     sampled: int
@@ -46,6 +48,11 @@ class Tokens(NamedTuple):
             said.append(
                 f"{name}: {self.cut:,} of {n:,} texts are longer than {self.longest} "
                 "tokens and were cut."
+            )
+        if self.blank:
+            said.append(
+                f"{name}: {self.blank:,} of {n:,} texts have no tokens: nothing the "
+                "tokenizer keeps is in them."
             )
         if self.unknown:
             said.append(
@@ -126,7 +133,18 @@ def tokenise(
     changed, sampled = (0, 0)
     if pairs is None and not cut:
         changed, sampled = _decoded_otherwise(tokenizer, rows, texts, prefix)
-    return Tokens(rows, types or None, longest, cut, lost, changed, sampled)
+    added = len(_encode_one(tokenizer, pairs is not None, longest, stop))
+    blank = 0 if prefix else sum(len(row) <= added for row in rows)
+    return Tokens(rows, types or None, longest, cut, blank, lost, changed, sampled)
+
+
+def _encode_one(
+    tokenizer: Tokenizer, paired: bool, longest: int, stop: int | None
+) -> list[int]:
+    """Return the tokens of nothing: those that are added to any text."""
+    empty = [""]
+    ((row, _, _),) = _encode(tokenizer, empty, empty if paired else None, longest, stop)
+    return row
 
 
 def _encode(

@@ -14,6 +14,11 @@
 
 `loss_fn(params, batch, key)` is written for plain parameters; the step wraps it in
 `jlora.lora`. Only the trainable leaves are differentiated, clipped and optimised.
+
+`fit` is a whole run, in a `RunFolder`: steps, validation, the best adapter, a log,
+Ctrl-C, resumption. Its loop calls `Callback`s. `RunSettings`, `option` and
+`command_line` make a script's command line of a dataclass; `Report` and `plot_losses`
+say what came of the run.
 """
 
 try:

@@ -69,7 +69,13 @@ class Fit:
             f"{self.seconds:.0f} s, {beside:.0f} s of it for validation and saving",
             "compiled": f"the step, for {self.compilations} shapes of batches",
         }
-        if not math.isnan(self.best_loss):
+        if self.best_step == 0:
+            said["validation loss"] = (
+                f"never below the {self.first_loss:.4f} before training, so the "
+                "adapter that is kept changes nothing; try another learning rate, or "
+                "more steps"
+            )
+        elif not math.isnan(self.best_loss):
             said["validation loss"] = (
                 f"{self.first_loss:.4f} before, {self.best_loss:.4f} at best, "
                 f"after step {self.best_step}"

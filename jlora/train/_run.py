@@ -34,12 +34,12 @@ class RunFolder:
       metrics: its log.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], resumed: bool) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], resumed: bool, lock: TextIO
+    ) -> None:
         self.path, self.settings, self.resumed = path, dict(settings), resumed
         self.metrics = MetricsLog(path / "metrics.jsonl")
-        self._lock = _lock(path)
-        if resumed:
-            self._write_settings()
+        self._lock = lock
 
     adapter = property(lambda self: self.path / "adapter", doc="The best adapter.")
     state = property(lambda self: self.path / "state", doc="What resuming needs.")
@@ -73,21 +73,24 @@ class RunFolder:
         """
         try:
             folder = _numbered(name) if path is None else local_path(path)
-            _make_free(folder, overwrite)
-            with (folder / SETTINGS).open("x", encoding="utf-8") as file:
-                file.write(_json(settings))
-        except FileExistsError as error:
-            raise OptionError(
-                f"{folder} holds another run, which another process began just now.\n"
-                "Choose another folder."
-            ) from error
+            _check_free(folder, overwrite)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+            try:
+                _check_free(folder, overwrite)  # nobody else changes it from now on
+                _clear(folder)
+                with (folder / SETTINGS).open("x", encoding="utf-8") as file:
+                    file.write(_json(settings))
+            except BaseException:
+                lock.close()
+                raise
         except OSError as error:
             where = error.filename or path
             raise OptionError(
                 f"the folder {path or ROOT} cannot be written: {error.strerror} "
                 f"({where}).\nChoose another one."
             ) from error
-        return cls(folder, settings, resumed=False)
+        return cls(folder, settings, False, lock)
 
     @classmethod
     def resume(
@@ -104,12 +107,12 @@ class RunFolder:
         """
         folder = local_path(path)
         kept = saved_settings(folder)
-        return cls(folder, kept if settings is None else settings, resumed=True)
-
-    def _write_settings(self) -> None:
-        new = self.path / (SETTINGS + ".new")
-        new.write_text(_json(self.settings), encoding="utf-8")
-        os.replace(new, self.path / SETTINGS)
+        lock = _lock(folder)
+        if settings is not None:
+            new = folder / (SETTINGS + ".new")
+            new.write_text(_json(settings), encoding="utf-8")
+            os.replace(new, folder / SETTINGS)
+        return cls(folder, kept if settings is None else settings, True, lock)
 
     @property
     def resume_command(self) -> str:
@@ -132,7 +135,7 @@ class RunFolder:
 
 _WRITTEN = (
     *("adapter", "state", "merged", "outputs", "loss.png", "report.md"),
-    *("metrics.jsonl", "metrics.jsonl.new", SETTINGS, SETTINGS + ".new", LOCK),
+    *("metrics.jsonl", "metrics.jsonl.new", SETTINGS, SETTINGS + ".new"),
 )
 
 
@@ -177,24 +180,28 @@ def _numbered(name: str) -> Path:
     raise AssertionError("there are numbers enough")
 
 
-def _make_free(folder: Path, overwrite: bool) -> None:
-    """Make the folder, or clear it of a run that may be replaced."""
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder of another run, or of something else."""
     if (folder / SETTINGS).exists():
         if not overwrite:
             raise OptionError(
                 f"{folder} holds another run.\nContinue it with --resume, replace it "
                 "with --overwrite, or choose another --output."
             )
-        _lock(folder).close()  # refuses a run that is going on
-        for name in _WRITTEN:
-            path = folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
+    ):
         raise OptionError(f"{folder} exists and is no run; choose another --output.")
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for name in _WRITTEN:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _lock(folder: Path) -> TextIO:

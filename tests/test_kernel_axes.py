@@ -174,3 +174,33 @@ def test_axes_are_checked():
 def test_equinox_weights_are_out_in():
     tree = jlora.lorafy(eqx.nn.Linear(D, K, key=jax.random.key(0)), 2, ["weight"])
     assert tree.weight.adapters[""].a.shape == (D, 2)
+
+
+def test_axes_that_the_function_contradicts_get_a_remedy_that_works():
+    """Written as told, for the kernel as it is and for a stack of them."""
+    params = {
+        "layers": {"up": {"kernel": jnp.ones((L, D, D))}},
+        "heads": {"kernel": jnp.ones((D, H, K))},
+    }
+
+    def f(p, x):
+        body = lambda c, w: (c @ w, None)
+        x, _ = jax.lax.scan(body, x, p["layers"]["up"]["kernel"])
+        return jnp.einsum("bd,dhk->bhk", x, p["heads"]["kernel"])
+
+    x = jnp.ones((2, D))
+    wrong = {"up": jlora.Target(in_axes=(0,)), "heads": jlora.Target(in_axes=(0, 1))}
+    for entry, number in (("heads", 0), ("up", 1)):
+        tree = jlora.lorafy(params, 2, {entry: wrong[entry]})
+        with pytest.raises(jlora.ShapeError) as error:
+            jlora.lora(f)(tree, x)
+        text = str(error.value)
+        assert "survey = jlora.survey(fn, params, *inputs)" in text
+        line = re.findall(r"^  (jlora\.Target\(.*\))$", text, re.M)[number]
+        tree = jlora.lorafy(params, 2, {entry: eval(line, {"jlora": jlora})})
+        tree = randomise(tree, jax.random.key(0))
+        got, want = jlora.lora(f)(tree, x), f(jlora.merge(tree), x)
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+        survey = jlora.survey(f, params, x)
+        by_survey = jlora.lorafy(params, 2, [entry], survey=survey)
+        assert jax.tree.structure(by_survey) == jax.tree.structure(tree)

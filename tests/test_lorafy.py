@@ -282,6 +282,12 @@ def test_all_kernels_by_name():
         lorafy({"w": {"other": jnp.ones((3, 4))}}, "all-linear")
 
 
+def test_biases_alone_may_be_trained():
+    tree = jlora.lorafy(bert(), targets=[], bias="all")
+    assert not adapted(tree)
+    assert set(jax.tree.leaves(jlora.labels(tree))) == {"bias", "frozen"}
+
+
 # -- how they start --------------------------------------------------------------------
 
 

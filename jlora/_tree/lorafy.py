@@ -71,7 +71,8 @@ def lorafy(
         expression for the whole path of the leaf or its module. `"all-linear"`: every
         kernel of a matrix product; `"all-kernels"`: those of convolutions and
         embeddings too. A dict: such entries or expressions, each with its own
-        `Target`; the first match wins. Every entry must hit something.
+        `Target`; the first match wins. Every entry must hit something. An empty list
+        adapts none, where `train`, `bias="all"` or `trainable_tokens` train leaves.
       alpha: the scale is alpha/r; None means alpha = r.
       key: seeds the factors, folded with each leaf's path; None is `jax.random.key(0)`.
       train: entries of leaves to train as they are, beside the adapters.
@@ -126,8 +127,8 @@ def lorafy(
     check_survey(survey, leaves)
     arrays = {path: x for path, x in leaves.items() if is_array(x) or is_node(x)}
     stacked = conventions.stacked_leaves(arrays) if survey is None else set()
-    # Without targets there is something to do where leaves or rows are trained alone.
-    no_kernels = not targets and bool(train or trainable_tokens)
+    # Without targets there is something to do where leaves are trained as they are.
+    no_kernels = not targets and bool(train or trainable_tokens or bias == "all")
     chosen = {} if no_kernels else choose(targets, leaves, exclude, survey, stacked)
     full = trained(train, bias, leaves, chosen)
     tokens = options.token_lists(trainable_tokens)
@@ -185,7 +186,7 @@ class _Shared:
 def _make_adapter(
     path: str, leaf: Any, choice: Choice, axes: KernelAxes, shared: _Shared
 ) -> Adapter:
-    settings, dtype = _settled(choice.target, shared.target), shared.dtype
+    settings, dtype = _with_defaults(choice.target, shared.target), shared.dtype
     starts, shape = _part_window(path, leaf, choice.hit, axes)
     ins, outs, batch = (
         tuple(shape[d] for d in dims) for dims in (axes.ins, axes.outs, axes.batch)
@@ -230,7 +231,7 @@ def _make_adapter(
     return jax.jit(make, out_shardings=shardings)(own_key, kernel)
 
 
-def _settled(own: Target, default: Target) -> Target:
+def _with_defaults(own: Target, default: Target) -> Target:
     """A target's settings, those it leaves open from the default."""
     names = ("rank", "alpha", "dropout", "init")
     given = {n: getattr(own, n) for n in names if getattr(own, n) is not None}

@@ -134,14 +134,14 @@ def _sharding(x: Any, change: Callable[[Any], Any]) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*change(sharding.spec)))
 
 
-def _alike(where: str, said: list[Any], error: type = StructureError) -> None:
-    if any(each != said[0] for each in said):
-        _differ(where, said, error)
+def _alike(where: str, kinds: list[Any], error: type = StructureError) -> None:
+    if any(kind != kinds[0] for kind in kinds):
+        _differ(where, kinds, error)
 
 
-def _differ(where: str, said: list[Any], error: type = StructureError) -> None:
+def _differ(where: str, kinds: list[Any], error: type = StructureError) -> None:
     layers: dict[str, list[int]] = {}
-    for i, each in enumerate(said):
+    for i, each in enumerate(kinds):
         layers.setdefault(str(each), []).append(i)
     lines = "\n".join(f"  {each}: layers {i}" for each, i in layers.items())
     raise error(

@@ -137,7 +137,7 @@ def choose(
         kernels = _kernels_of(entry, hits, leaves, survey, stacked)
         # What is excluded was meant to be missed, so it counts as covered.
         hit_paths = [h.path for h in kernels if h.path not in stacked]
-        reports += map(_said_of_coverage, coverage(entry, hit_paths, numbered))
+        reports += map(_coverage_message, coverage(entry, hit_paths, numbered))
         kernels = [hit for hit in kernels if hit.path not in excluded]
         if not kernels:
             raise TargetError(
@@ -155,20 +155,20 @@ def choose(
             if not any(c.hit.part == hit.part or c.hit.part is None for c in others):
                 others.append(Choice(hit, target))
     if survey is not None and ALL_LINEAR in (entry for entry, _, _ in entries):
-        reports += _said_of_convolutions(survey, {*chosen, *excluded})
+        reports += _convolution_messages(survey, {*chosen, *excluded})
     for report in reports:
         warnings.warn(f"targets: {report}", JloraWarning, stacklevel=3)
     return chosen
 
 
-def _said_of_coverage(found: Coverage) -> str:
+def _coverage_message(found: Coverage) -> str:
     return (
         f"{found}. If that is meant, name the blocks in the entry; the missed ones "
         "train nothing."
     )
 
 
-def _said_of_convolutions(survey: Survey, meant: Collection[str]) -> list[str]:
+def _convolution_messages(survey: Survey, meant: Collection[str]) -> list[str]:
     """That `"all-linear"` leaves convolutions out, where it does."""
     left = [path for path in survey.convolutions() if path not in meant]
     if not left:

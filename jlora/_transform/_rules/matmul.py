@@ -175,17 +175,29 @@ def check_axes(
     if real in sides and not stray:
         return
     outs = tuple(d for d in range(w.ndim) if d not in (*contracted, *batch))
+    ins, batch = tuple(sorted(contracted)), tuple(batch)
+    in_stack = [tuple(d + 1 for d in dims) for dims in (ins, outs, batch)]
     raise ShapeError(
         f"the kernel {w.path!r} {w.shape} is contracted over axes "
         f"{tuple(sorted(contracted))}"
         f"{f' with batch axes {tuple(batch)}' if batch else ''}, but its adapter was "
         f"factored for inputs {t.a_only} and outputs {t.b_only}"
         f"{f', one for each index of {t.both}' if t.both else ''}.\n"
-        f"Pass jlora.Target(in_axes={tuple(sorted(contracted))}, out_axes={outs}"
-        f"{f', batch_axes={tuple(batch)}' if batch else ''}) for it (in the kernel's "
-        "own axes), or let jlora find the axes: "
-        "lorafy(params, survey=jlora.survey(fn, params, *args))."
+        "Let jlora read the axes of all kernels off your function:\n"
+        "  survey = jlora.survey(fn, params, *inputs)\n"
+        "  params = jlora.lorafy(params, ..., survey=survey)\n"
+        "or say those of this one. If it has that shape in the tree:\n"
+        f"  {_target(ins, outs, batch)}\n"
+        "If a scan or vmap takes it from a stack of kernels, [L, ...]:\n"
+        f"  {_target(in_stack[0], in_stack[1], (0, *in_stack[2]))}"
     )
+
+
+def _target(ins: Sequence[int], outs: Sequence[int], batch: Sequence[int]) -> str:
+    """The target of a kernel with those axes, as one writes it."""
+    given = {"in_axes": ins, "out_axes": outs, "batch_axes": batch}
+    axes = (f"{name}={tuple(dims)}" for name, dims in given.items() if dims)
+    return f"jlora.Target({', '.join(axes)})"
 
 
 def drop_inputs(run: Run, w: LowRank, t: Adapter, x: Array) -> Array:

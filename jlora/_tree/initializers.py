@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from jlora._kernel.axes import Array
+from jax.typing import DTypeLike
 
 # An initialiser makes `(a, b)` from a key, the two shapes, the fan-in and a dtype.
 Shape = Sequence[int]
-Initializer = Callable[[Array, Shape, Shape, int, Any], tuple[Array, Array]]
+Initializer = Callable[
+    [jax.Array, Shape, Shape, int, DTypeLike], tuple[jax.Array, jax.Array]
+]
 
 
-def leaf_key(key: Array, path: str) -> Array:
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
     """A leaf's own key: it depends on the path alone, not on the other targets."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def default(
-    key: Array, a: Shape, b: Shape, fan_in: int, dtype: Any
-) -> tuple[Array, Array]:
+    key: jax.Array, a: Shape, b: Shape, fan_in: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """A uniform in ±1/sqrt(fan_in), B zero.
 
     Source: PEFT's default, `kaiming_uniform_(a=sqrt(5))`; B as in Hu et al. 2021,
@@ -38,8 +38,8 @@ def default(
 
 
 def gaussian(
-    key: Array, a: Shape, b: Shape, fan_in: int, dtype: Any
-) -> tuple[Array, Array]:
+    key: jax.Array, a: Shape, b: Shape, fan_in: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """A normal with standard deviation 1/r, B zero.
 
     Source: PEFT's `init_lora_weights="gaussian"`.
@@ -49,8 +49,8 @@ def gaussian(
 
 
 def embedding(
-    key: Array, a: Shape, b: Shape, fan_in: int, dtype: Any
-) -> tuple[Array, Array]:
+    key: jax.Array, a: Shape, b: Shape, fan_in: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """A zero, B normal: every word starts unchanged, and each moves on its own.
 
     Source: PEFT's and loralib's embedding layers.

@@ -272,6 +272,12 @@ def _nothing_hit(argument: str, entry: str, leaves: Leaves) -> str:
             f"kernels are known by their names, {', '.join(conventions.KERNEL_NAMES)}; "
             "jlora.survey(fn, params, *inputs) finds the others."
         )
+    if any(matching.match_entry(entry, path) for path in arrays):
+        return (
+            f"{argument}={entry!r} is a regular expression for the whole path, and "
+            f"matches none in {tree}.\nPass a list to match names: "
+            f"{argument}=[{entry!r}]."
+        )
     likely = matching.likely_names(entry, arrays)
     meant = f"; did you mean {' or '.join(map(repr, likely))}?" if likely else "."
     near = "\n".join(f"  {path}" for path in matching.nearest(entry, arrays))
@@ -333,7 +339,8 @@ def check_float(path: str, leaf: Any) -> None:
     if not _is_parameter(leaf):
         raise DtypeError(
             f"the leaf {path!r} is {_kind(leaf)} and no array; it can be neither "
-            "adapted nor trained.\nTake it out of targets or train."
+            "adapted nor trained.\nTake it out of targets or train; a number is "
+            "trained as an array, jnp.asarray(...)."
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise DtypeError(

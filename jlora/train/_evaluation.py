@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import OptionError, StructureError
-from jlora._paths import path_str
+from jlora._paths import leaf_paths, module_of
 from jlora._transform.lora import lora
 from jlora._transform.replay import OnMissing
 from jlora._tree.dropout import with_dropout
@@ -207,8 +207,9 @@ def check_gradients(
 
     zero = is_zero(state.trainable, arrays, as_batch(batch), state.key)
     parts: dict[str, bool] = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(zero)):
-        owner = path_str(path[:-1])
+    flags = jax.tree.leaves(jax.device_get(zero))
+    for path, x in zip(leaf_paths(zero), flags, strict=True):
+        owner = module_of(path)
         parts[owner] = parts.get(owner, True) and bool(x)
     dead = tuple(path for path, is_dead in parts.items() if is_dead)
     if len(dead) == len(parts):

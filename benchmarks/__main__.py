@@ -14,24 +14,16 @@ from benchmarks.cases import SHAPES
 from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 
 BUSY = 0.4  # load a core, before a run
-COMMANDS = {
-    "step_time": "milliseconds of a training step, against the floor and the peers",
-    "compile_time": "seconds to trace, lower and compile",
-    "memory": "a step's memory: XLA's account, and the peak of a process or device",
-    "merge": "bytes a second of folding adapters in, against a copy",
-    "generate": "generated tokens a second",
-    "text": "tokens of real text a second: length buckets against padding",
-    "load": "seconds and peak memory of reading a checkpoint, beside transformers",
-    "sweep": "step times over rank, depth, adapters, batch, length",
-    "report": "write RESULTS.md from the result files",
-}
+COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
+            "sweep")  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     out = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = out.add_subparsers(dest="command", required=True)
-    for name, words in COMMANDS.items():
+    for name in (*COMMANDS, "report"):
+        words = (_module(name).__doc__ or "").splitlines()[0]
         one = commands.add_parser(name, help=words, allow_abbrev=False)
         add = one.add_argument
         add("--results", metavar="DIR", help="of result files (benchmarks/results)")
@@ -44,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
             add("--compile-for", choices=sorted(TARGETS), help=words)
         if name == "compile_time":
             add("--depths", nargs="+", type=int, metavar="N")
+        elif name != "report":
+            words = "peers too (the command's own)"
+            add("--contenders", nargs="+", metavar="NAME", help=words)
         if name == "generate":
             add("--beams", nargs="+", type=int, default=[1, 4])
             add("--tokens", type=int, default=64, help="new ones")
@@ -57,11 +52,14 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+def _module(command: str) -> Any:
+    return importlib.import_module(f"benchmarks.{command}")
+
+
 def _add_run(add: Any) -> None:
     add("--quick", action="store_true", help="tiny sizes; saves only with --results")
     add("--gpu", action="store_true", help="the sizes meant for a GPU")
     add("--dry", action="store_true", help="with --gpu: tiny, on the CPU")
-    add("--contenders", nargs="+", metavar="NAME", help="peers too (the command's own)")
     add("--repeats", type=int, default=10, help="rounds that count (10)")
     add("--warmup", type=int, default=2, help="rounds before (2)")
     add("--env", choices=[*ENVIRONMENTS], default="default", help="of all workers")
@@ -77,8 +75,8 @@ def _add_case(add: Any) -> None:
     words = "names of layers, or all-linear; repeat for several (query value)"
     add("--targets", nargs="+", action="append", metavar="NAME", help=words)
     add("--batch", type=int)
-    add("--length", type=int, help="tokens of the source")
-    add("--target-length", type=int, help="tokens of the target, where there is one")
+    add("--length", dest="source", type=int, help="tokens of the source")
+    add("--target-length", dest="target", type=int, help="of the target, if any")
     add("--dtype", choices=["float32", "bfloat16"])
     add("--scan-layers", action="store_true", help="in our models")
     add("--remat", action="store_true", help="in our models")
@@ -91,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(arguments)
     if options.command == "report":
-        print(f"wrote {results.report(options.results)}")
+        print(f"wrote {_module('report').report(options.results)}")
         return []
     options.quick = options.quick or options.dry
     if BUSY * (os.cpu_count() or 1) < results.LOAD and not options.quick:
@@ -101,7 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             "run compare nothing.",
             file=sys.stderr,
         )
-    command = importlib.import_module(f"benchmarks.{options.command}")
+    command = _module(options.command)
+    for name in getattr(options, "contenders", None) or ():
+        if name not in command.CONTENDERS:
+            known = ", ".join(command.CONTENDERS)
+            raise SystemExit(f"no contender {name}; there are {known}")
     rows: list[Row] = []
     about: dict[str, Any] = {}
     for found, workers in command.run(options):

@@ -138,13 +138,6 @@ def sizes(options: Any, shape: str) -> dict[str, Any]:
     """
     narrow = (options.dtype or SHAPES[shape].get("dtype", "float32")) != "float32"
     fused = "cudnn" if options.gpu and not options.dry and narrow else "einsum"
-    return {
-        "batch": options.batch,
-        "source": options.length,
-        "target": options.target_length,
-        "dtype": options.dtype,
-        "scan_layers": options.scan_layers,
-        "remat": options.remat,
-        "attn_implementation": options.attn_implementation or fused,
-        "quick": options.quick,
-    }
+    names = ("batch", "source", "target", "dtype", "scan_layers", "remat", "quick")
+    given = {name: getattr(options, name) for name in names}
+    return given | {"attn_implementation": options.attn_implementation or fused}

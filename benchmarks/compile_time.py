@@ -9,13 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.cases import Case, cases
-from benchmarks.race import Contender, Row, Rows, race
+from benchmarks.race import Row, Rows, chosen, race
 
 CPU = (Case("t5-small-8x64"),)
 GPU = (Case("llama-1b-2x2048"),)
 STAGES = ("trace", "lower", "compile", "all")
-NAMES = ("plain", "full", "jlora")
-BUILD = "benchmarks.compile_time:compiling"
+CONTENDERS = {
+    kind: ("jax", "compile_time:compiling", {"kind": kind})
+    for kind in ("plain", "full", "jlora")
+}
 COLUMNS = (
     "case", "depth", "stage", "plain_s", "full_s", "jlora_s", "ratio", "to_full",
     "to_first_depth", "error",
@@ -29,16 +31,12 @@ def run(options: Any) -> Iterator[Rows]:
         first: dict[str, float] = {}  # seconds at the first depth, by stage
         for depth in options.depths or [None]:
             case = replace(one, depth=depth)
-            entries = [
-                Contender(n, BUILD, {"case": case.json, "kind": n}) for n in NAMES
-            ]
+            entries = chosen(CONTENDERS, [*CONTENDERS], case=case.json)
             result = race(entries, options)
             head = {"case": case.title, "depth": depth}
             if result.errors:
-                yield (
-                    [{**head, "error": e} for e in result.errors.values()],
-                    result.about,
-                )
+                error = next(iter(result.errors.values()))
+                yield [{**head, "error": error}], result.about
                 continue
             rows = [{**head, **_figures(stage, result.facts)} for stage in STAGES]
             for row in rows if depth else ():
@@ -48,19 +46,14 @@ def run(options: Any) -> Iterator[Rows]:
 
 
 def _figures(stage: str, facts: Mapping[str, Any]) -> Row:
-    times = {name: facts[name][stage] for name in NAMES}
+    times = {name: facts[name][stage] for name in CONTENDERS}
 
     def ratio(to: str) -> float:
         pairs = zip(times["jlora"], times[to], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    medians = {f"{name}_s": statistics.median(x) for name, x in times.items()}
-    return {
-        "stage": stage,
-        **medians,
-        "ratio": ratio("plain"),
-        "to_full": ratio("full"),
-    }
+    row = {f"{name}_s": statistics.median(x) for name, x in times.items()}
+    return {"stage": stage, **row, "ratio": ratio("plain"), "to_full": ratio("full")}
 
 
 def compiling(case: Mapping[str, Any], kind: str) -> Any:

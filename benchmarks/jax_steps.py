@@ -223,8 +223,6 @@ def training(
     Source: https://docs.jax.dev/en/latest/aot.html, and `jax.experimental.topologies`.
     """
     work = workload(Case(**case))
-    if kind not in CONTENDERS:
-        raise ValueError(f"no contender {kind!r}; there are {', '.join(CONTENDERS)}")
     run, state = CONTENDERS[kind](work, work.shapes if target else work.params)
     if target:
         on = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)  # noqa: E731
@@ -301,17 +299,3 @@ def matmul(case: Mapping[str, Any], size: int, times: int = 8) -> Any:
         "needed_gflop_full": work.needed_flops(full=True) / 1e9,
     }
     return lambda: jax.block_until_ready(run(x, y)), gflop
-
-
-def copy(size: int) -> Any:
-    """One pass over a large array, in place: the bandwidth that memory has at best.
-
-    Memory that is new costs more: on a CPU each page is handed out when first written.
-    """
-    arrays = [jnp.zeros(size // 4, jnp.float32)]
-    run = jax.jit(lambda x: x + 1, donate_argnums=0)
-
-    def step() -> None:
-        arrays[0] = jax.block_until_ready(run(arrays[0]))
-
-    return step, {"bytes_moved": 2 * arrays[0].nbytes}

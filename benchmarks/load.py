@@ -14,16 +14,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.race import Contender, Race, Row, Rows, race
+from benchmarks.race import Race, Row, Rows, chosen, race
 
-NAMES = ("jlora", "transformers")
+CONTENDERS: dict[str, tuple[str, str, Row]] = {
+    "jlora": ("jlora", "load:jlora", {}),
+    "transformers": ("transformers", "load:transformers", {}),
+}
 COLUMNS = ("contender", "dtype", "file_mib", "median_s", "above_model_mib",
            "above_to_model", "error")  # fmt: skip
 
 
 def run(options: Any) -> Iterator[Rows]:
     """Write a random checkpoint, load it in turns; yield each dtype's rows."""
-    names, repeats = options.contenders or NAMES, options.repeats
+    names, repeats = options.contenders or [*CONTENDERS], options.repeats
     options.repeats, options.warmup = 1, 0
     with tempfile.TemporaryDirectory() as place:
         tiny, folder = f"{place}/tiny", f"{place}/model"
@@ -32,10 +35,7 @@ def run(options: Any) -> Iterator[Rows]:
         size = pathlib.Path(folder, "model.safetensors").stat().st_size / 2**20
         for dtype in ("float32", "bfloat16"):
             arguments = {"tiny": tiny, "folder": folder, "dtype": dtype}
-            entries = [
-                Contender(name, f"benchmarks.load:{name}", arguments, name)
-                for name in names
-            ]
+            entries = chosen(CONTENDERS, names, **arguments)
             results = [race(entries, options) for _ in range(repeats)]
             head = {"dtype": dtype, "file_mib": size}
             rows = [{"contender": n, **head, **_summary(n, results)} for n in names]

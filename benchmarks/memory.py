@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.cases import Case, cases
-from benchmarks.race import Row, Rows, race
-from benchmarks.step_time import TORCH, training
+from benchmarks.race import Row, Rows, chosen, race
+from benchmarks.step_time import CONTENDERS, TORCH
 
 CPU = (Case("t5-small-8x64"), Case("t5-base-8x64"))
 GPU = (Case("t5-base-32x512"),)
@@ -38,8 +38,9 @@ def run(options: Any) -> Iterator[Rows]:
 def _row(one: Case, name: str, options: Any, about: dict[str, Any]) -> Row:
     target = options.compile_for
     more = {} if name in TORCH else {"account": True, "target": target}
-    entry = training(one, name, group="jax" if target else name, **more)
-    result = race([entry], options)
+    (entry,) = chosen(CONTENDERS, [name], case=one.json, **more)
+    group = "jax" if target else name
+    result = race([entry._replace(group=group)], options)
     about |= result.about
     (row,) = result.rows({"case": one.title, "compiled_for": target}, [name])
     if target is None:  # else the worker was not the device

@@ -20,16 +20,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.cases import Case, cases
-from benchmarks.race import Contender, Race, Row, Rows, race
+from benchmarks.race import Contender, Race, Row, Rows, chosen, race
 
 CPU = (Case("t5-base-8x64", targets="all-linear"),)
 GPU = (Case("llama-1b-2x2048", targets="all-linear"),)
-# The module, and what sets a merge apart: bases written over, or checks made.
-MERGES = {
-    "jlora": ("merge", {"donate": False}),
-    "jlora, donated": ("merge", {"donate": True}),
-    "PEFT": ("torch_steps", {"safe": False}),
-    "PEFT, safe_merge": ("torch_steps", {"safe": True}),
+# What sets a merge apart: bases written over, or checks made.
+CONTENDERS: dict[str, tuple[str, str, Row]] = {
+    "jlora": ("jax", "merge:merge", {"donate": False}),
+    "jlora, donated": ("jax", "merge:merge", {"donate": True}),
+    "PEFT": ("PEFT", "torch_steps:merge", {"safe": False}),
+    "PEFT, safe_merge": ("PEFT", "torch_steps:merge", {"safe": True}),
 }
 NEW, IN_PLACE = "copy, new memory", "copy, in place"
 COLUMNS = (
@@ -41,24 +41,17 @@ COLUMNS = (
 
 def run(options: Any) -> Iterator[Rows]:
     """Yield the rows of each case."""
-    names = options.contenders or list(MERGES)
+    names = options.contenders or [*CONTENDERS]
     size = 2**20 if options.quick else 2**32 if options.gpu else 2**29
     for one in cases(options, *(GPU if options.gpu else CPU)):
-        case = {"case": one.json}
         copies = [
-            Contender(NEW, "benchmarks.merge:copy_kernels", case),
-            Contender(IN_PLACE, "benchmarks.jax_steps:copy", {"size": size}),
+            Contender(NEW, "benchmarks.merge:copy_kernels", {"case": one.json}),
+            Contender(IN_PLACE, "benchmarks.merge:copy", {"size": size}),
         ]
-        result = race([*(_entry(name, case) for name in names), *copies], options)
+        merges = chosen(CONTENDERS, names, case=one.json)
+        result = race([*merges, *copies], options)
         rows = result.rows({"case": one.title}, names)
         yield [row | _rates(result, row) for row in rows], result.about
-
-
-def _entry(name: str, case: Mapping[str, Any]) -> Contender:
-    module, settings = MERGES[name]
-    group = "jax" if module == "merge" else "PEFT"
-    build = f"benchmarks.{module}:merge"
-    return Contender(name, build, {**case, **settings}, group)
 
 
 def _rates(result: Race, row: Row) -> Row:
@@ -123,3 +116,20 @@ def copy_kernels(case: Mapping[str, Any]) -> Any:
     run = jax.jit(lambda kernels: [x + 1 for x in kernels])
     facts = {"bytes_moved": 2 * sum(x.nbytes for x in bases)}
     return lambda: jax.block_until_ready(run(bases)), facts
+
+
+def copy(size: int) -> Any:
+    """One pass over a large array, in place: the bandwidth that memory has at best.
+
+    Memory that is new costs more: on a CPU each page is handed out when first written.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    arrays = [jnp.zeros(size // 4, jnp.float32)]
+    run = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def step() -> None:
+        arrays[0] = jax.block_until_ready(run(arrays[0]))
+
+    return step, {"bytes_moved": 2 * arrays[0].nbytes}

@@ -36,6 +36,7 @@ ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
 }
 # Tiny programs are compiled, not run: LLVM's optimiser would be half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+DRY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
 # GPUs that XLA can compile for without one. JAX's own arrays stay on the CPU, and
 # kernels are not chosen by timing them.
 TARGETS = {p.stem: p for p in (ROOT / "benchmarks" / "targets").glob("*.txtpb")}
@@ -69,6 +70,17 @@ class Contender(NamedTuple):
     build: str
     arguments: Mapping[str, Any]
     group: str = "jax"
+
+
+def chosen(
+    table: Mapping[str, tuple[str, str, Row]], names: Sequence[str], **arguments: Any
+) -> list[Contender]:
+    """Return contenders by name, of a table of groups, builds and their settings."""
+    return [
+        Contender(name, f"benchmarks.{build}", {**arguments, **settings}, group)
+        for name in names
+        for group, build, settings in [table[name]]
+    ]
 
 
 class WorkerError(Exception):
@@ -195,7 +207,7 @@ def environment(options: Any) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         **ENVIRONMENTS[options.env],
         **({"XLA_FLAGS": QUICK} if options.quick else {}),
-        **({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if options.dry else {}),
+        **(DRY if options.dry else {}),
         **(AHEAD if getattr(options, "compile_for", None) else {}),
     }
 

@@ -1,23 +1,19 @@
-"""Result files, with the machine they were measured on; tables; RESULTS.md."""
+"""Result files, with the machine they were measured on; tables."""
 
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 import os
 import pathlib
 import platform
-import shlex
 import subprocess
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.race import ENVIRONMENTS, ROOT, Row
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-REQUIRED = ("command", "arguments", "machine", "environment", "rows")
 LOAD = os.getloadavg()[0]  # when the run began
 
 
@@ -64,24 +60,6 @@ def machine(about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def read(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Return every result in a folder, by file name.
-
-    Raises:
-      ValueError: a file that is no result.
-    """
-    out = {}
-    for path in sorted(folder.glob("*.json")):
-        out[path.stem] = json.loads(path.read_text())
-        missing = [key for key in REQUIRED if key not in out[path.stem]]
-        if missing:
-            raise ValueError(f"{path} is no result of a benchmark: it lacks {missing}.")
-    return out
-
-
-# -- tables ----------------------------------------------------------------------------
-
-
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Return a Markdown table of the columns that any row fills."""
     used = [c for c in columns if any(row.get(c) is not None for row in rows)]
@@ -102,88 +80,3 @@ def _cell(x: Any) -> str:
     if isinstance(x, int):
         return f"{x:,}"
     return str(x).replace("|", "\\|")
-
-
-# -- the report ------------------------------------------------------------------------
-
-HEAD = """# Benchmark results
-
-Written by `python -m benchmarks report` from the files in [{folder}]({folder}); do not
-edit. Contenders of a table took turns, round by round, in one run; ratios are medians
-of the rounds' ratios. `to_roofline` is the step's time over that of the operations it
-cannot do without ([work.py](work.py)) at the rate of a large matmul measured in the
-same run. Before 2026-11-27 steps were called as programs compiled ahead of time, and
-jlora's was its transform with optax around it; since then all go through `jax.jit`, and
-jlora's is that of `jlora.train`. `load` is the machine's before the run: on a busy one
-PyTorch's spinning threads lose several times what JAX's do. A contender that could not
-do the work stands with its error.
-
-## Bars
-
-{bars}
-"""
-BARS = ("figure", "bar", "value", "met", "environment", "load", "file")
-
-
-def report(folder: str | None) -> pathlib.Path:
-    """Read every result, write the report beside their folder; return its path."""
-    place = pathlib.Path(folder or RESULTS)
-    found = read(place)
-    parts = [HEAD.format(folder=place.name, bars=table(list(bars(found)), BARS))]
-    path = place.parent / "RESULTS.md"
-    path.write_text("\n".join([*parts, *map(_section, found, found.values())]))
-    return path
-
-
-def _section(name: str, result: Mapping[str, Any]) -> str:
-    machine, command = result["machine"], result["command"]
-    versions = [f"{n} {v}" for n, v in machine["versions"].items()]
-    module = importlib.import_module(f"benchmarks.{command}")
-    return f"""
-## {name}
-
-{(module.__doc__ or "").splitlines()[0]}
-
-- `python -m benchmarks {shlex.join([command, *result["arguments"]])}`
-- on {machine["processor"]}, device {machine["device"]}, load {machine["load"]:.1f}
-- at {machine["date"]}, commit {machine["commit"]}
-- with {", ".join([f"Python {machine['python']}", *versions])}
-
-{table(result["rows"], module.COLUMNS)}
-"""
-
-
-def bars(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
-    """Yield a row for each bar, and for each environment it was measured in."""
-    # The newest last, so that it stands.
-    dated = sorted(results.items(), key=lambda x: x[1]["machine"]["date"])
-    for bar in tomllib.loads(RESULTS.with_name("bars.toml").read_text())["bars"]:
-        most, least = bar.get("at_most"), bar.get("at_least")
-        words = f"at least {least}" if most is None else f"at most {most}"
-        head = {"figure": bar["figure"], "bar": words}
-        found = {}
-        for name, result in dated:
-            value = _value(bar, result)
-            if value is not None:
-                met = value >= least if most is None else value <= most
-                environment = result["environment"]["name"]
-                found[environment] = {
-                    **head,
-                    "value": value,
-                    "met": "yes" if met else "no",
-                    "environment": environment,
-                    "load": result["machine"]["load"],
-                    "file": name,
-                }
-        yield from found.values() or [{**head, "value": "not measured"}]
-
-
-def _value(bar: Mapping[str, Any], result: Mapping[str, Any]) -> float | None:
-    device = "cpu" if result["machine"]["device"].startswith("cpu") else "gpu"
-    asked = (bar["command"], bar.get("device", "cpu")) == (result["command"], device)
-    if not asked or {"--quick", "--dry"} & {*result["arguments"]}:
-        return None
-    for row in result["rows"]:
-        if bar["row"].items() <= row.items():
-            return row.get(bar["column"])
-    return None

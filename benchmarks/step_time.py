@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.cases import Case, cases
-from benchmarks.race import Contender, Race, Row, Rows, race
+from benchmarks.race import Contender, Race, Row, Rows, chosen, race
 
 CPU = (
     Case("t5-small-8x64"),
@@ -21,7 +21,12 @@ GPU = (
 )
 # Ours share a process; each peer has its own.
 OURS = ("floor", "by hand", "jlora", "full fine-tuning")
-TORCH = ("PEFT", "PEFT, torch.compile", "loralib", "torch full")
+TORCH = ("PEFT", "PEFT, torch.compile", "loralib")
+CONTENDERS: dict[str, tuple[str, str, Row]] = {
+    **{name: ("jax", "jax_steps:training", {"kind": name}) for name in OURS},
+    **{n: (n, "jax_steps:training", {"kind": n}) for n in ("qwix", "quax")},
+    **{name: (name, "torch_steps:training", {"kind": name}) for name in TORCH},
+}
 COLUMNS = (
     "case", "contender", "median_ms", "min_ms", "cpu_ms", "to_floor", "to_by_hand",
     "to_peft", "to_compile", "full_to_this", "to_roofline", "share_of_peak",
@@ -39,17 +44,10 @@ def run(options: Any) -> Iterator[Rows]:
     for one in cases(options, *(GPU if options.gpu else CPU)):
         product = {"case": one.json, "size": size}
         matmul = Contender("matmul", "benchmarks.jax_steps:matmul", product)
-        result = race([*(training(one, name) for name in names), matmul], options)
+        entries = chosen(CONTENDERS, names, case=one.json)
+        result = race([*entries, matmul], options)
         rows = result.rows({"case": one.title}, names)
         yield [row | roofline(result, row) for row in rows], result.about
-
-
-def training(one: Case, name: str, group: str | None = None, **more: Any) -> Contender:
-    """Return a contender that trains, by its name."""
-    module = "torch_steps" if name in TORCH else "jax_steps"
-    arguments = {"case": one.json, "kind": name, **more}
-    own = "jax" if name in OURS else name
-    return Contender(name, f"benchmarks.{module}:training", arguments, group or own)
 
 
 def roofline(result: Race, row: Row) -> Row:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.cases import Case, sizes
-from benchmarks.race import Race, Rows, race
-from benchmarks.step_time import training
+from benchmarks.race import Race, Rows, chosen, race
+from benchmarks.step_time import CONTENDERS
 
 NAMES = ("floor", "jlora", "full fine-tuning")
 AXES = ("rank", "depth", "adapters", "batch", "length")
@@ -28,7 +28,8 @@ def run(options: Any) -> Iterator[Rows]:
     for axis in options.axes:
         for value, one in points(axis, options):
             if one not in races:
-                races[one] = race([training(one, name) for name in names], options)
+                entries = chosen(CONTENDERS, names, case=one.json)
+                races[one] = race(entries, options)
             result = races[one]
             head = {"axis": axis, "value": value, "case": one.title}
             yield result.rows(head, names), result.about

@@ -17,13 +17,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.race import Contender, Rows, race
+from benchmarks.race import Row, Rows, chosen, race
 
 LONGEST = 128
 VOCABULARY = 8000
 PROMPT = "translate German to English: "
 GROUPED = "PEFT, grouped by length"
-NAMES = ("jlora", "PEFT", GROUPED)
+BUILD = "text:bucketed"
+CONTENDERS: dict[str, tuple[str, str, Row]] = {
+    "jlora": ("jax", BUILD, {}),
+    "PEFT": ("PEFT", "torch_steps:text", {"grouped": False}),
+    GROUPED: ("PEFT", "torch_steps:text", {"grouped": True}),
+}
 COLUMNS = (
     "case", "contender", "tokens_per_s", "to_peft", "to_grouped", "median_ms", "tokens",
     "steps", "padding", "compilations", "first_pass_s", "error",
@@ -39,9 +44,10 @@ def run(options: Any) -> Iterator[Rows]:
     count, size = (8, 4) if options.quick else (options.sentences, options.batch)
     sides = tokenised(pathlib.Path(options.data), count)
     tokens = sum(len(ids) for side in sides for ids in side)
+    names = options.contenders or [*CONTENDERS]
+    table = {**CONTENDERS, "jlora": ("jax", BUILD, {"buckets": options.buckets})}
     arguments = {"case": one.json, "sides": sides, "size": size}
-    names = options.contenders or NAMES
-    result = race([_entry(name, arguments, options) for name in names], options)
+    result = race(chosen(table, names, **arguments), options)
     title = f"{shape.rpartition('-')[0]}, {count} pairs, batch {size}"
     rows = result.rows({"case": title, "tokens": tokens}, names)
     for row in rows:
@@ -52,14 +58,6 @@ def run(options: Any) -> Iterator[Rows]:
         row["to_peft"] = result.ratio("PEFT", name)
         row["to_grouped"] = result.ratio(GROUPED, name)
     yield rows, result.about
-
-
-def _entry(name: str, arguments: Mapping[str, Any], options: Any) -> Contender:
-    if name == "jlora":
-        arguments = {**arguments, "buckets": options.buckets}
-        return Contender(name, "benchmarks.text:bucketed", arguments)
-    arguments = {**arguments, "grouped": name == GROUPED}
-    return Contender(name, "benchmarks.torch_steps:text", arguments, "PEFT")
 
 
 def tokenised(folder: pathlib.Path, count: int) -> Sides:

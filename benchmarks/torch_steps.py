@@ -50,10 +50,9 @@ def made(case: Case, kind: str) -> Any:
         # T5 ties its head whatever the configuration says; another tensor unties it.
         head = torch.empty_like(model.lm_head.weight)
         model.lm_head.weight = torch.nn.Parameter(head.normal_(std=STD))
-    if kind != "torch full":  # float32: autocast computes, the optimiser needs the bits
-        model = model.to(getattr(torch, case.dtype))
-        model = loralib(case, model) if kind == "loralib" else peft(case, model)
-    return model.to(DEVICE)
+    model = model.to(getattr(torch, case.dtype))
+    adapt = loralib if kind == "loralib" else peft
+    return adapt(case, model).to(DEVICE)
 
 
 def peft(case: Case, model: Any) -> Any:
@@ -145,7 +144,7 @@ def trainer(case: Case, kind: str) -> Any:
 
 
 def training(case: Mapping[str, Any], kind: str) -> Any:
-    """A step of PEFT, eager or compiled, of loralib or of full fine-tuning."""
+    """A step of PEFT, eager or compiled, or of loralib."""
     one = Case(**case)
     train, trained = trainer(one, kind)
     batch = on_device(one.arrays())

@@ -165,6 +165,6 @@ def _naming(model: Any) -> Any:
 
 
 def _lasting(base: Any) -> str:
-    """The base's name, a folder's in full: it shall mean the same elsewhere."""
+    """The base's name, a folder's in full, so that it means the same elsewhere."""
     folder = Path(base).expanduser()
     return str(folder.resolve()) if folder.is_dir() else str(base)

@@ -190,7 +190,7 @@ def check_says(
     """Refuse a configuration that does not say what the tree is.
 
     Raises:
-      StructureError: so, with the modules.
+      StructureError: it says something else; the modules are listed.
       CheckpointError: the configuration is none that jlora could read again.
     """
     check_config(config, "config")

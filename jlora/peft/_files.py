@@ -99,8 +99,8 @@ def read_tensors(place: Path) -> dict[str, np.ndarray]:
             )
         )
     for key, header in _files.tensor_headers(file).items():
-        wide = header.dtype == "F64" and jax.config.read("jax_enable_x64")
-        if header.dtype not in _FLOATS and not wide:
+        is_double = header.dtype == "F64" and jax.config.read("jax_enable_x64")
+        if header.dtype not in _FLOATS and not is_double:
             raise CheckpointError(
                 f"{str(file)!r}: {key} is of dtype {header.dtype}; jlora reads F32, "
                 "F16 and BF16, and F64 with jax_enable_x64."

@@ -199,7 +199,7 @@ def check_conv1d(given: Config, saved: list[Param]) -> None:
     """Refuse to guess whether a layer that is saved whole is GPT-2's Conv1D.
 
     Raises:
-      StructureError: so.
+      StructureError: such a layer is saved, and `fan_in_fan_out` is not given.
     """
     asked = [p for p in saved if p.may_be_conv1d]
     if asked and "fan_in_fan_out" not in given:

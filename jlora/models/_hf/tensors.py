@@ -47,7 +47,7 @@ class TensorFolder:
         """The names of all tensors."""
         return set(self._held)
 
-    def rename(self, spelling: Mapping[str, str | None]) -> None:
+    def rename(self, names: Mapping[str, str | None]) -> None:
         """Call tensors by other names from here on; `None` hides one.
 
         Raises:
@@ -55,7 +55,7 @@ class TensorFolder:
         """
         renamed: dict[str, _Held] = {}
         for old, held in self._held.items():
-            name = spelling.get(old, old)
+            name = names.get(old, old)
             if name is None:
                 continue
             if name in renamed:

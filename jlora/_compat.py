@@ -331,6 +331,31 @@ def dot_aval(x: Any, y: Any, **params: Any) -> Any:
     return aval
 
 
+def take_rows(table: Any, indices: Any) -> Any:
+    """Rows of a table, on every device where explicit sharding splits the table's."""
+    if not hasattr(table, "aval") or not is_explicit(table):
+        return table[indices]
+    where = on_mesh_of(table, [None, *spec(table)[1:]])
+    return table.at[indices].get(out_sharding=where)
+
+
+def replace_rows(table: Any, indices: Any, rows: Any) -> Any:
+    """A table with other rows in some places, sharded as it is."""
+    if not is_explicit(table):
+        return table.at[indices].set(rows)
+    where = on_mesh_of(table, spec(table))
+    return table.at[indices].set(rows, out_sharding=where)
+
+
+def factor_like(factor: Any, x: Any) -> Any:
+    """A factor that x is multiplied by, axis by axis, with x's explicit sharding."""
+    if not is_explicit(x):
+        return factor
+    pairs = zip(spec(x), factor.shape, strict=True)
+    axes = [names if size > 1 else None for names, size in pairs]
+    return reshard(factor, on_mesh_of(x, axes))
+
+
 def sharded_like(x: Any, like: Any) -> Any:
     """X with the explicit sharding of `like`, which JAX would not add to another."""
     want = jax.typeof(like).sharding

@@ -66,15 +66,27 @@ def contract(
     )
     free = [n for n in (*x_labels, *y_labels) if n not in shared]
     labels = (*batch, *free)
+    if not (_compat.is_explicit(x) or _compat.is_explicit(y)):
+        return factor_product(x, y, numbers, **dot_params), labels
     specs = [_compat.explicit_specs(x, x_labels), _compat.explicit_specs(y, y_labels)]
-    if any(spec.get(n) for spec in specs for n in inner):
+    both = {**specs[1], **{n: s for n, s in specs[0].items() if s}}
+    kept, clash = _once_each([both.get(n) for n in labels])
+    if clash or any(spec.get(n) for spec in specs for n in inner):
         # Explicit sharding wants to be told what a sharded contraction gives: what
         # remains keeps its sharding, the contracted axes are summed over the mesh.
-        both = {**specs[1], **{n: s for n, s in specs[0].items() if s}}
-        dot_params["out_sharding"] = PartitionSpec(*(both.get(n) for n in labels))
-    if _compat.is_explicit(x) or _compat.is_explicit(y):
-        return lax.dot_general(x, y, numbers, **dot_params), labels
-    return factor_product(x, y, numbers, **dot_params), labels
+        dot_params["out_sharding"] = PartitionSpec(*kept)
+    return lax.dot_general(x, y, numbers, **dot_params), labels
+
+
+def _once_each(parts: Sequence[Any]) -> tuple[list[Any], bool]:
+    """A partition spec in which no mesh axis stands twice; whether one did."""
+    used: set[Any] = set()
+    kept: list[Any] = []
+    for part in parts:
+        names = part if isinstance(part, tuple) else (part,) if part else ()
+        kept.append(None if used & {*names} else part)
+        used.update(names)
+    return kept, kept != list(parts)
 
 
 def outer_sum(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora import _compat
 from jlora._kernel import dora
 from jlora._kernel.adapter import KEYS, Adapter, new_adapter
 from jlora._kernel.axes import Array, Dims, accumulation_dtype, rounded, spread
@@ -278,7 +279,7 @@ class Rows(_OnBase):
     def merged(self) -> Array:
         """The dense table, in the base's dtype."""
         rows = self.rows.astype(self.dtype)
-        return self.base.at[jnp.asarray(self.indices)].set(rows)
+        return _compat.replace_rows(self.base, jnp.asarray(self.indices), rows)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Two children."""

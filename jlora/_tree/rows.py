@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora import _compat
 from jlora._errors import ShapeError, TargetError
 from jlora._kernel.axes import RANK
 from jlora._kernel.nodes import Rows
@@ -58,7 +59,7 @@ def make_rows(path: str, leaf: Any, indices: tuple[int, ...], dtype: Any) -> Row
     """The node of a table; its rows start as they are."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return Rows(leaf, abstract_rows(leaf, len(indices), dtype), indices, path)
-    rows = leaf[jnp.asarray(indices)].astype(dtype)
+    rows = _compat.take_rows(leaf, jnp.asarray(indices)).astype(dtype)
     return Rows(leaf, rows, indices, path)
 
 

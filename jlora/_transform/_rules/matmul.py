@@ -76,7 +76,7 @@ def gained(
     x: Array, gain: tuple[Array, Sequence[Label]], order: Sequence[Label]
 ) -> Array:
     """X times the gain, in float32, its axes labelled by `order`; x's dtype again."""
-    factor = spread(*gain, order)
+    factor = _compat.factor_like(spread(*gain, order), x)
     return (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -417,6 +418,13 @@ def test_no_leaf_is_adapted_twice():
         lorafy(tree, ["query"])
     more = lorafy(tree, ["value"])  # other leaves may be added
     assert len(adapted(more)) == 4
+
+
+@pytest.mark.parametrize("params", [None, {}, nn.Dense(3), {"act": jnp.tanh}, "path"])
+def test_what_holds_no_arrays_is_no_tree_of_parameters(params):
+    with pytest.raises(jlora.TargetError, match="holds no arrays") as error:
+        lorafy(params, ["query"])
+    assert type(params).__name__ in str(error.value)
 
 
 def test_axes_that_names_do_not_tell():

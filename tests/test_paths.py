@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -15,7 +16,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 from tools import randomise
 
 import jlora
-from jlora import StructureError, checkpoint
+from jlora import StructureError, checkpoint, train
 from jlora._paths import leaf_paths, leaves_by_path, map_with_path, path_str
 
 
@@ -87,6 +88,15 @@ def test_the_survey_and_files_know_a_name_value(tmp_path):
     checkpoint.save_adapter(tmp_path / "a", tree)
     again = checkpoint.load_adapter(tmp_path / "a", params)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_dead_adapters_of_fields_named_value_are_told_apart():
+    model = Fields(draw(0, 5, 7), draw(1, 5, 7), draw(2, 5, 7))
+    tree = jlora.lorafy({"attn": model}, 2, ["value", "raw_value"])
+    state = train.TrainState.create(tree, optax.sgd(0.1), jax.random.key(0))
+    loss = lambda p, x, _: jnp.mean((x @ p["attn"].raw_value) ** 2)
+    dead = train.check_gradients(loss, state, draw(3, 2, 5))
+    assert dead == ("attn/value",)
 
 
 def test_a_bare_array_and_a_bare_box_have_no_name():

@@ -12,9 +12,8 @@ from jax.typing import DTypeLike
 
 # An initialiser makes `(a, b)` from a key, the two shapes, the fan-in and a dtype.
 Shape = Sequence[int]
-Initializer = Callable[
-    [jax.Array, Shape, Shape, int, DTypeLike], tuple[jax.Array, jax.Array]
-]
+Factors = tuple[jax.Array, jax.Array]
+Initializer = Callable[[jax.Array, Shape, Shape, int, DTypeLike], Factors]
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
@@ -24,7 +23,7 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
 
 def default(
     key: jax.Array, a: Shape, b: Shape, fan_in: int, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
+) -> Factors:
     """A uniform in ±1/sqrt(fan_in), B zero.
 
     Source: PEFT's default, `kaiming_uniform_(a=sqrt(5))`; B as in Hu et al. 2021,
@@ -39,7 +38,7 @@ def default(
 
 def gaussian(
     key: jax.Array, a: Shape, b: Shape, fan_in: int, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
+) -> Factors:
     """A normal with standard deviation 1/r, B zero.
 
     Source: PEFT's `init_lora_weights="gaussian"`.
@@ -50,7 +49,7 @@ def gaussian(
 
 def embedding(
     key: jax.Array, a: Shape, b: Shape, fan_in: int, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
+) -> Factors:
     """A zero, B normal: every word starts unchanged, and each moves on its own.
 
     Source: PEFT's and loralib's embedding layers.

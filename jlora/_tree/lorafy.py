@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._errors import OptionError, ShapeError
+from jlora._errors import OptionError, ShapeError, TargetError
 from jlora._kernel.adapter import Adapter, new_adapter
 from jlora._kernel.axes import Dims
 from jlora._kernel.dora import column_norm
@@ -126,6 +126,12 @@ def lorafy(
     leaves = leaves_by_path(params, is_leaf=is_node)
     check_survey(survey, leaves)
     arrays = {path: x for path, x in leaves.items() if is_array(x) or is_node(x)}
+    if not arrays:
+        raise TargetError(
+            f"params, a {type(params).__name__}, holds no arrays.\nPass the parameters "
+            "themselves: those of a Linen module are model.init(key, x)['params'], "
+            "those of an NNX module nnx.split(model, nnx.Param, ...)[1]."
+        )
     stacked = conventions.stacked_leaves(arrays) if survey is None else set()
     # Without targets there is something to do where leaves are trained as they are.
     no_kernels = not targets and bool(train or trainable_tokens or bias == "all")

@@ -251,6 +251,66 @@ def jit_parts(eqn: Eqn) -> Jit:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearCall:
+    """`jax.custom_derivatives.linear_call` taken apart.
+
+    Operands come as constants, residuals, what it is linear in. `transpose` gives the
+    transpose's program and constants, of residuals and cotangents.
+    """
+
+    body: Jaxpr
+    transpose: Callable[[], tuple[Jaxpr, Sequence[Any]]]
+    num_consts: int
+    num_residuals: int
+
+
+def linear_call_parts(eqn: Eqn) -> LinearCall:
+    """Read a `linear_call` equation."""
+    p = eqn.params
+    return LinearCall(
+        p["callee"], p["transpose_thunk"], p["num_callee_consts"], p["num_res"]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Solve:
+    """`lax.custom_linear_solve` taken apart; operands: each program's constants, b."""
+
+    programs: dict[str, Jaxpr | None]
+    num_consts: dict[str, int]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it was said to be its own transpose."""
+        return self.programs["vecmat"] is self.programs["matvec"]
+
+
+def solve_parts(eqn: Eqn) -> Solve:
+    """Read a `custom_linear_solve` equation."""
+    p = eqn.params
+    return Solve(p["jaxprs"]._asdict(), p["const_lengths"]._asdict())
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomVmap:
+    """`jax.custom_batching.custom_vmap` taken apart; the rule takes flat operands."""
+
+    body: Jaxpr
+    rule: Callable[[int, Sequence[bool], Sequence[Any]], Any]
+
+
+def custom_vmap_parts(eqn: Eqn) -> CustomVmap:
+    """Read a `custom_vmap_call` equation."""
+    p = eqn.params
+
+    def by_rule(size: int, batched: Sequence[bool], args: Sequence[Any]) -> Any:
+        flags = list(jax.tree.unflatten(p["in_tree"], batched))
+        return p["rule"](size, flags, *jax.tree.unflatten(p["in_tree"], args))
+
+    return CustomVmap(p["call"], by_rule)
+
+
+@dataclasses.dataclass(frozen=True)
 class ShardMap:
     """`jax.shard_map` taken apart."""
 

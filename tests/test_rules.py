@@ -1,5 +1,7 @@
 """Every rule: value and dtype, structure, gradient; under jit."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -157,8 +159,8 @@ def test_layout_forms_no_update(getkey, name):
     x = normal(getkey(), 3, w.shape[len(target.get("batch_axes", ()))])
     low = result_shapes(jlora.lora(f, stop_frozen=False), w, x)
     dense = result_shapes(f, w.base, x)
-    big = lambda shapes: sorted(s for s in shapes if s[-2:] == shape[-2:])
-    assert big(low) == big(dense)
+    big = lambda shapes: Counter(s for s in shapes if s[-2:] == shape[-2:])
+    assert not big(low) - big(dense)
 
 
 def test_cast_then_use(getkey):

@@ -166,10 +166,32 @@ def test_dead_code_needs_no_rule(getkey):
     jlora.lora(f)(w, jnp.ones((3, 7)))
 
 
-def test_a_product_of_two_kernels_is_refused(getkey):
+@pytest.mark.parametrize(
+    ("f", "primitive"),
+    [
+        (lambda w: w * jnp.tri(7), "mul"),
+        (lambda w: jnp.where(jnp.tri(7) > 0, w, 0), "select_n"),
+        (lambda w: jnp.abs(w).sum(), "abs"),
+        (lambda w: (w**2) @ w, "dot_general"),
+        (lambda w: w**3, "integer_pow"),
+        (lambda w: w.reshape(-1), "reshape"),
+        (lambda w: jnp.sum(w**2) + jnp.max(w), "reduce_max"),
+    ],
+)
+def test_what_has_no_low_rank_form_names_the_remedy(getkey, f, primitive):
     w = lowrank(getkey(), (7, 7))
-    with pytest.raises(jlora.UnsupportedOpError, match="dot_general"):
-        jlora.lora(lambda w: w @ w)(w)
+    with pytest.raises(jlora.UnsupportedOpError, match=primitive) as error:
+        jlora.lora(f)(w)
+    assert "materialize" in str(error.value)
+    with pytest.warns(jlora.JloraWarning):
+        got = jax.jit(jlora.lora(f, on_missing="materialize"))(w)
+    assert_close(got, f(w.merged()), **TOL[jnp.float32])
+
+
+def test_squares_that_are_returned_are_refused(getkey):
+    w = lowrank(getkey(), (7, 5))
+    with pytest.raises(jlora.UnsupportedOpError, match="materialize"):
+        jlora.lora(lambda w: w**2)(w)
 
 
 # -- gradients -------------------------------------------------------------------------

@@ -86,7 +86,8 @@ def lora(
 
         operands = jax.tree.map(_as_jax, [leaves[i] for i in traced])
         jaxpr = jax.make_jaxpr(flat)(*[_dense(x) for x in operands])
-        results = Replay(on_missing).replay(jaxpr, operands)
+        run = Replay(on_missing)
+        results = run.returned(run.replay(jaxpr, operands))
         # What is handed on goes out as it was given; what is no array, a name or a
         # number, is no result of a program.
         arrays = iter(

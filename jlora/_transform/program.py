@@ -8,7 +8,8 @@ from typing import Any
 
 from jlora import _compat
 from jlora._compat import Eqn
-from jlora._kernel.nodes import LowRank
+from jlora._transform._rules.hadamard import is_adapted
+from jlora._transform.facts import Facts
 from jlora._transform.masks import Uses
 
 OFTEN = 4  # layers that are not scanned repeat their operations
@@ -22,6 +23,7 @@ class Program:
       env: the values of its variables, as far as they are known and still needed.
       shared: what rules keep for later equations.
       uses: how often each kernel was used.
+      facts: what its text says of its values.
     """
 
     def __init__(self, bare: Any, env: dict[Any, Any]) -> None:
@@ -30,6 +32,7 @@ class Program:
         self.uses = Uses()
         self.eqns, self._last_read = _needed(bare)
         self._outvars = bare.outvars
+        self.facts = Facts(bare)
         self._operations = _repeated(self.eqns)
         self._products: dict[Any, list[Eqn]] | None = None
 
@@ -104,7 +107,7 @@ class Program:
 
     def _is_adapted(self, eqn: Eqn) -> bool:
         return any(
-            not isinstance(v, _compat.Literal) and isinstance(self.env.get(v), LowRank)
+            not isinstance(v, _compat.Literal) and is_adapted(self.env.get(v))
             for v in eqn.invars
         )
 

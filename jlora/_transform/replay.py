@@ -17,6 +17,9 @@ from jlora._compat import Eqn, Jaxpr
 from jlora._errors import JloraWarning, UnsupportedOpError
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules import RULES
+from jlora._transform._rules._terms import is_scaled_later, scaled_now
+from jlora._transform._rules.hadamard import TAKES_HADAMARD, Hadamard, is_adapted
+from jlora._transform.facts import Facts
 from jlora._transform.program import Program
 
 OnMissing = Literal["error", "materialize"]
@@ -49,6 +52,10 @@ class Replay:
         products = program.products().get(eqn.invars[0], [])
         return [(e, program.env.get(e.invars[1])) for e in products]
 
+    def facts(self) -> Facts:
+        """What the text of the running program says of its values."""
+        return self._programs.running[-1].facts
+
     def shared(self) -> dict[Any, Any]:
         """What rules keep for later equations of the program that is running."""
         return self._programs.running[-1].shared
@@ -69,6 +76,23 @@ class Replay:
         finally:
             self._programs.running.pop()
 
+    def returned(self, values: Sequence[Any]) -> list[Any]:
+        """What a transformed function returns: arrays, or kernels as they came in.
+
+        Raises:
+          UnsupportedOpError: kernels multiplied entry by entry, and never summed.
+        """
+        for x in values:
+            if isinstance(x, Hadamard) and self.on_missing == "error":
+                raise UnsupportedOpError(
+                    f"the function returns the entries of {x.path!r} {x.shape} times "
+                    "each other, which have no low-rank form.\nReturn a sum of them, "
+                    "or accept a dense kernel: "
+                    "jlora.lora(fn, on_missing='materialize')."
+                )
+        dense = [x.merged() if isinstance(x, Hadamard) else x for x in values]
+        return [scaled_now(x) for x in dense]
+
     def _run(self, program: Program) -> list[Any]:
         number = 0
         while number < len(program.eqns):
@@ -84,21 +108,25 @@ class Replay:
         return program.results()
 
     def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
-        if not any(isinstance(x, LowRank) for x in operands):
+        if not any(is_adapted(x) for x in operands):
             return self.rebind(eqn, operands)
         rule = RULES.get(eqn.primitive.name)
+        if any(isinstance(x, Hadamard) for x in operands):
+            rule = rule if eqn.primitive.name in TAKES_HADAMARD else None
         results = NotImplemented if rule is None else rule(self, eqn, operands)
+        if results is NotImplemented and any(map(is_scaled_later, operands)):
+            return self._step(eqn, [scaled_now(x) for x in operands])
         if results is not NotImplemented:
             return list(results)
         return self._without_rule(eqn, operands)
 
     def _without_rule(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
-        nodes = [x for x in operands if isinstance(x, LowRank)]
+        nodes = [x for x in operands if is_adapted(x)]
         if self.on_missing == "error":
             raise UnsupportedOpError(_no_rule_message(eqn, nodes))
         for node in nodes:
             _say_once(node.path, eqn.primitive.name)
-        dense = [x.merged() if isinstance(x, LowRank) else x for x in operands]
+        dense = [x.merged() if is_adapted(x) else x for x in operands]
         return self.rebind(eqn, dense)
 
 
@@ -109,7 +137,7 @@ class _Programs(threading.local):
         self.running: list[Program] = []
 
 
-def _no_rule_message(eqn: Eqn, nodes: list[LowRank]) -> str:
+def _no_rule_message(eqn: Eqn, nodes: list[LowRank | Hadamard]) -> str:
     where = ", ".join(f"{n.path!r} {n.shape} {n.dtype}" for n in nodes)
     source = _compat.source_of(eqn)
     return (

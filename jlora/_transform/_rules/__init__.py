@@ -7,26 +7,40 @@ happens to what no rule takes.
 """
 
 from jlora._transform._rules import (
+    calls,
     control,
     conv,
     custom,
     elementwise,
     experts,
     gather,
+    join,
     layout,
     matmul,
+    products,
+    scatter,
+    sharding,
+    slices,
+    sums,
 )
 from jlora._transform._rules._table import RULES, Run
 
 __all__ = [
     "RULES",
     "Run",
+    "calls",
     "control",
     "conv",
     "custom",
     "elementwise",
     "experts",
     "gather",
+    "join",
     "layout",
     "matmul",
+    "products",
+    "scatter",
+    "sharding",
+    "slices",
+    "sums",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from jlora._compat import Eqn, Jaxpr
+from jlora._transform.facts import Facts
 
 
 class Run(Protocol):
@@ -31,6 +32,9 @@ class Run(Protocol):
 
     def products_of(self, eqn: Eqn) -> list[tuple[Eqn, Any]]:
         """The products with the same left operand, and their right ones if known."""
+
+    def facts(self) -> Facts:
+        """What the text of the running program says of its values."""
 
     def shared(self) -> dict[Any, Any]:
         """What rules keep for later equations of the program that is running."""

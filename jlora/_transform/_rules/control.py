@@ -26,6 +26,7 @@ from jlora._kernel.axes import Array, Dims
 from jlora._kernel.nodes import LowRank, is_node, same_structure
 from jlora._kernel.placement import place_spec
 from jlora._transform._rules._table import Run, rule
+from jlora._transform._rules.hadamard import Hadamard, is_adapted
 from jlora._transform.masks import fold, has_masks, restore
 
 
@@ -103,22 +104,99 @@ def call(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 
 @rule("cond")
 def cond(run: Run, eqn: Eqn, args: list[Any]) -> Any:
-    """`lax.cond` and `lax.switch`."""
+    """`lax.cond` and `lax.switch`; branches may return different kernels."""
     index, *operands = run.enter(args)
 
     def branch(body: Jaxpr) -> Callable[..., list[Any]]:
         return lambda *xs: run.replay(body, xs)
 
     branches = [branch(body) for body in _compat.cond_branches(eqn)]
-    if _results_differ([jax.eval_shape(f, *operands) for f in branches]):
+    try:
+        return lax.switch(index, _checked(branches), *operands)
+    except _FormsDifferError:
+        # Only now is a branch traced twice: to see what each returns, and to convert.
+        results = [jax.eval_shape(f, *operands) for f in branches]
+    columns = list(zip(*results, strict=True))
+    if not all(map(_joinable, columns)):
         return NotImplemented
-    return lax.switch(index, branches, *operands)
+
+    def joined(number: int) -> Callable[..., list[Any]]:
+        def run_branch(*xs: Any) -> list[Any]:
+            out = branches[number](*xs)
+            return [_joined(x, c, number) for x, c in zip(out, columns, strict=True)]
+
+        return run_branch
+
+    return lax.switch(index, [joined(n) for n in range(len(branches))], *operands)
 
 
-def _results_differ(results: Sequence[Any]) -> bool:
-    """Low-rank results must agree in structure over the branches."""
-    kinds = [[isinstance(x, LowRank) for x in result] for result in results]
-    return any(map(any, kinds)) and not same_structure(*results)
+class _FormsDifferError(Exception):
+    """Branches return kernels whose arrays do not correspond."""
+
+
+def _checked(branches: Sequence[Callable[..., list[Any]]]) -> list[Any]:
+    """The branches, of which one that returns another form than the first raises."""
+    forms: list[Any] = []
+
+    def check(f: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def run_branch(*xs: Any) -> list[Any]:
+            out = f(*xs)
+            forms.append([_form(x) for x in out])
+            if forms[0] != forms[-1]:
+                raise _FormsDifferError
+            return out
+
+        return run_branch
+
+    return [check(f) for f in branches]
+
+
+def _form(x: Any) -> Any:
+    """What two branches must agree in where one returns a kernel; None for arrays."""
+    leaves, structure = jax.tree.flatten(x)
+    form = structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    return form if is_adapted(x) else None
+
+
+def _joinable(column: Sequence[Any]) -> bool:
+    """Whether the results of all branches can be one kernel."""
+    if not any(map(is_adapted, column)):
+        return True
+    if any(isinstance(x, Hadamard) for x in column):
+        return False
+    terms = [t for x in column for t in _terms_of(x)]
+    return all(t.key is None for t in terms)
+
+
+def _joined(x: Any, column: Sequence[Any], number: int) -> Any:
+    """A branch's result with the terms of all branches, the others' nought.
+
+    Args:
+      x: the result of a branch, an array or a kernel.
+      column: the shapes of all branches' results in that place.
+      number: the branch.
+    """
+    if not any(map(is_adapted, column)):
+        return x
+    path = " + ".join(dict.fromkeys(w.path for w in column if isinstance(w, LowRank)))
+    own = iter(_terms_of(x))
+    terms = [
+        next(own) if branch == number else _nought(t)
+        for branch, w in enumerate(column)
+        for t in _terms_of(w)
+    ]
+    base = x.base if isinstance(x, LowRank) else x
+    return LowRank(base, {str(n): t for n, t in enumerate(terms)}, path)
+
+
+def _terms_of(x: Any) -> list[Adapter]:
+    return list(x.adapters.values()) if isinstance(x, LowRank) else []
+
+
+def _nought(t: Adapter) -> Adapter:
+    """A term of that shape that adds nothing, with a gain of one if any."""
+    t = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), t)
+    return t if t.gain is None else dataclasses.replace(t, gain=jnp.ones_like(t.gain))
 
 
 @rule("while")

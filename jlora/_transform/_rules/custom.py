@@ -22,11 +22,13 @@ from jlora._errors import UnsupportedOpError
 from jlora._kernel.axes import Array
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
+from jlora._transform._rules._terms import scaled_now
 
 
 @rule(*_compat.CUSTOM_RULE)
 def custom_rule(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Value by replay, derivative by the function's own rule."""
+    args = [scaled_now(x) for x in args]
     _refuse_dropout(args)
 
     @jax.custom_vjp

@@ -37,6 +37,8 @@ def ragged_dot(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         )
         out = gained(out, (factor[expert], (0, 2)), (0, 2))
     for t in adapters:
+        if not t.rank:
+            continue
         check_axes(w, t, (1,))
         term = _term(w, t, drop_inputs(run, w, t, x), sizes, eqn.params)
         out = out + term.astype(out.dtype)

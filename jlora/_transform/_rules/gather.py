@@ -19,6 +19,7 @@ from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, contract, spread
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
+from jlora._transform._rules._terms import cover
 from jlora._transform._rules.matmul import gained
 
 Label = Any  # an int names a kernel dimension, ("i", k) the k-th axis of the indices
@@ -30,13 +31,16 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     w, indices = args
     p = eqn.params
     numbers = p["dimension_numbers"]
-    if not isinstance(w, LowRank) or numbers.operand_batching_dims:
+    if not isinstance(w, LowRank):
+        return NotImplemented
+    w = cover(w)
+    if w is None:
         return NotImplemented
     touched = {d for d in range(w.ndim) if p["slice_sizes"][d] != w.shape[d]}
     touched |= {*numbers.start_index_map, *numbers.collapsed_slice_dims}
+    touched -= {*numbers.operand_batching_dims}
+    w = w.map(w.base, lambda t: _span_looked_up(t, touched, w.shape))
     adapters = list(w.adapters.values())
-    if not all(t.covers(w.shape) for t in adapters):
-        return NotImplemented
     order = _output_order(w, numbers, indices.ndim - 1)
     if all(touched <= set(t.both) and t.key is None for t in adapters):
         (base,) = rebind(eqn, [w.base, indices])
@@ -46,12 +50,27 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     (out,) = rebind(eqn, [w.base, indices])
     gain = w.gain()
     if gain is not None:
-        looked_up = touched <= set(gain[1])
-        found = _look_up(*gain, indices, p) if looked_up else gain
+        stack = _batch_labels(numbers)
+        if touched <= set(gain[1]):
+            found = _look_up(*gain, indices, p)
+        elif touched & set(gain[1]):
+            return NotImplemented
+        else:
+            found = gain[0], [stack.get(d, d) for d in gain[1]]
         out = gained(out, found, order)
     for t in adapters:
+        if not t.rank:
+            continue
         out = out + _rows(w, t, indices, p, touched, order).astype(out.dtype)
     return [out]
+
+
+def _span_looked_up(t: Adapter, touched: set[int], shape: Sequence[int]) -> Adapter:
+    """The term with `a` spanning what is looked up, where it is constant along that."""
+    if any(t.size(d) is not None for d in touched):
+        return t
+    a = lax.broadcast(t.a, [shape[d] for d in touched])
+    return dataclasses.replace(t, a=a, a_dims=(*touched, *t.a_dims))
 
 
 def _rows(
@@ -62,15 +81,26 @@ def _rows(
     first, second = (t.a, t.a_dims), (t.b, t.b_dims)
     if touched <= set(t.b_only):
         first, second = second, first
-    rows, labels = _look_up(*first, indices, p)
-    rows = rows * spread(t.scale, t.s_dims, labels)
-    factor, dims = second
+    (x, dims), (factor, factor_dims) = first, second
+    x = x * spread(t.scale, t.s_dims, dims)
+    rows, labels = _look_up(x, dims, indices, p)
+    # A stack that is looked up along with its indices is one of their axes.
+    stack = _batch_labels(p["dimension_numbers"])
+    factor_labels = [stack.get(d, d) for d in factor_dims]
     # In full precision: a lookup rounds nothing, and a trained row is to be itself.
     low, labels = contract(
-        rows.astype(w.dtype), labels, factor.astype(w.dtype), dims, set(order),
+        rows.astype(w.dtype), labels, factor.astype(w.dtype), factor_labels, set(order),
         precision="highest",
     )  # fmt: skip
     return spread(low, labels, order)
+
+
+def _batch_labels(numbers: Any) -> dict[int, Label]:
+    """Which axis of the indices each of the kernel's batching dimensions goes with."""
+    pairs = zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    )
+    return {d: ("i", axis) for d, axis in pairs}
 
 
 def _kernels(t: Adapter, indices: Array, p: Any, order: list[Label]) -> Adapter:
@@ -89,7 +119,9 @@ def _look_up(
 ) -> tuple[Array, Sequence[Label]]:
     """The kernel's lookup done to one factor: `[*indices, *what is left of it]`."""
     numbers = p["dimension_numbers"]
-    window = [d for d in dims if d not in numbers.collapsed_slice_dims]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    window = [d for d in dims if d not in gone]
+    batch = [(d, axis) for d, (_, axis) in _batch_labels(numbers).items() if d in dims]
     ids = [("i", k) for k in range(indices.ndim - 1)]
 
     def axes(ds: Any) -> tuple[int, ...]:
@@ -102,6 +134,8 @@ def _look_up(
             offset_dims=tuple(range(len(ids), len(ids) + len(window))),
             collapsed_slice_dims=tuple(sorted(axes(numbers.collapsed_slice_dims))),
             start_index_map=axes(numbers.start_index_map),
+            operand_batching_dims=axes(d for d, _ in batch),
+            start_indices_batching_dims=tuple(axis for _, axis in batch),
         ),
         [p["slice_sizes"][d] if d >= 0 else x.shape[dims.index(d)] for d in dims],
         unique_indices=p["unique_indices"],
@@ -115,7 +149,8 @@ def _look_up(
 
 def _output_order(w: LowRank, numbers: Any, index_axes: int) -> list[Label]:
     """The labels of the gather's output, axis by axis."""
-    window = [d for d in range(w.ndim) if d not in numbers.collapsed_slice_dims]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    window = [d for d in range(w.ndim) if d not in gone]
     feed, rest = iter(window), iter(range(index_axes))
     return [
         next(feed) if axis in numbers.offset_dims else ("i", next(rest))

@@ -23,6 +23,7 @@ from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, Label, contract, spread, widen
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
+from jlora._transform._rules.products import kernel_product
 from jlora._transform._rules.shared import shared_inputs
 
 
@@ -32,7 +33,7 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     w_left = isinstance(args[0], LowRank)
     w, x = args if w_left else reversed(args)
     if isinstance(x, LowRank):
-        return NotImplemented
+        return kernel_product(eqn, w, x)
     contracted, batch = eqn.params["dimension_numbers"]
     (wc, xc), (wb, xb) = (
         (contracted, batch) if w_left else map(reversed, (contracted, batch))
@@ -52,6 +53,8 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         return NotImplemented
     lows = {} if w_left or batch[0] else shared_inputs(run, eqn, w, x, labels, wc)
     for name, adapter in w.adapters.items():
+        if not adapter.rank:
+            continue
         low = _low(run, w, adapter, x, labels, wc, w_left, params, lows.get(name))
         term = _term(w, adapter, low, wc, order, out.shape, w_left, params)
         out = out + _compat.sharded_like(term.astype(out.dtype), out)

@@ -1,6 +1,5 @@
 """PEFT folders as they are met: raw keys, added tokens, rounded copies, later keys."""
 
-import dataclasses
 import json
 
 import jax
@@ -198,15 +197,9 @@ def test_a_rounded_copy_of_the_base_is_the_base(stored, held, tmp_path):
 
 
 def grown(params, rows=2):
-    """The base with room for more tokens, as `models.resize_vocabulary` makes it."""
-    out = jax.tree.map(lambda x: x, params)
-    table = out["model"]["embed_tokens"]
-    table["embedding"] = jnp.pad(table["embedding"], ((0, rows), (0, 0)))
-    if "lm_head" in out:
-        out["lm_head"]["kernel"] = jnp.pad(
-            out["lm_head"]["kernel"], ((0, 0), (0, rows))
-        )
-    return out
+    """The base with room for more tokens."""
+    model, _ = llama(tied="lm_head" not in params)
+    return models.resize_vocabulary(model, params, V + rows)[1]
 
 
 def tables(params):
@@ -285,11 +278,7 @@ def test_an_adapter_of_a_tied_head(tmp_path):
         tmp_path / "a", {**on_q(), **held}, target_modules=["q_proj", "lm_head"]
     )
     refused(r"jlora\.models\.untie\(model, params\)", place, params, model=model)
-    apart = models.Llama(
-        config=dataclasses.replace(model.config, tie_word_embeddings=False)
-    )
-    kernel = params["model"]["embed_tokens"]["embedding"].T
-    params = {**params, "lm_head": {"kernel": kernel}}  # what it makes of them
+    apart, params = models.untie(model, params)
     tree = jlora.peft.load(place, params, model=apart)
     want = changed(params, lm_head=2.0 * (b @ a).T)
     close(logits(apart, tree), logits(apart, want))

@@ -1,11 +1,9 @@
 """The same folders made by PEFT itself: added tokens, tied heads, raw state dicts."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_peft_wild import CONFIG, IDS, WEIGHTS, close, grown, logits
+from test_peft_wild import CONFIG, IDS, WEIGHTS, close, logits
 
 import jlora
 import jlora.peft
@@ -60,10 +58,10 @@ def test_added_tokens(tied, targets, base, tmp_path):
     model = adapted(model, target_modules=targets)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     ours, params = models.load(tmp_path / "base")
-    ours = ours.clone(config=dataclasses.replace(ours.config, vocab_size=V + 2))
     with pytest.raises(jlora.CheckpointError, match="resize_vocabulary"):
         jlora.peft.load(tmp_path / "adapter", params)
-    tree = jlora.peft.load(tmp_path / "adapter", grown(params), model=ours)
+    ours, params = models.resize_vocabulary(ours, params, V + 2)
+    tree = jlora.peft.load(tmp_path / "adapter", params, model=ours)
     # Beside an adapted embedding PEFT does not save the head, nor its new rows.
     kept = V if "embed_tokens" in targets else V + 2
     close(logits(ours, tree)[..., :kept], theirs(model)[..., :kept])
@@ -75,11 +73,7 @@ def test_a_tied_head(base, tmp_path):
     ours, params = models.load(tmp_path / "base")
     with pytest.raises(jlora.CheckpointError, match="untie"):
         jlora.peft.load(tmp_path / "adapter", params, model=ours)
-    kernel = params["model"]["embed_tokens"]["embedding"].T
-    apart = ours.clone(
-        config=dataclasses.replace(ours.config, tie_word_embeddings=False)
-    )
-    params = {**params, "lm_head": {"kernel": kernel}}
+    apart, params = models.untie(ours, params)
     tree = jlora.peft.load(tmp_path / "adapter", params, model=apart)
     close(logits(apart, tree), theirs(model))
 

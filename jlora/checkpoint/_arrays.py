@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora.checkpoint._digests import is_array, leaf_prints
+from jlora.checkpoint._digests import has_numbers, leaf_prints
 
 Tree = Any
 
@@ -29,7 +29,7 @@ def named(tree: Tree) -> dict[str, Any]:
     leaves = [
         (path, x)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if is_array(x)
+        if has_numbers(x)
     ]
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
     if len(set(names)) < len(names):
@@ -60,7 +60,7 @@ def as_arrays(tree: Tree) -> Tree:
     """Numbers and NumPy arrays as JAX takes them, so that they come back the same."""
     ready = jax.Array | jax.ShapeDtypeStruct
     return jax.tree.map(
-        lambda x: jnp.asarray(x) if is_array(x) and not isinstance(x, ready) else x,
+        lambda x: jnp.asarray(x) if has_numbers(x) and not isinstance(x, ready) else x,
         tree,
     )
 
@@ -83,7 +83,7 @@ def refilled(template: Tree, restored: Tree, entries: Mapping[str, Any]) -> Tree
     names = iter(named(template))
 
     def one(x: Any) -> Any:
-        if not is_array(x):
+        if not has_numbers(x):
             return x
         name = next(names)
         if _is_empty(x):
@@ -113,7 +113,9 @@ def _is_empty(x: Any) -> bool:
 
 def _holdable(tree: Tree) -> Tree:
     """The tree with nothing in the place of what Orbax does not hold."""
-    return jax.tree.map(lambda x: x if is_array(x) and not _is_empty(x) else None, tree)
+    return jax.tree.map(
+        lambda x: x if has_numbers(x) and not _is_empty(x) else None, tree
+    )
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

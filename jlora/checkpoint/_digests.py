@@ -56,11 +56,11 @@ class LeafPrint:
         return cls(tuple(data["shape"]), data["dtype"], data["digest"])
 
 
-def is_array(x: Any) -> bool:
+def has_numbers(x: Any) -> bool:
     """Whether a leaf holds numbers; an activation function, say, does not.
 
-    >>> is_array(jnp.ones(3)), is_array(0.5), is_array(jax.nn.relu), is_array("relu")
-    (True, True, False, False)
+    >>> [has_numbers(x) for x in (jnp.ones(3), 0.5, jax.nn.relu, "relu")]
+    [True, True, False, False]
     """
     if isinstance(x, bool | int | float | complex):
         return True

@@ -9,7 +9,7 @@ from typing import Any
 
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import leaves_by_path
-from jlora.checkpoint._digests import LeafPrint, blake, is_array, leaf_prints
+from jlora.checkpoint._digests import LeafPrint, blake, has_numbers, leaf_prints
 
 Tree = Any
 
@@ -94,7 +94,7 @@ def fingerprint_of(
     """As `fingerprint`; without blocks, that of the first version of the format."""
     leaves: dict[str, tuple[Any, bool]] = {}
     for path, x, is_trained in _base_leaves(params):
-        if not is_array(x):
+        if not has_numbers(x):
             continue
         leaves[path] = (x, is_trained or path in trained)
     prints = leaf_prints(

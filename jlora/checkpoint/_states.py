@@ -14,7 +14,7 @@ from jlora._errors import CheckpointError
 from jlora._processes import on_first
 from jlora.checkpoint import _storage
 from jlora.checkpoint._arrays import check_has_values, named
-from jlora.checkpoint._digests import is_array, leaf_kind, leaf_print
+from jlora.checkpoint._digests import has_numbers, leaf_kind, leaf_print
 from jlora.checkpoint._entries import (
     Check,
     as_json,
@@ -94,7 +94,7 @@ def restore_state(
     arrays = _storage.read_arrays(place, config, _state_arrays(state, with_base))
     moving = _moving(state, with_base)
     restored = (arrays[name] for name in named(moving))
-    moving = jax.tree.map(lambda x: next(restored) if is_array(x) else x, moving)
+    moving = jax.tree.map(lambda x: next(restored) if has_numbers(x) else x, moving)
     return dataclasses.replace(state, **moving), config["data_position"]
 
 

@@ -270,15 +270,16 @@ class Corpus:
 def prepare(s: Settings, model: Any, tokenizer: Any) -> Corpus:
     """Read and tokenise everything, and sort it into length buckets."""
     training, valid, tests = read_corpus(s)
+    config = model.config
     remarks: list[str] = []
 
     def tokenise(name: str, pairs: Pairs) -> dict[str, Any]:
         sources, targets = zip(*pairs, strict=True)
-        size, most = model.config.vocab_size, (s.max_source_length, s.max_target_length)
+        known = {"vocabulary": config.vocab_size, "end": config.eos_token_id}
         read = data.tokenise(
-            tokenizer, sources, most[0], prefix=s.prefix, vocabulary=size
+            tokenizer, sources, s.max_source_length, prefix=s.prefix, **known
         )
-        write = data.tokenise(tokenizer, targets, most[1], vocabulary=size)
+        write = data.tokenise(tokenizer, targets, s.max_target_length, **known)
         remarks.extend(read.remarks(f"{name}, sources"))
         remarks.extend(write.remarks(f"{name}, targets"))
         return {"input_ids": read.rows, "labels": write.rows}
@@ -286,7 +287,7 @@ def prepare(s: Settings, model: Any, tokenizer: Any) -> Corpus:
     splits = {"train": training, "valid": valid, **tests}
     tokens = {name: tokenise(name, pairs) for name, pairs in splits.items()}
     shapes = data.shapes_for(list(tokens.values()), s.buckets)
-    pad = model.config.pad_token_id
+    pad = config.pad_token_id
     batches = {
         name: data.Batches(columns, shapes, s.eval_batch_size, pad)
         for name, columns in tokens.items()

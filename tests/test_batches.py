@@ -241,6 +241,14 @@ def test_without_any_end_token_it_is_an_error(without_end):
         tokenise(without_end, TEXTS, 32)
 
 
+def test_the_end_token_is_the_one_that_the_model_stops_by(tokenizer):
+    assert tokenise(tokenizer, TEXTS, 32, end=1).rows[0][-1] == 1
+    with pytest.raises(
+        DataError, match=r"ends texts with the token 1 \('</s>'\).*at 2"
+    ):
+        tokenise(tokenizer, TEXTS, 32, end=2)
+
+
 def test_a_language_after_the_end_stays(tokenizer):
     class Multilingual:
         eos_token_id = 1

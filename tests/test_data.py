@@ -210,6 +210,7 @@ def test_broken_archives(tmp_path, suffix):
         ('<?xml version="1.0"?>\n<tmx>\n', "mark-up"),
         ('<srcset setid="newstest" srclang="any">\n', "mark-up"),
         ('<seg id="1">Hallo</seg>\n', "mark-up"),
+        ("<p>Hallo</p>\n\n<p>Welt</p>\n<br/>\n", "mark-up"),
         ("Hallo\tHello\nWelt\tWorld\n", "a table with tabs"),
     ],
 )
@@ -219,7 +220,14 @@ def test_files_that_hold_no_lines_of_text(tmp_path, text, kind):
 
 
 def test_ordinary_lines_are_not_taken_for_something_else(tmp_path):
-    lines = ["{1} ist eine Menge.", "[Musik]", "a\tb", "<3 Dich", '"Zitat" ohne Ende"']
+    lines = [
+        "{1} ist eine Menge.",
+        "[Musik]",
+        "a\tb",
+        "<3 Dich",
+        "<de> Hallo",
+        '"Zitat" ohne Ende"',
+    ]
     text = "".join(line + "\n" for line in lines)
     files = line_files(tmp_path, text, text)
     assert read_pairs(files, "de-en") == [Pair(line, line) for line in lines]

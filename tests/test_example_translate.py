@@ -104,9 +104,9 @@ def test_the_loss_falls_and_is_logged(finished):
     assert [row["step"] for row in valid] == [0, 12, 24]
     assert valid[-1]["loss"] < 0.85 * valid[0]["loss"]
     logged = rows(folder, "train")
-    assert [row["step"] for row in logged] == [10, 20, 24]
+    assert [row["step"] for row in logged] == [*range(1, 25)]
     assert all(row["tokens_per_second"] > 0 for row in logged)
-    assert logged[-1]["learning_rate"] < logged[0]["learning_rate"]
+    assert logged[-1]["learning_rate"] < logged[5]["learning_rate"]
 
 
 def test_adapter_and_merged_model_are_the_same_model(finished):
@@ -195,7 +195,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert example.main([*argv[:-1], str(stopped)]) == 130
     out = capsys.readouterr().out
     command = f"--output {stopped} --resume"
-    assert "Stopped and saved after step 8 of 24" in out
+    assert "Stopped and saved after step 7 of 24" in out
     assert command in out
     monkeypatch.undo()
     assert example.main(command.split()) == 0

@@ -141,7 +141,9 @@ def test_resume_needs_a_run_with_a_state(tmp_path):
     with RunFolder.resume(tmp_path) as run:
         assert run.resumed
         assert run.settings == {"rank": 8}
-    RunFolder.resume(tmp_path, {"rank": 8, "steps": 9}).close()
+    with RunFolder.resume(tmp_path, {"rank": 8, "steps": 9}) as run:
+        assert "steps" not in json.loads((tmp_path / "settings.json").read_text())
+        run.save_settings()
     assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 9
 
 
@@ -246,6 +248,7 @@ def test_resuming_takes_what_the_run_had(tmp_path):
     assert (longer.steps, longer.epochs) == (250, None)
     with longer.claim("x") as run:
         assert run.resumed
+        run.save_settings()
     assert settings(*resume).steps == 250
     saved = {**run.settings, "colour": "red"}
     (tmp_path / "run" / "settings.json").write_text(json.dumps(saved))
@@ -262,6 +265,8 @@ def test_a_script_says_what_went_wrong(capsys):
     assert command_line(Settings, lambda settings: None, []) == 0
     assert fails(jlora.DataError("line 3")) == 2
     assert capsys.readouterr().err == "error: line 3\n"
+    assert fails(OSError(28, "No space left on device", "runs/x")) == 2
+    assert "No space left on device: 'runs/x'" in capsys.readouterr().err
     assert fails(jlora.train.Interrupted("step 3 of 9")) == 130
     assert "Stopped and saved after step 3 of 9" in capsys.readouterr().out
     assert fails(KeyboardInterrupt()) == 130

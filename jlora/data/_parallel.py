@@ -14,6 +14,8 @@ from jlora.data._languages import Direction, direction, sides_of
 from jlora.data._table import Table, as_text, is_table, read_table
 from jlora.data._text import read_lines
 
+# A line that is all within tags, or a tag.
+_TAGGED = re.compile(r"</?[A-Za-z][^<>]*>(.*>)?")
 Empty = Literal["error", "skip"]
 _MARKUP = re.compile(
     r"<[?!]|<(html|tmx|xliff|doc|srcset|refset|tstset|dataset|corpus|seg|text)\b", re.I
@@ -101,7 +103,7 @@ def _sentences(path: Path) -> list[str]:
     first = next((line for line in lines if line), "")
     filled = [line for line in lines[:100] if line]
     tabs = {line.count("\t") for line in filled}
-    if _MARKUP.match(first):
+    if _MARKUP.match(first) or (filled and all(map(_TAGGED.fullmatch, filled))):
         kind = f"mark-up: it begins with {first[:40]!r}. Take the sentences out of it"
     elif filled and all(map(_is_json, filled)):
         kind = "JSON lines. Call it .jsonl"

@@ -93,7 +93,7 @@ def tokenise(
     *,
     prefix: str = "",
     pairs: Sequence[str] | None = None,
-    end: bool = True,
+    end: bool | int = True,
     vocabulary: int | None = None,
 ) -> Tokens:
     """Tokenise texts, and count what that costs them.
@@ -106,13 +106,15 @@ def tokenise(
       prefix: put before each text.
       pairs: second texts, for models that read two at once.
       end: see that each row ends with the end token, which a model learns to stop by;
-        it is appended where the tokenizer adds none.
+        it is appended where the tokenizer adds none. A number is the token that the
+        model stops by; that of the tokenizer has to be the same.
       vocabulary: how many tokens the model knows.
 
     Raises:
-      DataError: the tokenizer has no end token, or a token is beyond the vocabulary.
+      DataError: the tokenizer has no end token, or another than the model; a token is
+        beyond the vocabulary.
     """
-    stop = _end_token(tokenizer) if end else None
+    stop = None if end is False else _end_token(tokenizer, None if end is True else end)
     rows: list[np.ndarray] = []
     types: list[np.ndarray] | None = None if pairs is None else []
     cut = 0
@@ -131,8 +133,9 @@ def tokenise(
     known = unknown is None or unknown == getattr(tokenizer, "eos_token_id", None)
     lost = 0 if known else sum(bool((row == unknown).any()) for row in rows)
     changed, sampled = (0, 0)
-    if pairs is None and not cut:
-        changed, sampled = _decoded_otherwise(tokenizer, rows, texts, prefix)
+    if pairs is None:
+        whole = [i for i, row in enumerate(rows) if len(row) < longest]
+        changed, sampled = _decoded_otherwise(tokenizer, rows, texts, prefix, whole)
     added = len(_encode_one(tokenizer, pairs is not None, longest, stop))
     blank = 0 if prefix else sum(len(row) <= added for row in rows)
     return Tokens(rows, types or None, longest, cut, blank, lost, changed, sampled)
@@ -176,12 +179,18 @@ def _encode(
         yield row, None if kinds is None else kinds[i], i in beyond
 
 
-def _end_token(tokenizer: Tokenizer) -> int:
+def _end_token(tokenizer: Tokenizer, wanted: int | None) -> int:
     stop = getattr(tokenizer, "eos_token_id", None)
     if stop is None:
         raise DataError(
             "the tokenizer has no end token, and a model that never sees one does not "
             "learn to stop.\nGive it one: tokenizer.eos_token = '</s>', for instance."
+        )
+    if wanted is not None and stop != wanted:
+        raise DataError(
+            f"the tokenizer ends texts with the token {stop}{_name(tokenizer, stop)}, "
+            f"but the model stops at {wanted}{_name(tokenizer, wanted)}.\nTake the "
+            "model's own tokenizer, or set tokenizer.eos_token."
         )
     return int(stop)
 
@@ -206,13 +215,18 @@ def _name(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _decoded_otherwise(
-    tokenizer: Tokenizer, rows: list[np.ndarray], texts: Sequence[str], prefix: str
+    tokenizer: Tokenizer,
+    rows: list[np.ndarray],
+    texts: Sequence[str],
+    prefix: str,
+    among: Sequence[int],
 ) -> tuple[int, int]:
     """Decode some texts again; return how many changed, of how many."""
     decode = getattr(tokenizer, "decode", None)
-    if decode is None or not rows:
+    if decode is None or not among:
         return 0, 0
-    chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLE).astype(int))
+    places = np.unique(np.linspace(0, len(among) - 1, SAMPLE).astype(int))
+    chosen = [among[place] for place in places]
     changed = sum(
         _normalised(decode(rows[i].tolist(), skip_special_tokens=True))
         != _normalised(prefix + texts[i])

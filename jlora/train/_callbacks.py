@@ -100,6 +100,7 @@ class Validate(Callback):
 
     def on_interval(self, loop: Loop) -> None:
         """Measure; save the adapter if it is the best so far."""
+        loop.announce("validating" if loop.position else "validating, compiling first")
         values = evaluate(self.step, loop.state, self.batches)
         loss, epoch = values["loss"], loop.position / self.epoch
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -163,6 +164,7 @@ class Save(Callback):
         if loop.position == self.last:
             return
         self.last = loop.position
+        loop.announce("saving")
         from jlora import checkpoint
 
         checkpoint.save_state(
@@ -194,10 +196,11 @@ class ProgressBar(Callback):
             total=loop.steps, initial=loop.position, desc="train", unit="step"
         )
 
-    def on_compile(self, loop: Loop) -> None:
+    def on_wait(self, loop: Loop, what: str) -> None:
         """Say what takes so long."""
-        self.bar.set_postfix_str("compiling", refresh=True)
-        self.since = math.inf
+        self.bar.set_postfix_str(what, refresh=True)
+        if what == "compiling":
+            self.since = math.inf
 
     def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
         """Move; the loss shown is a running mean."""

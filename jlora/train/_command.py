@@ -242,7 +242,7 @@ def command_line(
             run(settings)
         except SystemExit as stop:  # after --help
             return int(stop.code or 0)
-        except LoraError as error:
+        except (LoraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except Interrupted as place:

@@ -67,7 +67,8 @@ class Fit:
         said = {
             "training": f"{self.steps} steps ({self.steps / self.epoch:.2f} epochs) in "
             f"{self.seconds:.0f} s, {beside:.0f} s of it for validation and saving",
-            "compiled": f"the step, for {self.compilations} shapes of batches",
+            "compiled": f"the step, for {self.compilations} "
+            f"shape{'' if self.compilations == 1 else 's'} of batches",
         }
         if self.best_step == 0:
             said["validation loss"] = (
@@ -93,7 +94,7 @@ def fit(
     steps: int,
     valid: Iterable[Batch] | None = None,
     eval_every: int | None = None,
-    log_every: int = 10,
+    log_every: int | None = None,
     key: jax.Array | None = None,
     learning_rate: optax.Schedule | None = None,
     count: Callable[[Batch], int] | None = None,
@@ -117,7 +118,7 @@ def fit(
       valid: validation batches, gone over before the first step and at intervals.
       eval_every: steps between validations; None takes a tenth of the run, or an epoch
         where that is less. The state is saved as often.
-      log_every: steps a line of the log.
+      log_every: steps a line of the log; None takes 10, or a twentieth of a short run.
       key: the run's PRNG key.
       learning_rate: the schedule, to be logged.
       count: how many tokens a batch holds, for the rate.
@@ -145,7 +146,8 @@ def fit(
             compute_dtype=options.get("compute_dtype"),
         )
         validate = Validate(measure, valid, run.metrics, run.adapter, every, len(train))
-    own = [ProgressBar(unit), Log(run.metrics, log_every, unit)]
+    often = log_every or min(10, max(1, steps // 20))
+    own = [ProgressBar(unit), Log(run.metrics, often, unit)]
     own += [validate] if validate is not None else []
     loop = Loop(
         step,
@@ -198,6 +200,7 @@ def _restore(loop: Loop, run: RunFolder) -> None:
             f"the run in {run.path} has made {int(state.step)} steps already, more "
             f"than {loop.steps}.\nAsk for more steps, or start a new run."
         )
+    run.save_settings()
     loop.restore(state, saved)
     run.metrics.cut(loop.position)
 

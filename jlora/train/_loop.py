@@ -36,8 +36,8 @@ class Callback:
     def on_start(self, loop: Loop) -> None:
         """Before the first step of this process; `loop.position` is where it stands."""
 
-    def on_compile(self, loop: Loop) -> None:
-        """Before a step on batches of new shapes, which compiles."""
+    def on_wait(self, loop: Loop, what: str) -> None:
+        """Before something that takes longer than a step, `"compiling"` for one."""
 
     def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
         """After each step, in their order; the next one may be under way already."""
@@ -153,6 +153,11 @@ class Loop:
                     raise Interrupted(f"step {self.position} of {self.steps}")
         return self.state
 
+    def announce(self, what: str) -> None:
+        """Tell the callbacks what is to be waited for."""
+        for callback in self.callbacks:
+            callback.on_wait(self, what)
+
     def _is_due(self, every: int) -> bool:
         return self.position % every == 0 or self.position == self.steps
 
@@ -174,8 +179,7 @@ class Loop:
         shapes = tuple(map(jax.numpy.shape, jax.tree.leaves(batch)))
         if shapes not in self._shapes:
             self._shapes.add(shapes)
-            for callback in self.callbacks:
-                callback.on_compile(self)
+            self.announce("compiling")
         count = self.count(batch) if self.count else 0
         self.state, metrics = self.step(self.state, batch)
         self.position += 1

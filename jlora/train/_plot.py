@@ -18,6 +18,7 @@ def plot_losses(metrics: MetricsLog, path: Path, title: str = "") -> None:
       title: its title.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -36,6 +37,7 @@ def plot_losses(metrics: MetricsLog, path: Path, title: str = "") -> None:
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats a label)", title=title)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shlex
 import sys
 import time
@@ -99,9 +98,14 @@ def machine() -> dict[str, str]:
 
 def _peaks(devices: Sequence[jax.Device]) -> list[str]:
     """Return the most memory that was in use, of the process and of its devices."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    found = [f"{human_bytes(host)} on the host"]
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        found = []
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        found = [f"{human_bytes(host)} on the host"]
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in devices]
     known = [peak for peak in peaks if peak]
     return [*found, *([f"{human_bytes(max(known))} a device"] if known else [])]

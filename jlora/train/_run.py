@@ -100,19 +100,21 @@ class RunFolder:
 
         Args:
           path: its folder.
-          settings: what replaces its settings; None keeps them.
+          settings: what is to replace its settings; None keeps them.
 
         Raises:
           OptionError: there is no run, nothing was saved yet, or it is going on.
         """
         folder = local_path(path)
         kept = saved_settings(folder)
-        lock = _lock(folder)
-        if settings is not None:
-            new = folder / (SETTINGS + ".new")
-            new.write_text(_json(settings), encoding="utf-8")
-            os.replace(new, folder / SETTINGS)
-        return cls(folder, kept if settings is None else settings, True, lock)
+        settings = kept if settings is None else settings
+        return cls(folder, settings, True, _lock(folder))
+
+    def save_settings(self) -> None:
+        """Write the settings; `fit` does so once a run goes on with new ones."""
+        new = self.path / (SETTINGS + ".new")
+        new.write_text(_json(self.settings), encoding="utf-8")
+        os.replace(new, self.path / SETTINGS)
 
     @property
     def resume_command(self) -> str:

@@ -274,6 +274,11 @@ def test_a_script_says_what_went_wrong(capsys):
     text = capsys.readouterr().out
     assert text.index("About it.") < text.index("model:") < text.index("run:")
     assert "--splits A B" in text
+    inside = text[text.index("training:") : text.index("run:")]
+    assert "--rank N " in inside
+    assert "--full " in inside
+    assert "--overwrite" not in inside
+    assert "--files" not in inside
 
 
 @pytest.mark.filterwarnings("default::jlora.JloraWarning")

@@ -24,7 +24,7 @@ def option(
     default: Any = dataclasses.MISSING,
     about: str = "",
     *,
-    group: str = "options",
+    group: str | None = None,
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -40,7 +40,7 @@ def option(
     Args:
       default: its value where it is not given; None where the script decides.
       about: a line of the help.
-      group: the heading it stands under in the help.
+      group: the heading of the help that it and those after it stand under.
       least: the smallest number allowed.
       above: a bound that a number is above.
       below: a bound that a number is below.
@@ -65,8 +65,8 @@ class RunSettings:
     output: str | None = option(
         None, "where to write (the first free runs/NAME-N)", group="run", metavar="DIR"
     )
-    resume: bool = option(False, "continue the run in --output", group="run")
-    overwrite: bool = option(False, "replace the run in --output", group="run")
+    resume: bool = option(False, "continue the run in --output")
+    overwrite: bool = option(False, "replace the run in --output")
 
     def check(self) -> None:
         """Refuse settings that do not go together; raise `OptionError`."""
@@ -125,15 +125,15 @@ def _parser(kind: type, description: str) -> _Parser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     hints = typing.get_type_hints(kind)
-    groups: dict[str, Any] = {}
     fields = [field for field in dataclasses.fields(kind) if field.metadata]
-    for field in sorted(fields, key=lambda field: field.metadata["group"] == "run"):
+    group: Any = parser
+    for field in sorted(fields, key=lambda f: f.name in RunSettings.__annotations__):
         own = field.metadata
-        group = groups.setdefault(own["group"], None)
-        if group is None:
-            group = groups[own["group"]] = parser.add_argument_group(own["group"])
+        if own["group"]:
+            group = parser.add_argument_group(own["group"])
         plain, is_list = _plain_type(hints[field.name])
         if plain is bool:
             more: dict[str, Any] = {"action": "store_true"}
@@ -141,6 +141,8 @@ def _parser(kind: type, description: str) -> _Parser:
             more = {"type": _reader(plain, own)}
             more |= {"nargs": own["count"] or "+"} if is_list else {}
             more |= {k: own[k] for k in ("choices", "metavar") if own[k]}
+            if plain is not str:
+                more.setdefault("metavar", "N")
         group.add_argument(_words(field.name), help=own["about"], **more)
     return parser
 

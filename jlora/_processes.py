@@ -137,9 +137,27 @@ def _in_a_line(error: Exception | None) -> str | None:
 
 
 def on_host(x: Any) -> np.ndarray:
-    """An array's values in this process's memory; every process calls it alike."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    """An array's values in this process's memory; every process calls it alike.
+
+    What NumPy itself reads of a JAX array stays in memory as long as the array does,
+    for a saved model a second one. This reads without.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)
+    if not x.is_fully_addressable:
         from jax.experimental import multihost_utils
 
-        x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    if x.is_fully_replicated:
+        return read_shard(x.addressable_data(0))
+    out = np.empty(x.shape, x.dtype)
+    for shard in x.addressable_shards:
+        out[shard.index] = read_shard(shard.data)
+    return out
+
+
+def read_shard(x: Any) -> np.ndarray:
+    """The values of an array on one device; of a CPU's it is no copy."""
+    if isinstance(x, jax.Array) and x.devices().pop().platform != "cpu":
+        x = x.copy()  # keeps what is read of it, and goes with it
     return np.asarray(x)

@@ -20,6 +20,7 @@ import jlora.checkpoint as jc
 import jlora.models
 import jlora.peft
 import jlora.train as jt
+from jlora._processes import on_host
 
 D, H = 7, 12
 TX = optax.adam(0.05)
@@ -256,6 +257,7 @@ def test_fingerprinting_keeps_no_copy_of_a_sharded_array():
     mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
     x = jax.device_put(jnp.ones((128, 1024)), NamedSharding(mesh, P("x")))
     jc.fingerprint({"x": x, "cut": x.reshape(1024, 128)})
+    on_host(x)
     assert x._npy_value is None
 
 

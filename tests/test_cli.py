@@ -161,6 +161,16 @@ def test_features_of_a_peft_adapter(seen, tmp_path):
     assert "corda is 1" in report["not_loadable"]
 
 
+def test_keys_of_a_raw_state_dict(seen, tmp_path):
+    x = np.ones((2, 3), np.float32)
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q"]}
+    tensors = {"q.lora_A.default.weight": x, "q.lora_B.default.weight": x.T}
+    peft_folder(tmp_path, config, tensors)
+    (report,) = seen(tmp_path)
+    assert (report["modules_adapted"], report["loadable"]) == (1, True)
+    assert report["modules"][0]["tensors"] == {"A": [2, 3], "B": [3, 2]}
+
+
 def test_another_kind_of_adapter_is_shown_though_not_loadable(seen, done, tmp_path):
     config = {"peft_type": "LOHA", "r": "many"}
     peft_folder(tmp_path, config, {"q.hada_w1_a": np.ones((2, 3), np.float32)})

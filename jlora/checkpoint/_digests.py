@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._processes import on_host
+from jlora._processes import on_host, read_shard
 
 Box = tuple[tuple[int, int], ...]  # start and stop along each axis
 
@@ -231,10 +231,10 @@ def _hashed(x: Any, blocks: Sequence[Box], owners: Sequence[int] | None) -> np.n
     shards = _shards(x)
     holders = _holders([box for box, _ in shards], [blocks[i] for i in mine])
     if None in holders:  # shards cut across blocks
-        shards, holders = [(_whole(x.shape), _joined(x, shards))], [0] * len(mine)
+        shards, holders = [(_whole(x.shape), on_host(x))], [0] * len(mine)
     for n, (box, values) in enumerate(shards):
         inside = [i for i, holder in zip(mine, holders, strict=True) if holder == n]
-        held = _read(values) if inside else None
+        held = read_shard(values) if inside else None
         for i in inside:
             table[i] = _block_digest(held, box, blocks[i])
     return table
@@ -271,24 +271,6 @@ def _shards(x: Any) -> list[tuple[Box, Any]]:
             _box(shard.index, x.shape): shard.data for shard in x.addressable_shards
         }.items()
     )
-
-
-def _joined(x: Any, shards: Sequence[tuple[Box, Any]]) -> np.ndarray:
-    """All values of an array; NumPy's own copy would be kept as long as the array."""
-    out = np.empty(x.shape, x.dtype)
-    for box, values in shards:
-        out[tuple(slice(*span) for span in box)] = _read(values)
-    return out
-
-
-def _read(values: Any) -> np.ndarray:
-    """The values in this process's memory, for no longer than they are needed.
-
-    An array keeps what NumPy has read of it; of one on a CPU it is no copy.
-    """
-    if isinstance(values, jax.Array) and values.devices().pop().platform != "cpu":
-        values = values.copy()
-    return np.asarray(values)
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:

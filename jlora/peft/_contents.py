@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from jlora._errors import CheckpointError
 from jlora._text import listed
 from jlora.peft._layouts import SUFFIXES, TABLE_SUFFIXES
+
+T = TypeVar("T")
 
 PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -66,7 +69,7 @@ def contents_of(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
     """
     out = Contents(where)
     copies: dict[str, np.ndarray] = {}
-    for key, value in _without_names(tensors, where).items():
+    for key, value in without_names(tensors, where).items():
         if not key.startswith(PREFIX):
             raise CheckpointError(
                 f"{where}: {key} does not begin with {PREFIX!r}, as PEFT's keys do."
@@ -88,10 +91,8 @@ def contents_of(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
     return out
 
 
-def _without_names(
-    tensors: Mapping[str, np.ndarray], where: str
-) -> dict[str, np.ndarray]:
-    """The tensors by PEFT's keys, where their own hold an adapter's name.
+def without_names(tensors: Mapping[str, T], where: str) -> dict[str, T]:
+    """What is told of tensors, by PEFT's keys where their own hold an adapter's name.
 
     Raises:
       CheckpointError: the keys hold several names.
@@ -103,7 +104,7 @@ def _without_names(
             f"{where} holds several adapters in one file, {', '.join(names)}, as "
             f"{next(iter(found))} shows.\nSave each with PEFT's save_pretrained."
         )
-    out: dict[str, np.ndarray] = {}
+    out: dict[str, T] = {}
     for key, value in tensors.items():
         new = key
         if match := found.get(key):

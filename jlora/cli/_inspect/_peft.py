@@ -13,7 +13,7 @@ from jlora._files import TensorHeader as Header
 from jlora._files import tensor_headers
 from jlora.cli._inspect._report import Report
 from jlora.peft._config import alpha_of, rank_of, scale_of
-from jlora.peft._contents import PREFIX
+from jlora.peft._contents import PREFIX, without_names
 from jlora.peft._fields import DEFAULTS, Config, check_config
 from jlora.peft._files import CONFIG, PICKLE, WEIGHTS, read_json
 
@@ -53,7 +53,8 @@ def report(place: Path) -> Report:
         scaling = {key: config[key] for key in _SCALING if key in config}
         check_config({"peft_type": kind, "target_modules": [], **scaling}, where)
     pickled = not (place / WEIGHTS).exists() and (place / PICKLE).exists()
-    tensors = {} if pickled else tensor_headers(place / WEIGHTS)
+    file = place / WEIGHTS
+    tensors = {} if pickled else without_names(tensor_headers(file), str(file))
     rows = [_row(m, parts, config) for m, parts in _by_module(tensors).items()]
     refused = _refused(config, place)
     facts = {

@@ -158,7 +158,10 @@ def _write(
         if len(shards) > 1:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         # One shard at a time is brought to the host and into the file's layout.
-        arrays = {p.tensor.name: _layout(p, leaf) for p, leaf in shard}
+        leaves = {id(leaf): leaf for _, leaf in shard}
+        values = {key: on_host(leaf) for key, leaf in leaves.items()}
+        arrays = {p.tensor.name: _layout(p, values[id(leaf)]) for p, leaf in shard}
+        del values
         on_first(what, partial(_write_shard, folder, file, arrays))
         weight_map.update(dict.fromkeys(arrays, file))
     if folder is None:
@@ -180,8 +183,8 @@ def _write_shard(folder: Path | None, file: str, arrays: dict[str, np.ndarray]) 
     _files.write_tensors(folder / file, arrays)
 
 
-def _layout(place: Place, leaf: jax.Array) -> np.ndarray:
-    value = on_host(leaf)[place.box][(0,) * place.depth]
+def _layout(place: Place, leaf: jax.Array | np.ndarray) -> np.ndarray:
+    value = np.asarray(leaf)[place.box][(0,) * place.depth]
     if place.tensor.transposed:
         value = value.swapaxes(-1, -2)
     return np.ascontiguousarray(value)

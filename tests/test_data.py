@@ -212,6 +212,8 @@ def test_broken_archives(tmp_path, suffix):
         ('<seg id="1">Hallo</seg>\n', "mark-up"),
         ("<p>Hallo</p>\n\n<p>Welt</p>\n<br/>\n", "mark-up"),
         ("Hallo\tHello\nWelt\tWorld\n", "a table with tabs"),
+        ('id,"de","en"\n1,Hallo,Hello\n', "a table, with the columns"),
+        ("Source;Target\nHallo;Hello\n", "a table, with the columns"),
     ],
 )
 def test_files_that_hold_no_lines_of_text(tmp_path, text, kind):

@@ -81,7 +81,7 @@ def read_pairs(
 
 def _line_pairs(paths: Sequence[Path], way: Direction, empty: Empty) -> list[Pair]:
     ordered = sides_of(paths, way)
-    sources, targets = map(_sentences, ordered)
+    sources, targets = (_sentences(path, way) for path in ordered)
     if len(sources) != len(targets):
         raise DataError(
             f"{ordered[0]} has {len(sources)} lines, but {ordered[1]} has "
@@ -97,7 +97,7 @@ def _line_pairs(paths: Sequence[Path], way: Direction, empty: Empty) -> list[Pai
     return check_pairs(pairs, place, str(ordered[0]), empty=empty)
 
 
-def _sentences(path: Path) -> list[str]:
+def _sentences(path: Path, way: Direction) -> list[str]:
     """Read the lines of a file that holds one sentence in each, and nothing else."""
     lines = read_lines(path)
     first = next((line for line in lines if line), "")
@@ -109,11 +109,19 @@ def _sentences(path: Path) -> list[str]:
         kind = "JSON lines. Call it .jsonl"
     elif first in ("{", "["):
         kind = "JSON. Call it .json"
+    elif _is_header(first, way):
+        kind = f"a table, with the columns {first!r}. Call it .csv or .tsv"
     elif len(tabs) == 1 and tabs != {0}:
         kind = "a table with tabs in every line. Call it .tsv, with a line of names"
     else:
         return lines
     raise DataError(f"{path} does not hold a sentence a line: it looks like {kind}.")
+
+
+def _is_header(line: str, way: Direction) -> bool:
+    """Return whether a line names the columns that a table of pairs has."""
+    names = {name.strip(" \"'") for name in re.split(r"[,;|\t]", line.lower())}
+    return set(way) <= names or {"source", "target"} <= names
 
 
 def _is_json(line: str) -> bool:

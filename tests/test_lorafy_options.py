@@ -185,3 +185,15 @@ def test_a_users_initialiser():
     t = adapter(lorafy(init=init, dtype=jnp.bfloat16))
     assert t.a.dtype == t.b.dtype == jnp.bfloat16
     assert float(t.a[0, 0]) == 7
+
+
+@pytest.mark.parametrize("key", [0, jax.random.split(jax.random.key(0)), jnp.ones(2)])
+def test_dropouts_key_is_checked_too(key):
+    tree = lorafy(dropout=0.5)
+    with pytest.raises(OptionError, match="expected one PRNG key"):
+        jlora.with_dropout(tree, key)
+    typed, raw = (
+        jlora.with_dropout(tree, k) for k in (jax.random.key(3), jax.random.PRNGKey(3))
+    )
+    keys = [jax.random.key_data(adapter(tree).key) for tree in (typed, raw)]
+    np.testing.assert_array_equal(*keys)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import LowRank, is_node
 from jlora._paths import map_with_path
+from jlora._tree import options
 from jlora._tree.initializers import leaf_key
 
 Tree = Any
@@ -29,9 +30,14 @@ def with_dropout(tree: Tree, key: jax.Array | None) -> Tree:
     Args:
       tree: a lorafied tree.
       key: a PRNG key for this step.
+
+    Raises:
+      OptionError: a `key` that is no single PRNG key.
     """
-    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    if key is not None:
+        key = options.single_key(key)
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
 
     def one(path: str, node: Any) -> Any:
         if not isinstance(node, LowRank):

@@ -76,7 +76,7 @@ def lorafy(
       alpha: the scale is alpha/r; None means alpha = r.
       key: seeds the factors, folded with each leaf's path; None is `jax.random.key(0)`.
       train: entries of leaves to train as they are, beside the adapters.
-      exclude: entries of leaves that `targets` shall not touch.
+      exclude: entries of leaves that `targets` must not touch.
       bias: train no biases, those of adapted layers (`"lora_only"`), or `"all"`.
       dropout: probability of dropping an input of an adapter, once keys are given by
         `with_dropout`.

@@ -18,6 +18,38 @@ import jax
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Forget compiled programs after each module: kept, they come to gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+# Modules in which nothing mixes dtypes or ranks without saying so, be it jlora or the
+# test's own functions. A file joins when it passes; code of Flax and transformers'
+# models does not everywhere.
+STRICT = {
+    "test_kernel_axes",
+    "test_nodes",
+    "test_product",
+    "test_train",
+    "test_train_batches",
+    "test_train_optimisers",
+    "test_train_trees",
+}
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """Refuse implicit promotion, but where a test says that what it calls needs it."""
+    is_loose = request.node.get_closest_marker("loose_promotion")
+    if is_loose or request.module.__name__ not in STRICT:
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a new PRNG key at each call."""

@@ -32,13 +32,14 @@ def lora_params(dtype=jnp.float32, **kwargs):
 
 
 def model(p, x):
-    h = jnp.tanh(x @ p["query"]["kernel"] + p["query"]["bias"])
+    h = x @ p["query"]["kernel"]
+    h = jnp.tanh(h + jnp.broadcast_to(p["query"]["bias"], h.shape))
     return (h @ p["value"]["kernel"]) @ p["head"]["kernel"]
 
 
 def loss_fn(p, batch, key):
     logits = model(p, batch["x"])
-    right = (jnp.argmax(logits, -1) == batch["y"]) * batch["mask"]
+    right = jnp.where(jnp.argmax(logits, -1) == batch["y"], batch["mask"], 0)
     pair = jt.cross_entropy(logits, batch["y"], batch["mask"])
     return pair, {"accuracy": (jnp.sum(right), jnp.sum(batch["mask"]))}
 
@@ -102,6 +103,7 @@ def test_step_equals_a_step_by_hand():
     assert int(state.step) == 1
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
 def test_nothing_of_the_kernels_shape_is_optimised_or_differentiated():
     tx = optax.adam(0.1)
     state = jt.TrainState.create(lora_params(), tx)
@@ -119,6 +121,7 @@ def test_nothing_of_the_kernels_shape_is_optimised_or_differentiated():
     assert (H, D) not in formed
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
 def test_the_base_and_the_users_arrays_survive_donation():
     params = lora_params()
     state = jt.TrainState.create(params, optax.adam(0.1))
@@ -149,6 +152,7 @@ def test_numpy_base_is_put_on_the_device_once():
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
 def test_a_batch_on_a_device_or_on_the_host_compiles_once():
     state = jt.TrainState.create(lora_params(), optax.adam(0.1))
     step = jt.make_train_step(loss_fn, optax.adam(0.1))
@@ -285,6 +289,7 @@ def test_clipping_is_optax_clipping_of_the_trainable_leaves():
     assert_close(clipped.trainable, chained.trainable, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
 @pytest.mark.parametrize("skip", [True, False])
 def test_nonfinite_is_said_and_skipped_if_asked(skip):
     tx = optax.adam(0.1)
@@ -301,6 +306,7 @@ def test_nonfinite_is_said_and_skipped_if_asked(skip):
         assert any(jnp.isnan(x).any() for x in jax.tree.leaves(new.trainable))
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
 def test_mixed_precision_computes_in_bfloat16_and_updates_in_float32():
     seen = []
 
@@ -327,6 +333,7 @@ def test_mixed_precision_computes_in_bfloat16_and_updates_in_float32():
     assert_close(state.trainable, exact.trainable, rtol=0.1, atol=0.25)
 
 
+@pytest.mark.loose_promotion  # bfloat16 kernels, a float32 batch
 def test_integers_of_a_batch_and_an_uncast_batch_keep_their_dtype():
     seen = {}
 
@@ -387,6 +394,7 @@ def test_hooks_see_the_step_and_may_not_shadow():
         sgd_run(hooks=[lambda info: {"loss": 0}])
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
 def test_the_optimiser_is_told_the_loss():
     tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     sgd_run(tx=tx)
@@ -411,6 +419,7 @@ def test_groups_of_leaves_by_label():
 # -- masked, on the whole tree ---------------------------------------------------------
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
 def test_masked_training_of_the_whole_tree_equals_training_by_split():
     params = lora_params()
     tx = optax.masked(optax.adam(0.1), jlora.trainable_mask(params))
@@ -567,7 +576,7 @@ def reference(logits, labels, mask, eps, z):
 def test_cross_entropy_and_its_gradient(getkey, eps, z, dtype):
     logits = (3 * jax.random.normal(getkey(), (3, 5, V))).astype(dtype)
     labels = jax.random.randint(getkey(), (3, 5), 0, V)
-    mask = jnp.array([1.0, 0, 1, 2.5, 0]) * jnp.ones((3, 1))
+    mask = jnp.tile(jnp.array([1.0, 0, 1, 2.5, 0]), (3, 1))
     logits = logits.at[:, 1].set(jnp.inf)  # masked: what is there does not matter
     options = {"label_smoothing": eps, "z_loss": z}
     loss = lambda x: jt.cross_entropy(x, labels, mask, **options)[0]
@@ -611,6 +620,14 @@ def test_cross_entropy_says_what_does_not_fit():
 
 
 # -- imports ---------------------------------------------------------------------------
+
+
+def test_the_module_lists_its_public_names():
+    names = dir(jt)
+    assert {"TrainState", "make_train_step", "cross_entropy"} <= set(names)
+    for name in names:
+        assert not name.startswith("_")
+        assert getattr(jt, name).__module__.startswith(("jlora.", "collections"))
 
 
 def test_import_needs_optax_only_here():

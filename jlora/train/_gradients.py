@@ -20,7 +20,7 @@ from jlora._paths import path_str
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine
 from jlora.train._static import is_array
-from jlora.train._totals import Totals, means, nonzero
+from jlora.train._totals import Totals, accumulation_dtype, means, nonzero
 
 Tree = Any
 AxisName = str | tuple[str, ...]
@@ -217,7 +217,7 @@ def _all_varying(tree: Tree, axis: AxisName) -> Tree:
 
 def at_least_f32(x: Array) -> Array:
     """X in what is summed in: float32, or float64 where it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(accumulation_dtype(x.dtype))
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:

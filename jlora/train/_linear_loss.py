@@ -138,7 +138,7 @@ def _loss(
         total = lax.dot_general(
             even, w, (numbers, ((), ())), preferred_element_type=jnp.float32
         )
-        target += s.eps / w.shape[s.axis] * total
+        target += (s.eps / w.shape[s.axis] * total)[None]
     loss = lse - jnp.sum(h.astype(jnp.float32) * target, axis=-1) + s.z * lse**2
     return jnp.where(counted, loss, 0.0), target
 

@@ -195,7 +195,9 @@ class Loop:
             if numbers["nonfinite"]:
                 raise NonFiniteError(
                     f"step {step}: the loss is {numbers['loss']}, the gradient's norm "
-                    f"{numbers['grad_norm']}.\nTry a lower learning rate, or float32."
+                    f"{numbers['grad_norm']}.\nTry a lower learning rate, or float32. "
+                    "In the first steps, look at the data too: NaN in it, or ids that "
+                    "the loss computes and that are beyond the model's tables."
                 )
             for callback in self.callbacks:
                 callback.on_step(self, step, {**numbers, "count": count})

@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from jlora._errors import DtypeError, ShapeError
 from jlora.train._ids import checked_labels
+from jlora.train._totals import accumulation_dtype
 
 
 def cross_entropy(
@@ -55,7 +56,7 @@ def cross_entropy(
     (True, 2)
     """
     labels = check_labels("logits", logits, labels, mask, classes=logits.shape[-1])
-    weight = weights_of(labels, mask, _sum_dtype(logits))
+    weight = weights_of(labels, mask, accumulation_dtype(logits.dtype))
     counted = weight != 0
     safe = jnp.where(counted, labels, 0)
     nll = _nll(logits, safe, counted, float(label_smoothing), float(z_loss))
@@ -98,11 +99,6 @@ def weights_of(labels: Array, mask: Array | None, dtype: jnp.dtype) -> Array:
     return jnp.where(labels >= 0, weight, jnp.zeros((), dtype))
 
 
-def _sum_dtype(x: Array) -> jnp.dtype:
-    """Float32, or float64 where x is."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _nll(logits: Array, labels: Array, counted: Array, eps: float, z: float) -> Array:
     """The loss of each label `[...]`; 0 where it is not counted."""
@@ -113,7 +109,7 @@ def _losses(
     logits: Array, labels: Array, counted: Array, eps: float, z: float
 ) -> tuple[Array, Array]:
     """The losses, and `logsumexp(logits)`, `[...]` both."""
-    dtype = _sum_dtype(logits)
+    dtype = accumulation_dtype(logits.dtype)
     lse = jax.nn.logsumexp(logits.astype(dtype), axis=-1)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     loss = lse - (1 - eps) * picked.astype(dtype)

@@ -27,7 +27,7 @@ from jlora.train._gradients import (
 )
 from jlora.train._state import TrainState, strongly_typed
 from jlora.train._static import put_together, take_apart
-from jlora.train._totals import Metrics, Totals, means, totals_fn
+from jlora.train._totals import Metrics, Totals, accumulation_dtype, means, totals_fn
 from jlora.train._uses import IdCheck
 
 Tree = Any
@@ -341,7 +341,7 @@ def _loss_functions(objective: Objective) -> dict[str, Callable[..., Array]]:
 def _global_norm(tree: Tree) -> Array:
     """As `optax.tree.norm`, summed in float32 at least whatever the leaves are."""
     squares = [jnp.sum(at_least_f32(x) ** 2) for x in jax.tree.leaves(tree)]
-    dtype = jnp.result_type(*(x.dtype for x in squares))
+    dtype = max((x.dtype for x in squares), key=lambda d: d.itemsize)
     return jnp.sqrt(sum(x.astype(dtype) for x in squares))
 
 
@@ -351,7 +351,7 @@ def _clip(grads: Tree, norm: Array, clip_norm: float | None) -> Tree:
         return grads
 
     def clip(g: Array) -> Array:
-        scaled = at_least_f32(g) / norm.astype(jnp.promote_types(g.dtype, jnp.float32))
+        scaled = at_least_f32(g) / norm.astype(accumulation_dtype(g.dtype))
         return jnp.where(norm < clip_norm, g, (scaled * clip_norm).astype(g.dtype))
 
     return jax.tree.map(clip, grads)

@@ -68,8 +68,15 @@ def pair(name: str, value: Any, weight: Any) -> tuple[Array, Array]:
 
 
 def _number(x: Any) -> Array:
-    is_wide = getattr(x, "dtype", None) == jnp.float64
-    return jnp.asarray(x, jnp.float64 if is_wide else jnp.float32)
+    return jnp.asarray(x, accumulation_dtype(getattr(x, "dtype", jnp.float32)))
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """What values of a dtype are summed in: float32, or wider where they are."""
+    # Not by promotion, which users may have made strict.
+    dtype = jnp.dtype(dtype)
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if is_wide else jnp.dtype(jnp.float32)
 
 
 def _no_metric(name: str, value: Any) -> str:

@@ -55,7 +55,7 @@ def _dot(x: Array, y: Array, **params: Any) -> Array:
     return lax.dot_general(x, y, **params)
 
 
-def _apart(x: Array, y: Array, **params: Any) -> Array:
+def _dot_on_its_own(x: Array, y: Array, **params: Any) -> Array:
     """`_dot`, kept apart from other products of its large operand.
 
     On a GPU XLA merges products that share an operand where one is small, x·W and x·A
@@ -157,7 +157,7 @@ _compat.define(
     _dot,
     _compat.dot_aval,
     batching=_batched,
-    lowered={"cuda": _apart, "rocm": _apart},
+    lowered={"cuda": _dot_on_its_own, "rocm": _dot_on_its_own},
 )
 _compat.define_transposes(factor_product_p, _transpose_x, _transpose_y)
 

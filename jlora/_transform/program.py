@@ -26,13 +26,13 @@ class Program:
       facts: what its text says of its values.
     """
 
-    def __init__(self, bare: Any, env: dict[Any, Any]) -> None:
+    def __init__(self, jaxpr: Any, env: dict[Any, Any]) -> None:
         self.env = env
         self.shared: dict[Any, Any] = {}
         self.uses = Uses()
-        self.eqns, self._last_read = _needed(bare)
-        self._outvars = bare.outvars
-        self.facts = Facts(bare)
+        self.eqns, self._last_read = _needed(jaxpr)
+        self._outvars = jaxpr.outvars
+        self.facts = Facts(jaxpr)
         self._operations = _repeated(self.eqns)
         self._products: dict[Any, list[Eqn]] | None = None
 
@@ -59,7 +59,7 @@ class Program:
         places = tuple(range(len(args)))
         return _compat.inlined(((operation, places),), (len(args),))(*args)
 
-    def stretch(self, start: int) -> list[Eqn]:
+    def fusible(self, start: int) -> list[Eqn]:
         """Equations from `start` on that may run as one: of one module, all repeated.
 
         And none with a low-rank operand.
@@ -73,26 +73,26 @@ class Program:
             found.append(eqn)
         return found
 
-    def run(self, stretch: Sequence[Eqn]) -> None:
+    def run_fused(self, eqns: Sequence[Eqn]) -> None:
         """Run equations as one function, whose derivative is found once for all."""
-        made = {eqn.outvars[0] for eqn in stretch}
-        read = {v for eqn in stretch for v in self._last_read.get(id(eqn), ())}
+        made = {eqn.outvars[0] for eqn in eqns}
+        read = {v for eqn in eqns for v in self._last_read.get(id(eqn), ())}
         operands = {
             id(v): v
-            for eqn in stretch
+            for eqn in eqns
             for v in eqn.invars
             if isinstance(v, _compat.Literal) or v not in made
         }
-        results = [v for v in (e.outvars[0] for e in stretch) if v not in read]
+        results = [v for v in (e.outvars[0] for e in eqns) if v not in read]
         number = {key: n for n, key in enumerate(operands)}
-        for eqn in stretch:
+        for eqn in eqns:
             number[id(eqn.outvars[0])] = len(number)
         steps = tuple(
             (self._operations[id(eqn)], tuple(number[id(v)] for v in eqn.invars))
-            for eqn in stretch
+            for eqn in eqns
         )
         f = _compat.inlined(steps, tuple(number[id(v)] for v in results))
-        self.keep(stretch, results, f(*map(self.read, operands.values())))
+        self.keep(eqns, results, f(*map(self.read, operands.values())))
 
     def products(self) -> dict[Any, list[Eqn]]:
         """The products by their left operand's variable."""
@@ -112,12 +112,12 @@ class Program:
         )
 
 
-def _needed(bare: Any) -> tuple[list[Eqn], dict[int, list[Any]]]:
+def _needed(jaxpr: Any) -> tuple[list[Eqn], dict[int, list[Any]]]:
     """The equations whose results are read, and what each is the last to read."""
-    needed = {v for v in bare.outvars if not isinstance(v, _compat.Literal)}
+    needed = {v for v in jaxpr.outvars if not isinstance(v, _compat.Literal)}
     last_read: dict[int, list[Any]] = {}
     live = []
-    for eqn in reversed(bare.eqns):
+    for eqn in reversed(jaxpr.eqns):
         if not eqn.effects and not any(v in needed for v in eqn.outvars):
             continue
         live.append(eqn)

@@ -97,14 +97,14 @@ class Replay:
         number = 0
         while number < len(program.eqns):
             eqn = program.eqns[number]
-            stretch = program.stretch(number)
+            fused = program.fusible(number)
             with _compat.eqn_context(eqn):
-                if stretch:
-                    program.run(stretch)
+                if fused:
+                    program.run_fused(fused)
                 else:
                     operands = [program.read(v) for v in eqn.invars]
                     program.keep([eqn], eqn.outvars, self._step(eqn, operands))
-            number += len(stretch) or 1
+            number += len(fused) or 1
         return program.results()
 
     def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:

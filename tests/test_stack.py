@@ -75,7 +75,7 @@ def test_adapters_go_along():
     (t,) = node.adapters.values()
     assert node.path == "enc/layers/attn/query/kernel"
     assert (t.a.shape, t.b.shape, t.scale.shape) == ((L, N, 2), (L, 2, M), (L,))
-    assert (t.both, t.a_only, t.b_only) == ((0,), (1,), (2,))
+    assert (t.batch_axes, t.in_axes, t.out_axes) == ((0,), (1,), (2,))
     assert_equal(jlora.merge(stacked), jlora.stack_layers(jlora.merge(tree)))
     assert_equal(jlora.unstack_layers(stacked, ["layers"]), tree)
 
@@ -156,13 +156,13 @@ def test_kernels_of_three_axes_are_not_taken_for_stacks():
     heads = {"query": {"kernel": jnp.ones((4, 4, 2)), "bias": jnp.ones((4, 2))}}
     tree = {"attn": heads, "norm": {"scale": jnp.ones(4)}}
     (t,) = jlora.lorafy(tree, 1, ["query"])["attn"]["query"]["kernel"].adapters.values()
-    assert (t.a_only, t.b_only, t.both) == ((0,), (1, 2), ())
+    assert (t.in_axes, t.out_axes, t.batch_axes) == ((0,), (1, 2), ())
     square = {
         "query": {"weight": jnp.ones((4, 4))},
         "value": {"weight": jnp.ones((4, 4))},
     }
     (t,) = jlora.lorafy(square, rank=1)["query"]["weight"].adapters.values()
-    assert (t.a_only, t.b_only, t.both) == ((1,), (0,), ())
+    assert (t.in_axes, t.out_axes, t.batch_axes) == ((1,), (0,), ())
 
 
 def test_norms_of_a_stack_are_no_kernels():
@@ -170,7 +170,7 @@ def test_norms_of_a_stack_are_no_kernels():
     got = jlora.lorafy({"layers": tree}, rank=2, targets="all-linear")["layers"]
     assert not jlora.is_node(got["norm"]["weight"])
     (t,) = got["up"]["kernel"].adapters.values()
-    assert (t.a_only, t.b_only, t.both) == ((1,), (2,), (0,))
+    assert (t.in_axes, t.out_axes, t.batch_axes) == ((1,), (2,), (0,))
     alone = {"up": {"kernel": jnp.ones((3, 5, 7))}}
     with pytest.raises(ShapeError, match=r"batch_axes=\(0,\)"):
         jlora.lorafy(alone, targets="all-linear", rank=2)

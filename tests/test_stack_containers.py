@@ -153,7 +153,11 @@ def test_an_nnx_model_of_layers():
         0
     ]
     (t,) = node.adapters.values()
-    assert (t.a.shape, t.both, node.path) == ((L, N, 2), (0,), "layers/query/kernel")
+    assert (t.a.shape, t.batch_axes, node.path) == (
+        (L, N, 2),
+        (0,),
+        "layers/query/kernel",
+    )
     back = jlora.unstack_layers(stacked, ["layers"])
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     x = jnp.ones((2, N))

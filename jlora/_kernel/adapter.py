@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora._compat import is_explicit
 from jlora._errors import ShapeError
-from jlora._kernel.axes import RANK, Array, Dims, contract, outer_sum, spread, widen
+from jlora._kernel.axes import RANK, Array, Dims, contract, expand, outer_sum, pad_to
 from jlora._kernel.opaque import Note
 
 
@@ -61,17 +61,17 @@ class Adapter:
         return self.a.shape[self.a_dims.index(RANK)]
 
     @property
-    def a_only(self) -> tuple[int, ...]:
+    def in_axes(self) -> tuple[int, ...]:
         """Kernel dimensions that only `a` spans: the inputs of an ordinary kernel."""
         return tuple(d for d in self.a_dims if d != RANK and d not in self.b_dims)
 
     @property
-    def b_only(self) -> tuple[int, ...]:
+    def out_axes(self) -> tuple[int, ...]:
         """Kernel dimensions that only `b` spans: the outputs of an ordinary kernel."""
         return tuple(d for d in self.b_dims if d != RANK and d not in self.a_dims)
 
     @property
-    def both(self) -> tuple[int, ...]:
+    def batch_axes(self) -> tuple[int, ...]:
         """Kernel dimensions with an adapter of their own at each index."""
         return tuple(d for d in self.a_dims if d != RANK and d in self.b_dims)
 
@@ -121,7 +121,7 @@ class Adapter:
         """
         dims = tuple(range(len(shape)))
         a, b = self.a.astype(dtype), self.b.astype(dtype)
-        a = a * spread(self.scale, self.s_dims, self.a_dims)
+        a = a * expand(self.scale, self.s_dims, self.a_dims)
         explicit = is_explicit(a) or is_explicit(b)
         if self.rank <= fuse_up_to and not explicit:
             out, labels = outer_sum(a, self.a_dims, b, self.b_dims)
@@ -130,7 +130,7 @@ class Adapter:
                 a, self.a_dims, b, self.b_dims, keep=dims, precision="highest"
             )
         starts = [self.starts[d] if d in labels else None for d in dims]
-        out = widen(spread(out, labels, dims), starts, shape)
+        out = pad_to(expand(out, labels, dims), starts, shape)
         return jnp.broadcast_to(out, shape)
 
     @functools.cached_property

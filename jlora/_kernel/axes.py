@@ -1,4 +1,4 @@
-"""Arrays with labelled axes: contract, align, spread and widen them by label.
+"""Arrays with labelled axes: contract, align, expand and pad them by label.
 
 A factor's axes are labelled by the kernel dimensions that they lie along, with `RANK`
 for the rank axis. Transposing, slicing or reshaping a kernel then means renaming
@@ -109,7 +109,7 @@ def _dims_of(*labels: Dims) -> Dims:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3))
 def _outer_sum(x: Array, x_labels: Dims, y: Array, y_labels: Dims) -> Array:
     order = (RANK, *_dims_of(x_labels, y_labels))
-    x, y = spread(x, x_labels, order), spread(y, y_labels, order)
+    x, y = expand(x, x_labels, order), expand(y, y_labels, order)
     terms = (
         lax.index_in_dim(x, r, keepdims=False) * lax.index_in_dim(y, r, keepdims=False)
         for r in range(x.shape[0])
@@ -139,14 +139,14 @@ def align(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Ar
     return x if perm == list(range(len(perm))) else lax.transpose(x, perm)
 
 
-def spread(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:
+def expand(x: Array, labels: Sequence[Hashable], order: Sequence[Hashable]) -> Array:
     """X with its axes in that order, and one of size 1 for each label it lacks."""
     x = align(x, labels, [n for n in order if n in labels])
     lacking = [i for i, n in enumerate(order) if n not in labels]
     return lax.expand_dims(x, lacking) if lacking else x
 
 
-def widen(x: Array, starts: Sequence[int | None], shape: Sequence[int]) -> Array:
+def pad_to(x: Array, starts: Sequence[int | None], shape: Sequence[int]) -> Array:
     """Zero-pad a window to the whole; an axis whose start is None stays as it is."""
     pads = [
         (0, 0, 0) if start is None else (start, size - start - n, 0)

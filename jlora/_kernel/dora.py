@@ -24,8 +24,8 @@ from jlora._kernel.axes import (
     accumulation_dtype,
     align,
     contract,
-    spread,
-    widen,
+    expand,
+    pad_to,
 )
 
 _RANK_TOO = -2  # the rank axis of the second A in Aᵀ·A
@@ -47,7 +47,7 @@ def column_norm(base: Array, t: Adapter) -> Array:
     sizes = [t.size(d) or n for d, n in enumerate(base.shape)]
     ends = [start + n for start, n in zip(t.starts, sizes, strict=True)]
     window = lax.slice(base, t.starts, ends)
-    batch = set(t.both)
+    batch = set(t.batch_axes)
     # As the forward product sees them: in the kernel's dtype, summed up in float32.
     a, b = t.a.astype(base.dtype), t.b.astype(base.dtype)
     dtype = accumulation_dtype(base.dtype)
@@ -60,7 +60,7 @@ def column_norm(base: Array, t: Adapter) -> Array:
     square, square_dims = contract(gram, gram_dims, b, b_too, batch, **into)
 
     order = (*t.o_dims, RANK)
-    scale = spread(t.scale, t.s_dims, order)
+    scale = expand(t.scale, t.s_dims, order)
     linear = 2 * scale * align(cross, cross_dims, order)
     update = linear + scale**2 * align(square, square_dims, order)
     update = jnp.sum(update * align(b, t.b_dims, order), axis=-1)
@@ -77,7 +77,7 @@ def with_gain(base: Array, t: Adapter) -> Adapter:
     norm = lax.stop_gradient(column_norm(base, t))
     # A column of zeros has magnitude zero, and stays.
     gain = t.magnitude.astype(norm.dtype) / jnp.maximum(norm, jnp.finfo(norm).tiny)
-    b = t.b * spread(gain, t.o_dims, t.b_dims).astype(t.b.dtype)
+    b = t.b * expand(gain, t.o_dims, t.b_dims).astype(t.b.dtype)
     return dataclasses.replace(t, b=b, magnitude=None, gain=gain)
 
 
@@ -86,7 +86,7 @@ def with_magnitude(base: Array, t: Adapter) -> Adapter:
     if t.gain is None:
         return t
     # A gain of zero leaves nothing of b, and nothing of the column.
-    divisor = spread(jnp.where(t.gain == 0, 1, t.gain), t.o_dims, t.b_dims)
+    divisor = expand(jnp.where(t.gain == 0, 1, t.gain), t.o_dims, t.b_dims)
     t = dataclasses.replace(t, b=t.b / divisor.astype(t.b.dtype))
     magnitude = t.gain * lax.stop_gradient(column_norm(base, t))
     return dataclasses.replace(t, magnitude=magnitude.astype(t.a.dtype), gain=None)
@@ -109,6 +109,8 @@ def common_gain(
     total = jnp.ones((), gained[0][0].dtype)
     for gain, t in gained:
         starts = [t.starts[d] if d in t.o_dims else None for d in dims]
-        more = widen(spread(gain - 1, t.o_dims, dims), starts, [shape[d] for d in dims])
+        more = pad_to(
+            expand(gain - 1, t.o_dims, dims), starts, [shape[d] for d in dims]
+        )
         total = total + more
     return total, dims

@@ -28,7 +28,7 @@ from jax import lax
 from jlora import _compat
 from jlora._kernel import dora
 from jlora._kernel.adapter import KEYS, Adapter, new_adapter
-from jlora._kernel.axes import Array, Dims, accumulation_dtype, rounded, spread
+from jlora._kernel.axes import Array, Dims, accumulation_dtype, expand, rounded
 from jlora._kernel.opaque import Note, Opaque, Origin
 from jlora._paths import leaf_paths
 
@@ -110,7 +110,7 @@ class LowRank(_OnBase):
         update, gained = w._sum_of_terms(fuse_up_to), w.gain()
         if gained is None:
             return update
-        gain = spread(*gained, range(w.ndim))
+        gain = expand(*gained, range(w.ndim))
         return update + (gain - 1) * w.base.astype(update.dtype)
 
     def value(self, *, fuse_up_to: int = 0) -> Array:
@@ -123,7 +123,7 @@ class LowRank(_OnBase):
         update, gained = w._sum_of_terms(fuse_up_to), w.gain()
         base = w.base.astype(update.dtype)
         if gained is not None:
-            base = spread(*gained, range(w.ndim)) * base
+            base = expand(*gained, range(w.ndim)) * base
         return base + update
 
     def _sum_of_terms(self, fuse_up_to: int) -> Array:

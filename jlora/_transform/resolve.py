@@ -14,7 +14,7 @@ import jax
 
 from jlora._errors import StructureError, UnsupportedOpError
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import Array, accumulation_dtype, align, spread, widen
+from jlora._kernel.axes import Array, accumulation_dtype, align, expand, pad_to
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import BIAS_NAMES, leaf_paths, module_of
 
@@ -115,5 +115,5 @@ def _bias_term(w: LowRank, t: Adapter, bias: Array) -> Array:
     """`scale * bias` on the outputs of the whole kernel, in the kernel's order."""
     order = tuple(sorted(t.o_dims))
     term = align(bias.astype(accumulation_dtype(w.dtype)), t.o_dims, order)
-    term = term * spread(t.scale, t.s_dims, order)
-    return widen(term, [t.starts[d] for d in order], [w.shape[d] for d in order])
+    term = term * expand(t.scale, t.s_dims, order)
+    return pad_to(term, [t.starts[d] for d in order], [w.shape[d] for d in order])

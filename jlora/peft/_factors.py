@@ -52,7 +52,9 @@ def new_adapter(
     a, b = np.swapaxes(pair.a, -1, -2), np.swapaxes(pair.b, -1, -2)
     values: dict[str, np.ndarray] = {
         "a": a.reshape(*t.a.shape[:-1], pair.rank),
-        "b": b.reshape(*layout.sizes(layout.batch), pair.rank, *layout.sizes(t.b_only)),
+        "b": b.reshape(
+            *layout.sizes(layout.batch), pair.rank, *layout.sizes(t.out_axes)
+        ),
         "scale": np.broadcast_to(scale, t.scale.shape),
     }
     if pair.magnitude is not None:
@@ -100,11 +102,13 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
         _check_exportable(node, t, layout)
     scales = [on_host(t.scale).astype(np.float32) for t in terms]
     common = max((float(s) for scale in scales for s in scale.ravel()), key=abs)
-    a = [_whole(node, t, t.a, t.a_dims, (*t.both, RANK, *sorted(t.a_only)))
+    a = [_whole(node, t, t.a, t.a_dims, (*t.batch_axes, RANK, *sorted(t.in_axes)))
          for t in terms]  # fmt: skip
     b = [
-        _scaled(_whole(node, t, t.b, t.b_dims, (*t.both, *sorted(t.b_only), RANK)),
-                scale, common)
+        _scaled(
+            _whole(node, t, t.b, t.b_dims,
+                   (*t.batch_axes, *sorted(t.out_axes), RANK)),
+            scale, common)
         for t, scale in zip(terms, scales, strict=True)
     ]  # fmt: skip
     biases = [
@@ -121,7 +125,7 @@ def exported(node: LowRank, layout: Layout) -> tuple[Pair, float]:
         _magnitude(node, terms, layout),
         sum(biases[1:], biases[0]).reshape(*many, -1) if biases else None,
     )
-    if layout.kind != "table" or terms[0].a_only == (0,):
+    if layout.kind != "table" or terms[0].in_axes == (0,):
         return pair, common
     if pair.magnitude is not None or pair.bias is not None:
         raise StructureError(
@@ -164,11 +168,11 @@ def _check_exportable(node: LowRank, t: Adapter, layout: Layout) -> None:
             f"the adapter of {node.path!r} has no values.\nSave a tree of arrays, "
             "outside of jax.jit."
         )
-    if t.both != layout.batch:
+    if t.batch_axes != layout.batch:
         raise StructureError(
             f"the kernel {node.path!r} {node.shape} is a stack with one adapter for "
             "each of its layers; PEFT has one module for each layer.\nUnstack it first."
-            if t.both
+            if t.batch_axes
             else f"the adapter of {node.path!r} {node.shape} has one A and B for all "
             "experts; PEFT has a pair for each.\nAdapt it with "
             "Target(in_axes=(1,), out_axes=(2,), batch_axes=(0,))."
@@ -180,17 +184,17 @@ def _check_exportable(node: LowRank, t: Adapter, layout: Layout) -> None:
                 f"of the adapters on {node.path!r} some have a {name} and some do not; "
                 "PEFT has one adapter there."
             )
-    if {*t.a_only, *t.b_only, *t.both} != set(range(node.ndim)):
+    if {*t.in_axes, *t.out_axes, *t.batch_axes} != set(range(node.ndim)):
         raise ShapeError(
             f"the adapter of {node.path!r} {node.shape} does not span all its axes, so "
             "it is no linear layer's."
         )
-    axes = {*t.a_only}, {*t.b_only}
+    axes = {*t.in_axes}, {*t.out_axes}
     told = {*layout.ins}, {*layout.outs}
     if axes != told and not (layout.kind == "table" and axes == told[::-1]):
         raise ShapeError(
-            f"the adapter of {node.path!r} {node.shape} has inputs {t.a_only} and "
-            f"outputs {t.b_only}; in PyTorch this {layout.kind} kernel has inputs "
+            f"the adapter of {node.path!r} {node.shape} has inputs {t.in_axes} and "
+            f"outputs {t.out_axes}; in PyTorch this {layout.kind} kernel has inputs "
             f"{layout.ins} and outputs {layout.outs}."
         )
 

@@ -74,7 +74,7 @@ def _layout(param: Param, node: LowRank) -> Layout:
     kind: Kind | None = "table" if param.tied else kind_here(param)
     if kind is None and len(param.shape) == 2:
         # An array called `weight`: adapted along its rows it is an embedding.
-        inputs = {d for t in node.adapters.values() for d in t.a_only}
+        inputs = {d for t in node.adapters.values() for d in t.in_axes}
         kind = "table" if inputs == {0} else "linear"
     if kind is None:
         raise StructureError(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, Dims, align, spread, widen
+from jlora._kernel.axes import RANK, Array, Dims, align, expand, pad_to
 from jlora._kernel.nodes import LowRank
 
 
@@ -76,7 +76,7 @@ def cover_term(t: Adapter, shape: Sequence[int]) -> Adapter:
         starts = [None if d == RANK else t.starts[d] for d in dims]
         sizes = [0 if d == RANK else shape[d] for d in dims]
         return (
-            widen(x - fill, starts, sizes) + fill if fill else widen(x, starts, sizes)
+            pad_to(x - fill, starts, sizes) + fill if fill else pad_to(x, starts, sizes)
         )
 
     return dataclasses.replace(
@@ -112,7 +112,7 @@ def to_one_side(t: Adapter, dim: int, side: str) -> Adapter:
 
 def fold_scale(t: Adapter) -> Adapter:
     """The term with its scale in `a`."""
-    a = t.a * spread(t.scale, t.s_dims, t.a_dims)
+    a = t.a * expand(t.scale, t.s_dims, t.a_dims)
     return dataclasses.replace(t, a=a, scale=jnp.ones((), t.scale.dtype), s_dims=())
 
 
@@ -142,7 +142,7 @@ def change_factor(
     for name in ("a", "b"):
         x, dims = factor(t, name)
         if set(axes) <= set(dims):
-            return with_factor(t, name, f(x, spread(v, order, dims)))
+            return with_factor(t, name, f(x, expand(v, order, dims)))
     return None
 
 
@@ -196,10 +196,10 @@ def scaled_later(w: LowRank, v: Array, axes: frozenset[int]) -> LowRank | None:
       The kernel, whose terms are as they were; None where a side has to be multiplied.
     """
     terms = list(w.adapters.values())
-    both = {d for t in terms for d in t.both}
+    both = {d for t in terms for d in t.batch_axes}
     one_side = any(
         all(axes <= {*side(t), *both} for t in terms)
-        for side in (lambda t: t.a_only, lambda t: t.b_only)
+        for side in (lambda t: t.in_axes, lambda t: t.out_axes)
     )
     if not terms or not one_side or not all(t.covers(w.shape) for t in terms):
         return None
@@ -240,7 +240,7 @@ def scaled_now(x: Any) -> Any:
             adapters[name] = t
         else:
             gain, dims = LowRank(x.base, {"": t}).gain() or (1, ())
-            factor = spread(gain, dims, range(x.ndim))
+            factor = expand(gain, dims, range(x.ndim))
             base = (base.astype(factor.dtype) * factor).astype(base.dtype)
     return dataclasses.replace(x, base=base, adapters=adapters)
 

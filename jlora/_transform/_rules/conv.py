@@ -56,8 +56,8 @@ def conv_general_dilated(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 def _product_first(w: LowRank, t: Adapter, p: dict[str, Any]) -> bool:
     """Whether one factor spans just the channels that are summed over."""
     _, channel, *_ = p["dimension_numbers"].rhs_spec
-    sides = [{d for d in side if w.shape[d] > 1} for side in (t.a_only, t.b_only)]
-    if {channel} not in sides or t.both or p["feature_group_count"] != 1:
+    sides = [{d for d in side if w.shape[d] > 1} for side in (t.in_axes, t.out_axes)]
+    if {channel} not in sides or t.batch_axes or p["feature_group_count"] != 1:
         return False
     other = sides[1 - sides.index({channel})]
     return len(other) > 1 or other != {p["dimension_numbers"].rhs_spec[0]}
@@ -68,7 +68,9 @@ def _term_of_mirrored(w: LowRank, t: Adapter, x: Array, p: dict[str, Any]) -> Ar
     numbers = p["dimension_numbers"]
     _, channel, *_ = numbers.rhs_spec
     factors = [(t.a, t.a_dims), (t.b, t.b_dims)]
-    (down, down_dims), (up, up_dims) = factors if channel in t.a_only else factors[::-1]
+    (down, down_dims), (up, up_dims) = (
+        factors if channel in t.in_axes else factors[::-1]
+    )
     down, down_dims = _without(down, down_dims, {channel, RANK})
     missing = [d for d in range(w.ndim) if d != channel and d not in up_dims]
     up = lax.broadcast(up, [w.shape[d] for d in missing])

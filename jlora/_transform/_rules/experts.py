@@ -12,7 +12,7 @@ from jax import lax
 
 from jlora._compat import Eqn, rebind
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, align, spread
+from jlora._kernel.axes import RANK, Array, align, expand
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules.matmul import check_axes, drop_inputs, gained
@@ -26,7 +26,7 @@ def ragged_dot(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     if not plain or not isinstance(w, LowRank) or isinstance(x, LowRank):
         return NotImplemented
     adapters = list(w.adapters.values())
-    if not all(t.covers(w.shape) and t.both == (0,) for t in adapters):
+    if not all(t.covers(w.shape) and t.batch_axes == (0,) for t in adapters):
         return NotImplemented
     (out,) = rebind(eqn, [x, w.base, sizes])
     gain = w.gain()
@@ -56,8 +56,8 @@ def is_plain(p: dict[str, Any]) -> bool:
 def _term(w: LowRank, t: Adapter, x: Array, sizes: Array, p: dict[str, Any]) -> Array:
     """Two ragged products; the scale differs by expert, so it goes into `a`."""
     factors = (t.a, t.a_dims), (t.b, t.b_dims)
-    (a, a_dims), (b, b_dims) = factors if 1 in t.a_only else reversed(factors)
-    a = a * spread(t.scale, t.s_dims, a_dims)
+    (a, a_dims), (b, b_dims) = factors if 1 in t.in_axes else reversed(factors)
+    a = a * expand(t.scale, t.s_dims, a_dims)
     down = align(a.astype(w.dtype), a_dims, [0, 1, RANK])  # [experts, i, r]
     up = align(b.astype(w.dtype), b_dims, [0, RANK, 2])  # [experts, r, o]
     params = {k: p[k] for k in ("precision", "preferred_element_type")}

@@ -16,7 +16,7 @@ from jax import lax
 
 from jlora._compat import Eqn, rebind
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, Dims, contract, spread
+from jlora._kernel.axes import RANK, Array, Dims, contract, expand
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules._terms import cover
@@ -42,10 +42,12 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     w = w.map(w.base, lambda t: _span_looked_up(t, touched, w.shape))
     adapters = list(w.adapters.values())
     order = _output_order(w, numbers, indices.ndim - 1)
-    if all(touched <= set(t.both) and t.key is None for t in adapters):
+    if all(touched <= set(t.batch_axes) and t.key is None for t in adapters):
         (base,) = rebind(eqn, [w.base, indices])
         return [w.map(base, lambda t: _kernels(t, indices, p, order))]
-    if not all(touched <= set(t.a_only) or touched <= set(t.b_only) for t in adapters):
+    if not all(
+        touched <= set(t.in_axes) or touched <= set(t.out_axes) for t in adapters
+    ):
         return NotImplemented
     (out,) = rebind(eqn, [w.base, indices])
     gain = w.gain()
@@ -79,10 +81,10 @@ def _rows(
 ) -> Array:  # fmt: skip
     """`s·A[ids]·B`, or `s·A·B[ids]` where the lookup is along outputs."""
     first, second = (t.a, t.a_dims), (t.b, t.b_dims)
-    if touched <= set(t.b_only):
+    if touched <= set(t.out_axes):
         first, second = second, first
     (x, dims), (factor, factor_dims) = first, second
-    x = x * spread(t.scale, t.s_dims, dims)
+    x = x * expand(t.scale, t.s_dims, dims)
     rows, labels = _look_up(x, dims, indices, p)
     # A stack that is looked up along with its indices is one of their axes.
     stack = _batch_labels(p["dimension_numbers"])
@@ -92,7 +94,7 @@ def _rows(
         rows.astype(w.dtype), labels, factor.astype(w.dtype), factor_labels, set(order),
         precision="highest",
     )  # fmt: skip
-    return spread(low, labels, order)
+    return expand(low, labels, order)
 
 
 def _batch_labels(numbers: Any) -> dict[int, Label]:

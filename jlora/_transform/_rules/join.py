@@ -12,7 +12,7 @@ from jax import lax
 
 from jlora._compat import Eqn, rebind
 from jlora._kernel.adapter import DIMS_OF, Adapter
-from jlora._kernel.axes import Array, spread
+from jlora._kernel.axes import Array, expand
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules._terms import bases, rename, span_both
@@ -73,18 +73,18 @@ def _alike(args: Sequence[Any], dim: int) -> list[Adapter] | None:
         if not isinstance(w, LowRank) or len(w.adapters) != 1:
             return None
         (t,) = w.adapters.values()
-        if not t.covers(w.shape) or t.a_only.count(dim) or t.b_only.count(dim):
+        if not t.covers(w.shape) or t.in_axes.count(dim) or t.out_axes.count(dim):
             return None
-        if dim in t.both and dim not in t.s_dims:
+        if dim in t.batch_axes and dim not in t.s_dims:
             return None
         t = span_both(t, dim, w.shape[dim])
-        if adapters and t.a_only != t.b_only and t.gain is None:
+        if adapters and t.in_axes != t.out_axes and t.gain is None:
             t = _sides_like(t, adapters[0])
         adapters.append(t)
     same = {
         (
-            t.rank, t.dropout, t.key is None, t.gain is None, frozenset(t.both),
-            frozenset(t.a_only), frozenset(t.b_only), frozenset(t.s_dims),
+            t.rank, t.dropout, t.key is None, t.gain is None, frozenset(t.batch_axes),
+            frozenset(t.in_axes), frozenset(t.out_axes), frozenset(t.s_dims),
             frozenset(t.o_dims),
         )
         for t in adapters
@@ -94,7 +94,7 @@ def _alike(args: Sequence[Any], dim: int) -> list[Adapter] | None:
 
 def _sides_like(t: Adapter, other: Adapter) -> Adapter:
     """The term with its factors exchanged where that makes it like the other."""
-    if frozenset(t.a_only) != frozenset(other.b_only):
+    if frozenset(t.in_axes) != frozenset(other.out_axes):
         return t
     return dataclasses.replace(t, a=t.b, b=t.a, a_dims=t.b_dims, b_dims=t.a_dims)
 
@@ -105,7 +105,7 @@ def _join_alike(adapters: list[Adapter], dim: int) -> Adapter:
 
     def joined(name: str, named: str) -> Array:
         dims = getattr(first, named)
-        arrays = [spread(getattr(t, name), getattr(t, named), dims) for t in adapters]
+        arrays = [expand(getattr(t, name), getattr(t, named), dims) for t in adapters]
         if name != "key":
             dtype = jnp.result_type(*arrays)
             arrays = [x.astype(dtype) for x in arrays]

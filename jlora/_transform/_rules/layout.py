@@ -152,7 +152,7 @@ def _for_group(t: Adapter, group: list[int], shape: Sequence[int]) -> Adapter | 
         if t.key is not None:
             return None
         t = cover_term(t, shape)
-    sides = [{*group} & {*side} for side in (t.a_only, t.b_only, t.both)]
+    sides = [{*group} & {*side} for side in (t.in_axes, t.out_axes, t.batch_axes)]
     if sides[0] and sides[1]:
         return None
     mixed = sides[2] and (sides[0] or sides[1])

@@ -20,7 +20,7 @@ from jlora import _compat
 from jlora._compat import Eqn
 from jlora._errors import ShapeError
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, Dims, Label, contract, spread, widen
+from jlora._kernel.axes import RANK, Array, Dims, Label, contract, expand, pad_to
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules.products import kernel_product
@@ -79,7 +79,7 @@ def gained(
     x: Array, gain: tuple[Array, Sequence[Label]], order: Sequence[Label]
 ) -> Array:
     """X times the gain, in float32, its axes labelled by `order`; x's dtype again."""
-    factor = _compat.factor_like(spread(*gain, order), x)
+    factor = _compat.factor_like(expand(*gain, order), x)
     return (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
@@ -114,9 +114,9 @@ def _factors(
     """
     factors = [(t.a, t.a_dims), (t.b, t.b_dims)]
     (first, dims), second = (
-        factors[::-1] if set(contracted) & set(t.b_only) else factors
+        factors[::-1] if set(contracted) & set(t.out_axes) else factors
     )
-    return (first * spread(t.scale, t.s_dims, dims), dims), second
+    return (first * expand(t.scale, t.s_dims, dims), dims), second
 
 
 def _term(
@@ -129,7 +129,7 @@ def _term(
     second = _factors(t, contracted)[1]
     low, low_labels = _product(low, low_labels, *second, w, set(order), w_left, params)
     starts = [_start(t, n) if n in low_labels else None for n in order]
-    return widen(spread(low, low_labels, order), starts, shape)
+    return pad_to(expand(low, low_labels, order), starts, shape)
 
 
 def _product(
@@ -172,9 +172,11 @@ def check_axes(
     w: LowRank, t: Adapter, contracted: Sequence[int], batch: Sequence[int] = ()
 ) -> None:
     """Refuse a contraction over other axes than the adapter was factored for."""
-    real = {d for d in contracted if t.size(d) not in (None, 1) and d not in t.both}
-    sides = [{d for d in side if t.size(d) != 1} for side in (t.a_only, t.b_only)]
-    stray = [d for d in batch if d in t.a_only or d in t.b_only]
+    real = {
+        d for d in contracted if t.size(d) not in (None, 1) and d not in t.batch_axes
+    }
+    sides = [{d for d in side if t.size(d) != 1} for side in (t.in_axes, t.out_axes)]
+    stray = [d for d in batch if d in t.in_axes or d in t.out_axes]
     if real in sides and not stray:
         return
     outs = tuple(d for d in range(w.ndim) if d not in (*contracted, *batch))
@@ -184,8 +186,8 @@ def check_axes(
         f"the kernel {w.path!r} {w.shape} is contracted over axes "
         f"{tuple(sorted(contracted))}"
         f"{f' with batch axes {tuple(batch)}' if batch else ''}, but its adapter was "
-        f"factored for inputs {t.a_only} and outputs {t.b_only}"
-        f"{f', one for each index of {t.both}' if t.both else ''}.\n"
+        f"factored for inputs {t.in_axes} and outputs {t.out_axes}"
+        f"{f', one for each index of {t.batch_axes}' if t.batch_axes else ''}.\n"
         "Let jlora read the axes of all kernels off your function:\n"
         "  survey = jlora.survey(fn, params, *inputs)\n"
         "  params = jlora.lorafy(params, ..., survey=survey)\n"

@@ -26,7 +26,7 @@ from jlora._kernel.axes import (
     accumulation_dtype,
     align,
     contract,
-    spread,
+    expand,
 )
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
@@ -223,7 +223,7 @@ def chain(
         left.append((out, list(names)))
     ((x, labels),) = left
     x, labels = _sum_lone(x, labels, {*order})
-    return spread(x, labels, order).astype(into) * times
+    return expand(x, labels, order).astype(into) * times
 
 
 def _sum_lone(
@@ -271,7 +271,7 @@ def _two_sided(t: Adapter, axes: set[int]) -> bool:
     """Whether inputs and outputs remain when those axes are summed over."""
     return all(
         any(d not in axes and (t.size(d) or 1) > 1 for d in side)
-        for side in (t.a_only, t.b_only)
+        for side in (t.in_axes, t.out_axes)
     )
 
 
@@ -283,7 +283,7 @@ def _sum_to_kernel(w: LowRank, base: Array, axes: set[int], kept: list[int]) -> 
         if t.key is not None and axes & {*t.s_dims}:
             return NotImplemented
         times = math.prod(w.shape[d] for d in axes if t.size(d) is None)
-        stacked = [d for d in t.both if d in axes]
+        stacked = [d for d in t.batch_axes if d in axes]
         t = fold_scale(t) if stacked else t
         a, a_dims = _sum_factor(t.a, t.a_dims, axes, stacked)
         b, b_dims = _sum_factor(t.b, t.b_dims, axes, stacked)

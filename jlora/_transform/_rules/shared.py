@@ -14,7 +14,7 @@ from jax import lax
 
 from jlora._compat import Eqn
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, Label, align, contract, spread
+from jlora._kernel.axes import RANK, Array, Label, align, contract, expand
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run
 
@@ -81,7 +81,7 @@ def _products(
 ) -> list[Array]:  # fmt: skip
     """One product with all scaled A side by side, cut into each adapter's own."""
     order = [*contracted, RANK]
-    scaled = [(t.a * spread(t.scale, t.s_dims, t.a_dims), t.a_dims) for t in terms]
+    scaled = [(t.a * expand(t.scale, t.s_dims, t.a_dims), t.a_dims) for t in terms]
     side_by_side = [align(a.astype(w.dtype), dims, order) for a, dims in scaled]
     factor = lax.concatenate(side_by_side, len(contracted))
     params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlora import _compat
 from jlora._compat import Eqn, rebind
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, spread
+from jlora._kernel.axes import RANK, Array, expand
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules._terms import (
@@ -68,11 +68,11 @@ def _add_vector(run: Run, eqn: Eqn, args: list[Any], minus: bool) -> LowRank | N
     v, axes = varying_axes(v, run.facts().constant_axes(atom))
     terms = w.adapters.values()
     # What has an adapter for each index of a dimension keeps it on both factors.
-    both = {d for t in terms for d in t.both}
+    both = {d for t in terms for d in t.batch_axes}
     sides = [
         side
-        for side in ("a", "b")
-        if all(axes <= {*getattr(t, f"{side}_only"), *both} for t in terms)
+        for side, own in (("a", "in_axes"), ("b", "out_axes"))
+        if all(axes <= {*getattr(t, own), *both} for t in terms)
     ]
     if not sides:
         return None
@@ -137,7 +137,7 @@ def _masked(w: LowRank, mask: Array, axes: frozenset[int]) -> LowRank | None:
             if not axes <= {*t.o_dims} or not t.covers(w.shape):
                 return None
             thin = mask.reshape([w.shape[d] for d in sorted(axes)])
-            here = spread(thin, sorted(axes), t.o_dims)
+            here = expand(thin, sorted(axes), t.o_dims)
             gain = jnp.where(here, t.gain, 1)
             changed = dataclasses.replace(changed, gain=gain)
         adapters[name] = changed

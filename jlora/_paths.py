@@ -16,7 +16,7 @@ import jax
 
 from jlora._errors import StructureError
 
-KeyPath = tuple  # of jax.tree_util keys
+KeyPath = tuple[Any, ...]  # of jax.tree_util keys
 Tree = Any  # a pytree, of parameters mostly
 IsLeaf = Callable[[Any], bool]
 

@@ -34,6 +34,7 @@ from jlora.models._generate.history import History
 from jlora.models._generate.settings import resolve, with_room
 from jlora.models._generate.single import one_by_one
 from jlora.models._parts.decoder import padding_left
+from jlora.models._parts.explicit import without_explicit_axes
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -96,7 +97,7 @@ def generate_with(
     if not ids.shape[0]:
         return jnp.zeros((0, config.max_new_tokens), jnp.int32)
     run = compiled(apply_encode, apply_decode, config, transform, is_encoder_decoder)
-    return run(params, ids.astype(jnp.int32), mask, key)
+    return run(ids.astype(jnp.int32), mask, params, key)
 
 
 def generate(
@@ -195,7 +196,7 @@ def compiled(
     if transform is not None:
         encode, decode = transform(encode), transform(decode)
 
-    def run(params: Any, ids: Array, mask: Array, key: Array | None) -> Array:
+    def run(ids: Array, mask: Array, params: Any, key: Array | None) -> Array:
         tokens, cache = encode(params, ids, mask)
         step, held = partial(decode, params), mask.astype(bool)
         history = _history(ids, held, tokens, config)
@@ -210,7 +211,7 @@ def compiled(
         given = jnp.repeat(given, config.num_return_sequences)
         return jnp.where(given[:, None], out, config.pad_token_id or 0)
 
-    return jax.jit(run)
+    return jax.jit(partial(without_explicit_axes, run))
 
 
 def _history(

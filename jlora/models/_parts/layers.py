@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jlora.models._parts.explicit import take_rows
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -77,7 +79,7 @@ class Embedding(nn.Module):
     def __call__(self, ids: Array) -> Array:
         """Return `[..., d]`; an id beyond the table gives NaN."""
         # The rows are cast, not the table: a batch touches few of them.
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return take_rows(self.embedding, ids).astype(self.dtype)
 
     def attend(self, x: Array) -> Array:
         """Return `[..., V]`, the products of `x` `[..., d]` with every row."""

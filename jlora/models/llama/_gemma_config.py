@@ -89,7 +89,7 @@ class GemmaConfig(LlamaConfig):
     defaults of the `model_type`.
 
     Attributes:
-      query_pre_attn_scalar: scores are divided by its square root; `None` is D.
+      query_pre_attn_scalar: scores are divided by its square root; `None` becomes D.
       attn_logit_softcapping: what scores stay within, softly; `None` is no bound.
       final_logit_softcapping: what logits stay within, softly; `None` is no bound.
       local_rope: how positions turn queries and keys of sliding layers; `None` is as
@@ -109,6 +109,13 @@ class GemmaConfig(LlamaConfig):
         "final_logit_softcapping",
     }
     harmless: ClassVar[str] = "|".join([LlamaConfig.harmless, *_HARMLESS])
+
+    def _check(self) -> None:
+        super()._check()
+        # `transformers` wants a file to name it.
+        read = "query_pre_attn_scalar" in self.kind.reads
+        if read and self.query_pre_attn_scalar is None:
+            self._set("query_pre_attn_scalar", self.head_dim)
 
     @property
     def ropes(self) -> dict[str, Rope]:

@@ -1,0 +1,71 @@
+"""Operations whose result's sharding JAX wants to be told on a mesh of explicit axes.
+
+`jax.make_mesh` makes such meshes by default. There an array's sharding is part of its
+type, `jax.typeof(x).sharding`, and where two inputs leave more than one possibility,
+the program has to choose. Elsewhere these functions are the plain ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def take_rows(table: Array, ids: Array) -> Array:
+    """Return `table[ids]`, `[..., d]`, of `table` `[V, d]`; NaN beyond the table.
+
+    On a mesh of explicit axes the result lies as `ids` do, and its last axis as the
+    table's, so far as `ids` leave that free.
+    """
+    mesh = _mesh(ids, table)
+    if mesh is None:
+        return jnp.take(table, ids, axis=0)
+    spec = _distinct(*_spec(ids), *_spec(table)[1:])
+    return table.at[ids].get(mode="fill", out_sharding=NamedSharding(mesh, spec))
+
+
+def without_explicit_axes(f: Callable[..., Array], rows: Array, *args: Any) -> Array:
+    """Return `f(rows, *args)`, computed where XLA chooses the shardings.
+
+    Args:
+      f: what would need a choice at every step.
+      rows: `[B, ...]`; the result's first axis lies as its first one does.
+      *args: the other arguments.
+    """
+    mesh = _mesh(rows, *jax.tree.leaves(args))
+    if mesh is None:
+        return f(rows, *args)
+    spec = PartitionSpec(_spec(rows)[0] if _mesh(rows) is not None else None)
+    free = jax.sharding.auto_axes(f, out_sharding=NamedSharding(mesh, spec))
+    return free(rows, *args)
+
+
+def _mesh(*arrays: Any) -> Any:
+    """Return the mesh that some of `arrays` are typed by, or `None`."""
+    for x in arrays:
+        mesh = getattr(jax.typeof(x).sharding, "mesh", None)
+        if mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ()):
+            return mesh
+    return None
+
+
+def _spec(x: Any) -> tuple[Any, ...]:
+    """Return over which axes of the mesh each axis of `x` is split."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (jnp.ndim(x) - len(spec))
+
+
+def _distinct(*axes: Any) -> PartitionSpec:
+    """Return a specification in which no axis of the mesh occurs twice."""
+    used: set[str] = set()
+    kept = []
+    for axis in axes:
+        names = axis if isinstance(axis, tuple) else (axis,)
+        kept.append(None if used & {*names} else axis)
+        used |= {name for name in names if name is not None}
+    return PartitionSpec(*kept)

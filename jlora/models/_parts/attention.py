@@ -133,8 +133,10 @@ def _without_window(sight: Sight, keys: int) -> Sight:
     if sight.mask is None and sight.bias is None:
         return sight
     places = jnp.arange(keys)
-    near = places[:, None] - places < sight.window  # [T, S]
-    mask = near[None] if sight.mask is None else near & sight.mask.astype(bool)
+    near = places[:, None] - places[None] < sight.window  # [T, S]
+    mask = near[None]
+    if sight.mask is not None:
+        mask = mask & sight.mask.astype(bool)
     return dataclasses.replace(sight, mask=mask, window=None)
 
 

@@ -61,9 +61,10 @@ def visible(place: Place, window: int | None = None) -> Array:
     """
     T = place.positions.shape[1]
     S = T if place.keys is None else place.keys.shape[1]
-    behind = place.first + jnp.arange(T)[:, None] - jnp.arange(S)  # [T, S]
+    behind = place.first + jnp.arange(T)[:, None] - jnp.arange(S)[None]  # [T, S]
     near = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return near[None] if place.keys is None else near & place.keys.astype(bool)[:, None]
+    near = near[None]
+    return near if place.keys is None else near & place.keys.astype(bool)[:, None]
 
 
 def attend(
@@ -328,7 +329,7 @@ class Decoder(Part):
           `[B*K, T, V]`, and the cache that the next step takes.
         """
         shared, T = cache["shared"], input_ids.shape[1]
-        positions = shared["next"][:, None] + jnp.arange(T)
+        positions = shared["next"][:, None] + jnp.arange(T)[None]
         place = Place(jnp.maximum(positions, 0), shared["index"], shared["keys"])
         x, past = self.hidden(input_ids, place, cache["beams"], True)
         moved = {"next": shared["next"] + T, "index": shared["index"] + T}
@@ -339,6 +340,6 @@ def padding_left(ids: Array, mask: Array) -> tuple[Array, Array]:
     """Turn each row so that padding on its right stands on its left."""
     S = ids.shape[1]
     shift = jnp.argmax(mask[:, ::-1], axis=1)  # [B], the padding on the right
-    source = (jnp.arange(S) - shift[:, None]) % S
+    source = (jnp.arange(S)[None] - shift[:, None]) % S
     take = partial(jnp.take_along_axis, indices=source, axis=1)
     return take(ids), take(mask)

@@ -57,9 +57,40 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", init, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
-        if self.offset:
-            weight = self.offset + weight.astype(jnp.float32)
-        return (x * weight).astype(self.dtype)
+        weight = along_last(weight, x)
+        return (x * (self.offset + weight if self.offset else weight)).astype(
+            self.dtype
+        )
+
+
+class LayerNorm(nn.Module):
+    """Layer norm, computed in float32; its parameters are named as in PyTorch.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the result.
+      param_dtype: what `init` makes weight and bias in.
+    """
+
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise the last axis of `x` `[..., d]`."""
+        init, shape = nn.initializers, x.shape[-1:]
+        weight = self.param("weight", init.ones, shape, self.param_dtype)
+        bias = self.param("bias", init.zeros, shape, self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, -1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
+        return (x * along_last(weight, x) + along_last(bias, x)).astype(self.dtype)
+
+
+def along_last(vector: Array, x: Array) -> Array:
+    """Return `vector` `[d]` in the dtype of `x` `[..., d]`, with as many axes."""
+    return jnp.expand_dims(vector.astype(x.dtype), tuple(range(x.ndim - 1)))
 
 
 class Embedding(nn.Module):

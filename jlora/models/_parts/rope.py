@@ -130,7 +130,8 @@ class Rope:
 
 def turning(rope: Rope, positions: Array, width: int) -> tuple[Array, Array]:
     """Return cosine and sine `[B, 1, T, D/2]` in float32 for `positions` `[B, T]`."""
-    angles = positions.astype(jnp.float32)[..., None] * rope.frequencies(width)
+    frequencies = rope.frequencies(width)[None, None]
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
 
 

@@ -6,36 +6,15 @@ stream, f the feed-forward layer, V the vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jlora.models._parts.attention import Sight, fused
 from jlora.models._parts.blocks import Configured
-from jlora.models._parts.layers import ACTIVATIONS, Embedding
+from jlora.models._parts.layers import ACTIVATIONS, Embedding, LayerNorm
 from jlora.models.bert._config import BertConfig
-
-
-class LayerNorm(nn.Module):
-    """Layer norm, computed in float32; its parameters are named as in PyTorch."""
-
-    epsilon: float
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalise the last axis of `x` `[..., d]`."""
-        shape = x.shape[-1:]
-        weight = self.param("weight", nn.initializers.ones, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, -1, keepdims=True)
-        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
-        return (x * weight + bias).astype(self.dtype)
 
 
 class Part(Configured):

@@ -23,7 +23,7 @@ from jax import Array
 
 from jlora._errors import ShapeError
 from jlora.models._parts.attention import Sight
-from jlora.models._parts.layers import ACTIVATIONS
+from jlora.models._parts.layers import ACTIVATIONS, along_last
 from jlora.models.bert._config import BertConfig
 from jlora.models.bert._layers import Embeddings, Layer, Part
 
@@ -227,7 +227,8 @@ class BertMaskedLM(Headed):
         """[B, S, d] -> [B, S, V]."""
         head = self.lm_head if self.config.roberta else self.cls.predictions
         x, bias = head(x)
-        return self.base.embeddings.word_embeddings.attend(x) + bias
+        logits = self.base.embeddings.word_embeddings.attend(x)
+        return logits + along_last(bias, logits)
 
 
 class RobertaLMHead(Part):
@@ -308,7 +309,7 @@ def mean_pool(
         attention_mask = jnp.ones(hidden.shape[:2], jnp.int32)
     kept = attention_mask.astype(bool)[..., None]  # [B, S, 1]
     total = jnp.sum(jnp.where(kept, hidden, 0.0), axis=1)
-    mean = total / jnp.maximum(jnp.sum(kept, axis=1), 1)
+    mean = total / jnp.maximum(jnp.sum(kept, axis=1, dtype=jnp.float32), 1)
     if not normalize:
         return mean
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
@@ -355,7 +356,8 @@ def label_loss(logits: Array, labels: Array, config: BertConfig) -> tuple[Array,
         chosen = jnp.where(counted, labels, 0)[:, None]
         logp = jax.nn.log_softmax(logits)
         logp = jnp.take_along_axis(logp, chosen, axis=-1)[:, 0]
-        return -jnp.sum(logp * counted), jnp.sum(counted, dtype=jnp.float32)
+        total = -jnp.sum(jnp.where(counted, logp, 0))
+        return total, jnp.sum(counted, dtype=jnp.float32)
     labels = labels.reshape(logits.shape).astype(jnp.float32)
     if problem == "regression":
         losses = jnp.square(logits - labels)

@@ -17,7 +17,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jlora._errors import ShapeError
 from jlora.models._parts.attention import Sight
@@ -31,26 +31,7 @@ from jlora.models._parts.decoder import (
     heads,
     remember,
 )
-from jlora.models._parts.layers import ACTIVATIONS, Embedding
-
-
-class LayerNorm(nn.Module):
-    """Layer norm with Hugging Face's names, computed in float32."""
-
-    epsilon: float
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalise the last axis of `x` `[..., d]`."""
-        init, shape = nn.initializers, x.shape[-1:]
-        weight = self.param("weight", init.ones, shape, self.param_dtype)
-        bias = self.param("bias", init.zeros, shape, self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, -1, keepdims=True)
-        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
-        return (x * weight + bias).astype(self.dtype)
+from jlora.models._parts.layers import ACTIVATIONS, Embedding, LayerNorm
 
 
 class GPT2Part(Part):
@@ -103,7 +84,11 @@ class Attention(GPT2Part):
         """Return what the scores are multiplied by."""
         c = self.config
         scale = width**-0.5 if c.scale_attn_weights else 1.0
-        return scale / (number + 1 if c.scale_attn_by_inverse_layer_idx else 1)
+        if not c.scale_attn_by_inverse_layer_idx:
+            return scale
+        if isinstance(number, int):
+            return scale / (number + 1)
+        return scale / (number + 1).astype(jnp.float32)
 
 
 class FeedForward(GPT2Part):

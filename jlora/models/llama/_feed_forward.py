@@ -91,7 +91,8 @@ class Experts(LlamaPart):
         h = ACTIVATIONS[self.config.hidden_act](gate) * up
         y = lax.ragged_dot(h, self.down_proj, sizes)  # [N*k, d]
         y = y[jnp.argsort(order)].reshape(*chosen.shape, -1)  # [N, k, d]
-        return jnp.sum(y * weights[..., None], axis=1).astype(self.dtype)
+        y = y.astype(jnp.float32) * weights[..., None]
+        return jnp.sum(y, axis=1).astype(self.dtype)
 
 
 class Mixture(LlamaPart):

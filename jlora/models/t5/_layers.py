@@ -152,13 +152,13 @@ class Attention(Part):
             max_distance=c.relative_attention_max_distance,
         )
         bias = self.relative_attention_bias(jnp.asarray(buckets)).astype(jnp.float32).T
-        return jnp.where(offsets > 0, MASKED, bias) if hide else bias
+        return jnp.where((offsets > 0)[None], MASKED, bias) if hide else bias
 
 
 def spread_bias(by_offset: Array, positions: Array | np.ndarray, keys: int) -> Array:
     """Lay out `offset_bias` for queries at `positions` `[T]`: `[1, H, T, S]`."""
     zero = by_offset.shape[-1] - keys  # where offset 0 stands
-    offsets = np.arange(keys) - positions[:, None]
+    offsets = np.arange(keys)[None] - positions[:, None]
     return jnp.take(by_offset, zero + offsets, axis=1, mode="clip")[None]
 
 

@@ -131,7 +131,7 @@ class Stack(Part):
             (x, source), layers = carry, block.items
             x, kv = layers[0](x, seen, deterministic, past, index)
             if encoded is not None:
-                x, source = _when_due(x, source)
+                x, source = _not_before(x, source)
                 own = encoded if source is None else source
                 cross = layers[1].EncDecAttention.keys_values(own)
             if cross is not None:
@@ -147,7 +147,7 @@ class Stack(Part):
         return self.drop(x, deterministic=deterministic), kept
 
 
-def _when_due(x: Array, source: Array | None) -> tuple[Array, Array | None]:
+def _not_before(x: Array, source: Array | None) -> tuple[Array, Array | None]:
     """Return both as they are; the encoder's output no earlier than `x`.
 
     It has a use in each block. On a GPU XLA would make the keys and values of all

@@ -14,6 +14,7 @@ from jax import lax
 from tools import TOL, assert_close, lowrank, result_shapes, scalar
 
 import jlora
+from jlora._transform.replay import Replay
 
 
 def kernels(dtype=jnp.float32, dora=False, rank=2):
@@ -196,3 +197,189 @@ def test_one_kernel(name):
 @pytest.mark.parametrize("name", TWO)
 def test_two_kernels(name):
     agree(TWO[name], kernels(), X, tol=3)
+
+
+NOT_KERNELS = ("sums", "penalty, halved inside", "optax's norm", "distances", "inner",
+               "sum of entries", "cosine")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*ONE, *TWO])
+def test_a_survey_follows_kernels_to_their_products(name):
+    trees = {"w": jnp.ones((11, 7)), "v": jnp.ones((11, 7))}
+    f = (ONE | TWO)[name]
+    survey = jlora.survey(f, trees, X)
+    if not name.startswith(NOT_KERNELS):
+        assert survey.is_kernel("w")
+        ins, outs, batch, _ = survey.axes("w")
+        assert {*ins, *outs} == {0, 1}
+        assert not batch
+
+
+def test_a_survey_tells_a_scale_and_a_shift_from_a_kernel():
+    def f(p, x):
+        return x @ (p["w"] * p["scale"] + p["shift"][:, None]) + p["bias"]
+
+    params = {"w": jnp.ones((11, 7)), "scale": OUT, "shift": IN, "bias": OUT}
+    survey = jlora.survey(f, params, X)
+    assert survey.matmul_kernels() == ["w"]
+    kinds = {path: [u.kind for u in leaf.uses] for path, leaf in survey.leaves.items()}
+    assert kinds == {
+        "w": ["matmul"], "scale": ["scale"], "shift": ["bias"], "bias": ["bias"],
+    }  # fmt: skip
+
+
+def test_kernels_in_bfloat16():
+    tree = kernels(jnp.bfloat16)
+    x = X.astype(jnp.bfloat16)
+    for name in ("normalised", "per output", "product", "difference", "centred"):
+        f = (ONE | TWO)[name]
+        got = jlora.lora(lambda p, x, f=f: f(p, x))(tree, x)
+        exact = jax.tree.map(lambda w: w.astype(jnp.float32), jlora.merge(tree))
+        want = f(exact, x.astype(jnp.float32))
+        size = float(jnp.max(jnp.abs(want)))
+        np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05 * size)
+
+
+def test_under_vmap_scan_and_remat():
+    tree = kernels()
+
+    def norm_of_product(p, x):
+        w = (p["w"] * OUT) @ p["v"].T
+        return jnp.tanh(x @ (w / jnp.linalg.norm(w, axis=0)))
+
+    def scanned(p, x):
+        body = jax.checkpoint(lambda x, s: (norm_of_product(p, x * s), None))
+        return lax.scan(body, x, jnp.array([1.0, 0.5]))[0]
+
+    agree(scanned, tree, X, structure=False, tol=3)
+    agree(lambda p, x: jax.vmap(lambda x: scanned(p, x))(x), tree, X, structure=False,
+          tol=3)  # fmt: skip
+    got = jax.vmap(jlora.lora(scanned), (None, 0))(tree, X)
+    assert_close(got, scanned(jlora.merge(tree), X), **TOL[jnp.float32])
+
+
+def test_dora_keeps_its_gain():
+    tree = kernels(dora=True)
+    for name in ("per output", "normalised", "masked by output", "plus a vector of outputs",
+                 "a row of zeros", "sums", "penalty", "padded inside"):  # fmt: skip
+        agree(ONE[name], {"w": tree["w"]}, X, structure=False, tol=3)
+    agree(TWO["chosen"], tree, X, structure=False, tol=3)
+
+
+def test_adapters_of_two_dtypes_are_stacked():
+    tree = kernels()
+    half = lambda t: t.map(lambda x, d: (x.astype(jnp.bfloat16), d))
+    v = tree["v"]
+    tree["v"] = v.map(v.base, half)
+    agree(
+        lambda p, x: x @ jnp.stack([p["w"], p["v"]]), tree, X, structure=False, tol=99
+    )
+
+
+def test_stacked_kernels_summed_over_the_stack(getkey):
+    w = lowrank(getkey(), (3, 11, 7), batch_axes=(0,), in_axes=(1,))
+    agree(lambda p, x: x @ p["w"].sum(0) @ p["w"].mean(0).T, {"w": w}, X)
+    agree(lambda p, x: x[:, :3] @ p["w"].sum(1), {"w": w}, X, structure=False)
+
+
+def test_a_stack_merged_with_the_outputs(getkey):
+    w = lowrank(getkey(), (3, 11, 7), batch_axes=(0,), in_axes=(1,))
+    agree(lambda p, x: x @ p["w"].transpose(1, 0, 2).reshape(11, 21), {"w": w}, X,
+          structure=False)  # fmt: skip
+
+
+def test_lookups_along_a_stack_of_tables(getkey):
+    w = lowrank(getkey(), (3, 11, 7), batch_axes=(0,), in_axes=(1,))
+    ids = jnp.array([[0, 3], [10, 2], [5, 5]])
+    agree(lambda p, i: jax.vmap(lambda t, i: t[i])(p["w"], i), {"w": w}, ids)
+    one = lowrank(getkey(), (11, 7))
+    row = lambda t, i: lax.dynamic_index_in_dim(t, i, 0, keepdims=False)
+    f = lambda p, i: jax.vmap(jax.vmap(row, (None, 0)), (None, 0))(p["w"], i)
+    agree(f, {"w": one}, ids)
+    assert jlora.survey(f, {"w": one.base}, ids).axes("w")[:2] == ((0,), (1,))
+
+
+def test_functions_with_rules_of_their_own():
+    tree = kernels()
+
+    @jax.custom_batching.custom_vmap
+    def product(x, w):
+        return x @ w
+
+    @product.def_vmap
+    def by_rule(size, batched, x, w):
+        return 2 * (x @ w), True  # another value, to tell which rule ran
+
+    got = jax.vmap(jlora.lora(lambda p, x: product(x, p["w"])), (None, 0))(tree, X)
+    assert_close(got, 2 * X @ jlora.merge(tree)["w"], **TOL[jnp.float32])
+
+    def call(p, x):  # with a transpose that is not the true one
+        forward = lambda w, x: x @ w
+        back = lambda w, g: 3 * (g @ w.T)
+        return jax.custom_derivatives.linear_call(forward, back, p["w"], x)
+
+    got = jax.grad(lambda x: jlora.lora(call)(tree, x).sum())(X)
+    want = 3 * jnp.ones((2, 7)) @ jlora.merge(tree)["w"].T
+    assert_close(got, want, **TOL[jnp.float32])
+
+    def solve(p, x):
+        matvec = lambda v: v + 0.1 * (v @ p["w"]) @ p["w"].T
+        return jax.scipy.sparse.linalg.cg(matvec, x[0])[0]
+
+    agree(solve, {"w": tree["w"]}, X, structure=False, tol=30)
+    composite = lambda p, x: lax.composite(lambda x, w: x @ w, "a.b")(x, p["w"])
+    got = jlora.lora(composite)(tree, X)
+    assert_close(got, X @ jlora.merge(tree)["w"], **TOL[jnp.float32])
+
+
+def test_a_custom_rule_is_asked_for_no_more_than_is_differentiated():
+    tree = {"w": kernels()["w"]}
+
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    def forward(x, w):
+        assert not x.perturbed, "a rule that knows no gradient of x"
+        return x.value @ w.value, x.value
+
+    product.defvjp(
+        forward, lambda x, g: (jnp.zeros_like(x), 2 * x.T @ g), symbolic_zeros=True
+    )
+    f = lambda p: jnp.sum(jnp.sin(jlora.lora(lambda p: product(X, p["w"]))(p)))
+    half, frozen = jlora.split(tree)
+    got = jax.jit(jax.grad(lambda t: f(jlora.combine(t, frozen))))(half)
+
+    def reference(half):
+        w = jlora.merge(jlora.combine(half, frozen))["w"]
+        y = lax.stop_gradient(X @ w)
+        return 2 * jnp.sum(jnp.cos(y) * (X @ w))  # the rule's factor of two
+
+    assert_close(got, jax.grad(reference)(half), rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_that_a_custom_rule_closes_over_is_named():
+    tree = {"w": kernels()["w"]}
+    half, frozen = jlora.split(tree)
+
+    def f(p):
+        @jax.custom_vjp
+        def product(x):
+            return x @ p["w"]
+
+        product.defvjp(lambda x: (product(x), None), lambda _, g: (g @ p["w"].T,))
+        return product(X).sum()
+
+    with pytest.raises(jlora.UnsupportedOpError, match=r"closes over .*'w'"):
+        jax.grad(lambda t: jlora.lora(f)(jlora.combine(t, frozen)))(half)
+
+
+def test_a_branch_is_traced_once(monkeypatch):
+    replayed = []
+    plain = Replay.replay
+    monkeypatch.setattr(
+        Replay, "replay", lambda *args: [replayed.append(1), plain(*args)][1]
+    )
+    f = lambda p, x: lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: x @ p["v"])
+    jax.make_jaxpr(jlora.lora(f))(kernels(), X)
+    assert len(replayed) == 3  # the function, and each branch

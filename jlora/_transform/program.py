@@ -30,7 +30,7 @@ class Program:
         self.env = env
         self.shared: dict[Any, Any] = {}
         self.uses = Uses()
-        self.eqns, self._last_read = _needed(jaxpr)
+        self.eqns, self._last_read = needed(jaxpr)
         self._outvars = jaxpr.outvars
         self.facts = Facts(jaxpr)
         self._operations = _repeated(self.eqns)
@@ -112,7 +112,7 @@ class Program:
         )
 
 
-def _needed(jaxpr: Any) -> tuple[list[Eqn], dict[int, list[Any]]]:
+def needed(jaxpr: Any) -> tuple[list[Eqn], dict[int, list[Any]]]:
     """The equations whose results are read, and what each is the last to read."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, _compat.Literal)}
     last_read: dict[int, list[Any]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ from jlora._kernel.nodes import is_array, is_node
 from jlora._paths import leaves_by_path
 from jlora._text import table
 from jlora._transform._rules.experts import is_plain
+from jlora._transform._rules.gather import looked_up_axes, without_whole_axes
 from jlora._transform._rules.layout import reshape_groups
+from jlora._transform.program import needed
 
 Tree = Any
 Axes = tuple[frozenset[int], ...]  # for each dimension of a value, the leaf's axes
@@ -214,6 +217,7 @@ class _Walk:
 
     def __init__(self, uses: dict[str, list[Use]]) -> None:
         self.uses = uses
+        self.fixed: set[Any] = set()  # variables that hang on no input
 
     def follow(self, jaxpr: Jaxpr, args: Sequence[Places], times: int) -> list[Places]:
         """Walk a jaxpr whose operands hold those leaves; the places of its results."""
@@ -223,12 +227,18 @@ class _Walk:
         def read(atom: Any) -> Places:
             return () if isinstance(atom, _compat.Literal) else env.get(atom, ())
 
-        for eqn in bare.eqns:
+        self.fixed.update(bare.constvars)
+        for eqn in needed(bare)[0]:
+            if all(self._is_fixed(v) for v in eqn.invars):
+                self.fixed.update(eqn.outvars)
             operands = [read(v) for v in eqn.invars]
             if any(operands):
                 results = self._equation(eqn, operands, times)
                 env.update(zip(eqn.outvars, results, strict=False))
         return [read(v) for v in bare.outvars]
+
+    def _is_fixed(self, atom: Any) -> bool:
+        return isinstance(atom, _compat.Literal) or atom in self.fixed
 
     def _equation(
         self, eqn: Eqn, operands: list[Places], times: int
@@ -238,17 +248,22 @@ class _Walk:
             results = [
                 self.follow(body, args, times * repeat) for body, args, repeat in inner
             ]
-            # What a loop or a branch returns is no longer the leaf that went in.
-            return () if eqn.primitive.name in _CHOOSING else results[0]
-        moved = _moved(eqn, operands)
+            if eqn.primitive.name == "cond":  # whichever branch it is
+                columns = zip(*results, strict=True)
+                return [tuple(dict.fromkeys(sum(c, ()))) for c in columns]
+            # What a loop or a solve returns is no longer the leaf that went in.
+            return () if eqn.primitive.name in _CONSUMING else results[0]
+        fixed = [self._is_fixed(v) for v in eqn.invars]
+        moved = _moved(eqn, operands, fixed)
         if moved is not None:
             return moved
+        kept = _scaled_or_shifted(eqn, operands, fixed)
         for number, places in enumerate(operands):
-            for place in places:
+            for place in places if number != kept else ():
                 use = _use(eqn, number, place, operands)
                 use = dataclasses.replace(use, flops=use.flops * times)
                 self.uses[place.path].append(use)
-        return ()
+        return () if kept is None else [operands[kept]]
 
 
 def _inner_programs(
@@ -278,34 +293,60 @@ def _inner_programs(
         first_x = s.num_consts + s.num_carry
         sliced = [tuple(p.drop({0}) for p in places) for places in operands[first_x:]]
         yield s.body, [*operands[:first_x], *sliced], s.length
+    elif name == "custom_linear_solve":
+        parts = _compat.solve_parts(eqn)
+        first = 0
+        for key, number in parts.num_consts.items():
+            body = parts.programs[key]
+            if body is not None:
+                unknowns = [()] * (len(body.in_avals) - number)
+                yield body, [*operands[first : first + number], *unknowns], 1
+            first += number
+    elif name == "custom_vmap_call":
+        yield _compat.custom_vmap_parts(eqn).body, operands, 1
+    elif name == "linear_call":
+        yield _compat.linear_call_parts(eqn).body, operands, 1
+    elif name == "composite":
+        yield eqn.params["jaxpr"], operands, 1
     elif "call_jaxpr" in eqn.params:  # custom_jvp_call, custom_vjp_call, closed_call
         yield eqn.params["call_jaxpr"], operands, 1
 
 
 _OWN = "label_columns"  # of `_linear_loss`
-_CHOOSING = ("scan", "while", "cond")
+_CONSUMING = ("scan", "while", "custom_linear_solve")
 
 _UNMOVED = frozenset(
     [
         "convert_element_type", "reduce_precision", "copy", "copy_p", "name", "neg",
         "stop_gradient", "sharding_constraint", "slice", "dynamic_slice", "rev",
-        "optimization_barrier", "all_gather", *_compat.PVARY, *_compat.RESHARD,
+        "all_gather", "pad", "tile", "cumsum", "scatter", "scatter-add",
+        *_compat.PVARY, *_compat.RESHARD,
     ]
 )  # fmt: skip
 
 
-def _moved(eqn: Eqn, operands: list[Places]) -> list[Places] | None:
+def _moved(eqn: Eqn, operands: list[Places], fixed: list[bool]) -> list[Places] | None:
     """The places after a layout change, or None if the equation consumes the leaf."""
     name, p = eqn.primitive.name, eqn.params
     first = operands[0]
-    if name == "optimization_barrier":
+    if name in ("optimization_barrier", "device_put"):
         return operands
     if name in ("slice", "dynamic_slice", "split") and not any(operands[1:]):
         return [first] * len(eqn.outvars)
+    if name in ("scatter", "scatter-add") and operands[2]:
+        inserted = p["dimension_numbers"].inserted_window_dims
+        axes = len(eqn.invars[1].aval.shape)
+        return [(*first, *_set_in(operands[2], inserted))] if axes == 1 else None
     if name in _UNMOVED:
         return [first]
     if name in ("mul", "div") and _by_scalar(eqn):
         return [first or operands[1]]
+    if name == "dynamic_update_slice":
+        return [(*first, *operands[1])]
+    if name in ("add", "sub", "add_any", "select_n") and _are_kernels(
+        eqn, operands, fixed
+    ):
+        return [tuple(place for places in operands for place in places)]
     if name == "concatenate":
         return [tuple(place for places in operands for place in places)]
     change = _CHANGES.get(name)
@@ -320,6 +361,55 @@ def _by_scalar(eqn: Eqn) -> bool:
     shapes = [np.shape(v.val) if isinstance(v, _compat.Literal) else v.aval.shape
               for v in eqn.invars]  # fmt: skip
     return () in shapes and shapes[0] != shapes[1]
+
+
+def _are_kernels(eqn: Eqn, operands: list[Places], fixed: list[bool]) -> bool:
+    """Whether a sum or a choice is of whole leaves, or of one and a constant.
+
+    A position or a mask's token that meets data is used up there.
+    """
+    shape = eqn.outvars[0].aval.shape
+    first = 1 if eqn.primitive.name == "select_n" else 0
+    cases = list(zip(eqn.invars, operands, strict=True))[first:]
+    leaves = [bool(ps) and all(_is_spanned(p, shape) for p in ps) for _, ps in cases]
+    numbers = fixed[first:]
+    if first:  # zeros, say, beside a leaf
+        numbers = [not ps for _, ps in cases]
+    return any(leaves) and all(map(operator.or_, leaves, numbers))
+
+
+def _scaled_or_shifted(
+    eqn: Eqn, operands: list[Places], fixed: list[bool]
+) -> int | None:
+    """Which operand is a whole leaf that a vector along some axes is put to."""
+    if eqn.primitive.name not in ("mul", "div", "add", "sub"):
+        return None
+    shape = eqn.outvars[0].aval.shape
+    for number, places in enumerate(operands):
+        other = eqn.invars[1 - number].aval.shape
+        spanned = bool(places) and all(_is_spanned(p, shape) for p in places)
+        if spanned and len(shape) > 1 and (other != shape or fixed[1 - number]):
+            return number
+    return None
+
+
+def _set_in(places: Places, inserted: Sequence[int]) -> Places:
+    """Places in an update that is set into an array of more dimensions."""
+    out = []
+    for place in places:
+        axes = list(place.axes)
+        for d in sorted(inserted):
+            axes.insert(d, frozenset())
+        out.append(dataclasses.replace(place, axes=tuple(axes)))
+    return tuple(out)
+
+
+def _is_spanned(place: _Place, shape: Sequence[int]) -> bool:
+    """Whether the value varies along all its axes with the leaf's."""
+    same = len(place.axes) == len(shape)
+    return same and all(
+        axes or size == 1 for axes, size in zip(place.axes, shape, strict=True)
+    )
 
 
 def _transpose(place: _Place, p: Any, old: Any, new: Any) -> _Place:
@@ -374,6 +464,8 @@ def _use(eqn: Eqn, number: int, place: _Place, operands: list[Places]) -> Use:
         return _lookup(eqn, place)
     if name == "conv_general_dilated" and number == 1:
         return _convolution(eqn, place)
+    if name == "dot_general":  # of two leaves: the first one's outputs are summed over
+        return _matmul(eqn, number, place, outputs_summed=number == 0)
     kind = {"add": "bias", "sub": "bias", "mul": "scale", "div": "scale"}.get(name)
     return Use(kind or "other", name)
 
@@ -390,20 +482,22 @@ def _kernel_use(
     return Use(kind, eqn.primitive.name, in_axes, out_axes, stack, flops)
 
 
-def _matmul(eqn: Eqn, number: int, place: _Place) -> Use:
+def _matmul(eqn: Eqn, number: int, place: _Place, outputs_summed: bool = False) -> Use:
     contracted, batch = eqn.params["dimension_numbers"]
     lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     flops = 2 * math.prod(out) * math.prod(lhs[d] for d in contracted[0])
-    return _kernel_use(eqn, "matmul", place, contracted[number], batch[number], flops)
+    ins, stack = contracted[number], batch[number]
+    if outputs_summed:
+        ins = [d for d in range(len(place.axes)) if d not in (*ins, *stack)]
+    return _kernel_use(eqn, "matmul", place, ins, stack, flops)
 
 
 def _lookup(eqn: Eqn, place: _Place) -> Use:
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = eqn.invars[0].aval.shape
-    touched = {d for d, size in enumerate(shape) if sizes[d] != size}
-    touched |= {*numbers.start_index_map, *numbers.collapsed_slice_dims}
-    batch = numbers.operand_batching_dims
-    return _kernel_use(eqn, "gather", place, sorted(touched - {*batch}), batch, 0)
+    p, _ = without_whole_axes(eqn.params, shape)
+    batch = p["dimension_numbers"].operand_batching_dims
+    touched = sorted(looked_up_axes(p, shape))
+    return _kernel_use(eqn, "gather", place, touched, batch, 0)
 
 
 def _convolution(eqn: Eqn, place: _Place) -> Use:

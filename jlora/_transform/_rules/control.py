@@ -153,9 +153,10 @@ def _checked(branches: Sequence[Callable[..., list[Any]]]) -> list[Any]:
 
 def _form(x: Any) -> Any:
     """What two branches must agree in where one returns a kernel; None for arrays."""
+    if not is_adapted(x):
+        return None
     leaves, structure = jax.tree.flatten(x)
-    form = structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
-    return form if is_adapted(x) else None
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _joinable(column: Sequence[Any]) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jlora import _compat
 from jlora._compat import Eqn, rebind
@@ -22,7 +24,7 @@ from jlora._errors import UnsupportedOpError
 from jlora._kernel.axes import Array
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
-from jlora._transform._rules._terms import scaled_now
+from jlora._transform._rules._terms import bases, scaled_now
 
 
 @rule(*_compat.CUSTOM_RULE)
@@ -35,31 +37,69 @@ def custom_rule(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     def call(*operands: Any) -> list[Any]:
         return run.replay(eqn.params["call_jaxpr"], operands)
 
-    def forward(*operands: Any) -> tuple[list[Any], Any]:
-        dense = [x.base if isinstance(x, LowRank) else x for x in operands]
-        traced = jax.make_jaxpr(lambda *xs: _dense_vjp(eqn, xs), return_shape=True)(
-            *dense
-        )
+    def forward(*primals: Any) -> tuple[list[Any], Any]:
+        operands, wanted = zip(*map(_value_and_wanted, primals), strict=True)
+        _refuse_closures(eqn, operands, wanted)
+        traced = jax.make_jaxpr(
+            lambda *xs: _dense_vjp(eqn, xs, wanted), return_shape=True
+        )(*bases(operands))
         jaxpr, (out_shape, pullback_shape) = traced
         flat = run.replay(jaxpr, operands)
         out, residuals = flat[: len(out_shape)], flat[len(out_shape) :]
-        shape = (out_shape, jax.tree.structure(pullback_shape))
-        return out, (residuals, operands, _Static(shape))
+        return out, (
+            residuals, operands, _Static((jax.tree.structure(pullback_shape), wanted)),
+        )  # fmt: skip
 
-    def backward(saved: Any, cotangents: list[Array]) -> tuple[Any, ...]:
+    def backward(saved: Any, cotangents: list[Any]) -> tuple[Any, ...]:
         residuals, operands, static = saved
-        _, treedef = static.value
-        dense = [x.base if isinstance(x, LowRank) else x for x in residuals]
-        jaxpr = jax.make_jaxpr(
-            lambda res, ct: jax.tree.unflatten(treedef, res)(ct)
-        )(dense, cotangents)  # fmt: skip
-        grads = iter(run.replay(jaxpr, [*residuals, *cotangents]))
+        treedef, wanted = static.value
+        cotangents = [_instantiated(ct) for ct in cotangents]
+        floats = [ct for ct in cotangents if ct.dtype != jax.dtypes.float0]
+
+        def pull_back(residuals: Any, floats: Any) -> Any:
+            feed = iter(floats)
+            cts = [next(feed) if _is_float(ct) else ct for ct in cotangents]
+            return jax.tree.unflatten(treedef, residuals)(cts)
+
+        jaxpr = jax.make_jaxpr(pull_back)(bases(residuals), floats)
+        grads = iter(run.replay(jaxpr, [*residuals, *floats]))
         return tuple(
-            _operand_grad(x, next(grads) if _is_float(x) else None) for x in operands
+            _operand_grad(x, next(grads) if want else None)
+            for x, want in zip(operands, wanted, strict=True)
         )
 
-    call.defvjp(forward, backward)
+    # A rule may ask which operands are differentiated, and refuse some.
+    call.defvjp(forward, backward, symbolic_zeros=True)
     return call(*args)
+
+
+def _value_and_wanted(primal: Any) -> tuple[Any, bool]:
+    """An operand, and whether its derivative is asked for (of any of its arrays)."""
+    is_primal = lambda x: isinstance(x, CustomVJPPrimal)  # noqa: E731
+    leaves, structure = jax.tree.flatten(primal, is_leaf=is_primal)
+    value = jax.tree.unflatten(structure, [x.value for x in leaves])
+    return value, _is_float(value) and any(x.perturbed for x in leaves)
+
+
+def _instantiated(cotangent: Any) -> Any:
+    """A cotangent as an array, also where it is known to be nought."""
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    return np.zeros(cotangent.shape, cotangent.dtype)
+
+
+def _refuse_closures(eqn: Eqn, operands: Sequence[Any], wanted: Sequence[bool]) -> None:
+    """What such a function closes over has no derivative, in JAX neither."""
+    closed_over = eqn.params.get("num_consts", 0)
+    for x, want in zip(operands[:closed_over], wanted, strict=False):
+        if want and isinstance(x, LowRank):
+            name = eqn.params.get("name", eqn.primitive.name)
+            raise UnsupportedOpError(
+                f"the function `{name}` has a derivative of its own (jax.custom_vjp or "
+                f"custom_jvp) and closes over the adapted kernel {x.path!r} {x.shape}: "
+                "its rule cannot say what the kernel's gradient is.\nHand the kernel "
+                "in as an argument, as the plain function's gradient needs too."
+            )
 
 
 def _refuse_dropout(args: Sequence[Any]) -> None:
@@ -92,15 +132,17 @@ def _is_float(x: Any) -> bool:
     )
 
 
-def _dense_vjp(eqn: Eqn, xs: Sequence[Any]) -> tuple[list[Array], Any]:
-    """The function and its pullback on dense operands, floats differentiated."""
-    floats = [x for x in xs if _is_float(x)]
+def _dense_vjp(
+    eqn: Eqn, xs: Sequence[Any], wanted: Sequence[bool]
+) -> tuple[list[Array], Any]:
+    """The function on dense operands, and its pullback to those that are wanted."""
 
-    def f(*fs: Any) -> list[Array]:
-        feed = iter(fs)
-        return rebind(eqn, [next(feed) if _is_float(x) else x for x in xs])
+    def f(*chosen: Any) -> list[Array]:
+        feed = iter(chosen)
+        pairs = zip(xs, wanted, strict=True)
+        return rebind(eqn, [next(feed) if want else x for x, want in pairs])
 
-    return jax.vjp(f, *floats)
+    return jax.vjp(f, *(x for x, want in zip(xs, wanted, strict=True) if want))
 
 
 def _operand_grad(x: Any, grad: Any) -> Any:

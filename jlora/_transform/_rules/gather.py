@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax import lax
 
 from jlora._compat import Eqn, rebind
@@ -28,28 +29,27 @@ Label = Any  # an int names a kernel dimension, ("i", k) the k-th axis of the in
 @rule("gather")
 def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Rows of a low-rank table, dense: the product with `b` follows the lookup."""
-    w, indices = args
-    p = eqn.params
-    numbers = p["dimension_numbers"]
+    w, given = args
     if not isinstance(w, LowRank):
         return NotImplemented
     w = cover(w)
     if w is None:
         return NotImplemented
-    touched = {d for d in range(w.ndim) if p["slice_sizes"][d] != w.shape[d]}
-    touched |= {*numbers.start_index_map, *numbers.collapsed_slice_dims}
-    touched -= {*numbers.operand_batching_dims}
+    p, columns = without_whole_axes(eqn.params, w.shape)
+    indices = given[..., columns] if len(columns) < given.shape[-1] else given
+    numbers = p["dimension_numbers"]
+    touched = looked_up_axes(p, w.shape)
     w = w.map(w.base, lambda t: _span_looked_up(t, touched, w.shape))
     adapters = list(w.adapters.values())
     order = _output_order(w, numbers, indices.ndim - 1)
     if all(touched <= set(t.batch_axes) and t.key is None for t in adapters):
-        (base,) = rebind(eqn, [w.base, indices])
+        (base,) = rebind(eqn, [w.base, given])
         return [w.map(base, lambda t: _kernels(t, indices, p, order))]
     if not all(
         touched <= set(t.in_axes) or touched <= set(t.out_axes) for t in adapters
     ):
         return NotImplemented
-    (out,) = rebind(eqn, [w.base, indices])
+    (out,) = rebind(eqn, [w.base, given])
     gain = w.gain()
     if gain is not None:
         stack = _batch_labels(numbers)
@@ -65,6 +65,37 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
             continue
         out = out + _rows(w, t, indices, p, touched, order).astype(out.dtype)
     return [out]
+
+
+def without_whole_axes(
+    p: dict[str, Any], shape: Sequence[int]
+) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    """A gather's parameters without positions on axes of which it takes all.
+
+    Returns:
+      The parameters, and which columns of the indices they still use.
+    """
+    numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
+    clipped = p["mode"] in (_MODE.CLIP, _MODE.PROMISE_IN_BOUNDS)
+    columns = [
+        n
+        for n, d in enumerate(numbers.start_index_map)
+        if not clipped or sizes[d] != shape[d] or d in numbers.collapsed_slice_dims
+    ]
+    used = tuple(numbers.start_index_map[n] for n in columns)
+    numbers = numbers._replace(start_index_map=used)
+    return {**p, "dimension_numbers": numbers}, np.asarray(columns, int)
+
+
+def looked_up_axes(p: dict[str, Any], shape: Sequence[int]) -> set[int]:
+    """The axes along which a gather does not take all, stacks left out."""
+    numbers = p["dimension_numbers"]
+    touched = {d for d, size in enumerate(shape) if p["slice_sizes"][d] != size}
+    touched |= {*numbers.start_index_map, *numbers.collapsed_slice_dims}
+    return touched - {*numbers.operand_batching_dims}
+
+
+_MODE = lax.GatherScatterMode
 
 
 def _span_looked_up(t: Adapter, touched: set[int], shape: Sequence[int]) -> Adapter:

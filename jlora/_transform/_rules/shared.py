@@ -55,6 +55,7 @@ def _alike(eqn: Eqn, w: LowRank, other_eqn: Eqn, other: LowRank) -> bool:
     """
     names = ("dimension_numbers", "precision", "preferred_element_type")
     same = all(eqn.params[n] == other_eqn.params[n] for n in names)
+    same = same and w.dtype.itemsize > 1  # factors stay out of 8 bits
     return same and w.dtype == other.dtype and _layer(w) == _layer(other)
 
 

@@ -20,7 +20,8 @@ def tree(dtype=jnp.float32, **settings):
         for k, name in zip(keys, SHAPES, strict=True)
     }
     targets = {
-        name: jlora.Target(rank=rank, alpha=rank + 1.0) for name, rank in RANKS.items()
+        name: jlora.Target(rank=rank, alpha=rank + 1.0, in_axes=(0,))
+        for name, rank in RANKS.items()
     }
     return randomise(jlora.lorafy(params, targets=targets, **settings), KEY)
 

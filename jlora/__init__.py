@@ -30,80 +30,7 @@ Every error is a `LoraError`. A tree is any pytree of parameters:
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
-
-from jlora._errors import CheckpointError as CheckpointError
-from jlora._errors import DataError as DataError
-from jlora._errors import DtypeError as DtypeError
-from jlora._errors import JloraWarning as JloraWarning
-from jlora._errors import LoraError as LoraError
-from jlora._errors import NonFiniteError as NonFiniteError
-from jlora._errors import OptionError as OptionError
-from jlora._errors import ShapeError as ShapeError
-from jlora._errors import StructureError as StructureError
-from jlora._errors import TargetError as TargetError
-from jlora._errors import UnmergedError as UnmergedError
-from jlora._errors import UnsupportedOpError as UnsupportedOpError
-from jlora._kernel.adapter import Adapter as Adapter
-from jlora._kernel.nodes import Full as Full
-from jlora._kernel.nodes import LowRank as LowRank
-from jlora._kernel.nodes import Rows as Rows
-from jlora._kernel.nodes import is_node as is_node
-from jlora._transform.lora import lora as lora
-from jlora._transform.survey import Survey as Survey
-from jlora._transform.survey import survey as survey
-from jlora._tree.dropout import with_dropout as with_dropout
-from jlora._tree.lorafy import lorafy as lorafy
-from jlora._tree.merge import merge as merge
-from jlora._tree.merge import unmerge as unmerge
-from jlora._tree.partition import combine as combine
-from jlora._tree.partition import labels as labels
-from jlora._tree.partition import split as split
-from jlora._tree.partition import trainable_mask as trainable_mask
-from jlora._tree.stack import stack_layers as stack_layers
-from jlora._tree.stack import unstack_layers as unstack_layers
-from jlora._tree.summary import Summary as Summary
-from jlora._tree.summary import summary as summary
-from jlora._tree.targets import Target as Target
-
-__version__ = "0.1.0"
-
-__all__ = [
-    "Adapter",
-    "CheckpointError",
-    "DataError",
-    "DtypeError",
-    "Full",
-    "JloraWarning",
-    "LoraError",
-    "LowRank",
-    "NonFiniteError",
-    "OptionError",
-    "Rows",
-    "ShapeError",
-    "StructureError",
-    "Summary",
-    "Survey",
-    "Target",
-    "TargetError",
-    "UnmergedError",
-    "UnsupportedOpError",
-    "combine",
-    "is_node",
-    "labels",
-    "lora",
-    "lorafy",
-    "merge",
-    "split",
-    "stack_layers",
-    "summary",
-    "survey",
-    "trainable_mask",
-    "unmerge",
-    "unstack_layers",
-    "with_dropout",
-]
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jlora import checkpoint as checkpoint
@@ -112,15 +39,94 @@ if TYPE_CHECKING:
     from jlora import models as models
     from jlora import peft as peft
     from jlora import train as train
+    from jlora._errors import CheckpointError as CheckpointError
+    from jlora._errors import DataError as DataError
+    from jlora._errors import DtypeError as DtypeError
+    from jlora._errors import JloraWarning as JloraWarning
+    from jlora._errors import LoraError as LoraError
+    from jlora._errors import NonFiniteError as NonFiniteError
+    from jlora._errors import OptionError as OptionError
+    from jlora._errors import ShapeError as ShapeError
+    from jlora._errors import StructureError as StructureError
+    from jlora._errors import TargetError as TargetError
+    from jlora._errors import UnmergedError as UnmergedError
+    from jlora._errors import UnsupportedOpError as UnsupportedOpError
+    from jlora._kernel.adapter import Adapter as Adapter
+    from jlora._kernel.nodes import Full as Full
+    from jlora._kernel.nodes import LowRank as LowRank
+    from jlora._kernel.nodes import Rows as Rows
+    from jlora._kernel.nodes import is_node as is_node
+    from jlora._transform.lora import lora as lora
+    from jlora._transform.survey import Survey as Survey
+    from jlora._transform.survey import survey as survey
+    from jlora._tree.dropout import with_dropout as with_dropout
+    from jlora._tree.lorafy import lorafy as lorafy
+    from jlora._tree.merge import merge as merge
+    from jlora._tree.merge import unmerge as unmerge
+    from jlora._tree.partition import combine as combine
+    from jlora._tree.partition import labels as labels
+    from jlora._tree.partition import split as split
+    from jlora._tree.partition import trainable_mask as trainable_mask
+    from jlora._tree.stack import stack_layers as stack_layers
+    from jlora._tree.stack import unstack_layers as unstack_layers
+    from jlora._tree.summary import Summary as Summary
+    from jlora._tree.summary import summary as summary
+    from jlora._tree.targets import Target as Target
 
-# Submodules that need more than JAX: imported when they are first asked for (PEP 562).
+__version__ = "0.1.0"
+
+# Everything is imported when it is first asked for (PEP 562), so that `import jlora`
+# costs next to nothing. Submodules need more than JAX.
 _SUBMODULES = ("checkpoint", "cli", "data", "models", "peft", "train")
+_MODULE_OF = {
+    "Adapter": "_kernel.adapter",
+    "CheckpointError": "_errors",
+    "DataError": "_errors",
+    "DtypeError": "_errors",
+    "Full": "_kernel.nodes",
+    "JloraWarning": "_errors",
+    "LoraError": "_errors",
+    "LowRank": "_kernel.nodes",
+    "NonFiniteError": "_errors",
+    "OptionError": "_errors",
+    "Rows": "_kernel.nodes",
+    "ShapeError": "_errors",
+    "StructureError": "_errors",
+    "Summary": "_tree.summary",
+    "Survey": "_transform.survey",
+    "Target": "_tree.targets",
+    "TargetError": "_errors",
+    "UnmergedError": "_errors",
+    "UnsupportedOpError": "_errors",
+    "combine": "_tree.partition",
+    "is_node": "_kernel.nodes",
+    "labels": "_tree.partition",
+    "lora": "_transform.lora",
+    "lorafy": "_tree.lorafy",
+    "merge": "_tree.merge",
+    "split": "_tree.partition",
+    "stack_layers": "_tree.stack",
+    "summary": "_tree.summary",
+    "survey": "_transform.survey",
+    "trainable_mask": "_tree.partition",
+    "unmerge": "_tree.merge",
+    "unstack_layers": "_tree.stack",
+    "with_dropout": "_tree.dropout",
+}
+
+__all__ = sorted(_MODULE_OF)
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"jlora.{name}")
-    raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or type checkers would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"jlora.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"jlora.{_MODULE_OF[name]}"), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

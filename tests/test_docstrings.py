@@ -17,7 +17,7 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages(jlora.__path__, "jlora.")
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     module = importlib.import_module(name)
-    names = {k: v for k, v in vars(jlora).items() if not k.startswith("__")}
+    names = {name: getattr(jlora, name) for name in jlora.__all__}
     names |= {"jax": jax, "jnp": jnp, "jlora": jlora, "optax": optax} | vars(module)
     result = doctest.testmod(module, extraglobs=names, optionflags=doctest.ELLIPSIS)
     assert not result.failed

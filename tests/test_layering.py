@@ -100,12 +100,29 @@ def test_only_compat_imports_jax_internals():
 
 def test_import_needs_jax_alone():
     code = (
-        "import sys, jlora; heavy = {'flax', 'optax', 'orbax', 'transformers', "
+        "import sys; from jlora import *; heavy = {'flax', 'optax', 'orbax', 'transformers', "
         "'datasets', 'torch', 'matplotlib', 'safetensors'} & set(sys.modules); "
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_type_checkers_are_told_of_the_names_that_are_there():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    told = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if node.module.startswith("jlora")
+    }
+    rooms = {name for name, module in told.items() if module == "jlora"}
+    assert rooms == set(ROOMS_FOR_USERS)
+    assert told.keys() - rooms == set(jlora.__all__)
+    for name in jlora.__all__:
+        module = importlib.import_module(told[name])
+        assert getattr(jlora, name) is getattr(module, name)
 
 
 def test_every_module_says_what_it_is():

@@ -2,7 +2,7 @@
 
 JAX keeps no promise for the parameters of its higher-order primitives, so they are
 read here, and only here, into small records the rules understand. Written for and
-tested with JAX 0.10, 0.11 and 0.12.
+tested with JAX 0.10.2, 0.11 and 0.12.
 """
 
 from __future__ import annotations
@@ -205,6 +205,12 @@ def while_parts(eqn: Eqn) -> While:
     """Read a `while` equation."""
     p = eqn.params
     return While(p["cond_jaxpr"], p["body_jaxpr"], p["cond_nconsts"], p["body_nconsts"])
+
+
+def call_body(eqn: Eqn) -> Jaxpr:
+    """The program of an equation that calls one and does nothing else."""
+    p = eqn.params
+    return p["call_jaxpr"] if "call_jaxpr" in p else p["jaxpr"]
 
 
 def cond_branches(eqn: Eqn) -> tuple[Jaxpr, ...]:

@@ -306,10 +306,9 @@ def _inner_programs(
         yield _compat.custom_vmap_parts(eqn).body, operands, 1
     elif name == "linear_call":
         yield _compat.linear_call_parts(eqn).body, operands, 1
-    elif name == "composite":
-        yield eqn.params["jaxpr"], operands, 1
-    elif "call_jaxpr" in eqn.params:  # custom_jvp_call, custom_vjp_call, closed_call
-        yield eqn.params["call_jaxpr"], operands, 1
+    elif name == "composite" or "call_jaxpr" in eqn.params:
+        # Or custom_jvp_call, custom_vjp_call, closed_call.
+        yield _compat.call_body(eqn), operands, 1
 
 
 _OWN = "label_columns"  # of `_linear_loss`

@@ -242,6 +242,7 @@ _SAME = (
     "convert_element_type",
     "copy",
     "sharding_constraint",
+    "stop_gradient",  # from JAX 0.11 on
     *_compat.PVARY,
     *_compat.RESHARD,
 )

@@ -25,7 +25,7 @@ from jlora._transform._rules._terms import bases
 @rule("composite")
 def composite(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """Its decomposition: a backend's kernel of that name would expect one array."""
-    return run.replay(eqn.params["jaxpr"], args)
+    return run.replay(_compat.call_body(eqn), args)
 
 
 @rule("linear_call")

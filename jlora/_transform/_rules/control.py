@@ -98,8 +98,7 @@ def remat(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 @rule("closed_call", "core_call", "call")
 def call(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """A plain call is inlined."""
-    params = eqn.params
-    return run.replay(params.get("call_jaxpr", params.get("jaxpr")), run.enter(args))
+    return run.replay(_compat.call_body(eqn), run.enter(args))
 
 
 @rule("cond")

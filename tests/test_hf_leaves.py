@@ -19,7 +19,13 @@ from jlora import models
 from jlora._errors import ShapeError, StructureError
 from jlora.models._hf import reading as _leaves
 from jlora.models._hf import save as _hf_save
-from jlora.models._hf.sources import Joined, Stacked, Tensor, names, places
+from jlora.models._hf.sources import (
+    Joined,
+    Stacked,
+    Tensor,
+    names,
+    places,
+)
 from jlora.models._hf.tensors import TensorFolder
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -224,7 +224,7 @@ class Stack(Configured):
 
     def __call__(self, x):
         step = lambda block, x, past, own: (block(x), None)
-        return self.through(self.layers, step, x, length=2)[0]
+        return self.run_blocks(self.layers, step, x, length=2)[0]
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -178,7 +178,7 @@ def survey(fn: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> S
     named = leaves_by_path(params, is_leaf=is_node)
     arrays = {path: x for path, x in named.items() if is_array(x)}
     walk = _Walk({path: [] for path in arrays})
-    places = [(_Place(p, _one_to_one(x.shape)),) for p, x in arrays.items()]
+    places = [(_LeafAxes(p, _one_to_one(x.shape)),) for p, x in arrays.items()]
     walk.follow(jaxpr, [*places, *[()] * (len(traced) - len(places))], 1)
     return Survey(
         {
@@ -193,7 +193,7 @@ def _one_to_one(shape: Sequence[int]) -> Axes:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _LeafAxes:
     """Where a leaf's axes are in some value; `stack` ones are gone, an index each."""
 
     path: str
@@ -203,13 +203,13 @@ class _Place:
     def flat(self, dims: Sequence[int]) -> Dims:
         return tuple(sorted(frozenset().union(*(self.axes[d] for d in dims))))
 
-    def drop(self, dims: set[int]) -> _Place:
+    def drop(self, dims: set[int]) -> _LeafAxes:
         gone = frozenset(self.flat(sorted(dims)))
         kept = tuple(a for d, a in enumerate(self.axes) if d not in dims)
-        return _Place(self.path, kept, self.stack | gone)
+        return _LeafAxes(self.path, kept, self.stack | gone)
 
 
-Places = tuple[_Place, ...]  # a concatenation holds several leaves
+Places = tuple[_LeafAxes, ...]  # a concatenation holds several leaves
 
 
 class _Walk:
@@ -254,7 +254,7 @@ class _Walk:
             # What a loop or a solve returns is no longer the leaf that went in.
             return () if eqn.primitive.name in _CONSUMING else results[0]
         fixed = [self._is_fixed(v) for v in eqn.invars]
-        moved = _moved(eqn, operands, fixed)
+        moved = _after_layout(eqn, operands, fixed)
         if moved is not None:
             return moved
         kept = _scaled_or_shifted(eqn, operands, fixed)
@@ -324,7 +324,9 @@ _UNMOVED = frozenset(
 )  # fmt: skip
 
 
-def _moved(eqn: Eqn, operands: list[Places], fixed: list[bool]) -> list[Places] | None:
+def _after_layout(
+    eqn: Eqn, operands: list[Places], fixed: list[bool]
+) -> list[Places] | None:
     """The places after a layout change, or None if the equation consumes the leaf."""
     name, p = eqn.primitive.name, eqn.params
     first = operands[0]
@@ -403,7 +405,7 @@ def _set_in(places: Places, inserted: Sequence[int]) -> Places:
     return tuple(out)
 
 
-def _is_spanned(place: _Place, shape: Sequence[int]) -> bool:
+def _is_spanned(place: _LeafAxes, shape: Sequence[int]) -> bool:
     """Whether the value varies along all its axes with the leaf's."""
     same = len(place.axes) == len(shape)
     return same and all(
@@ -411,23 +413,23 @@ def _is_spanned(place: _Place, shape: Sequence[int]) -> bool:
     )
 
 
-def _transpose(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+def _transpose(place: _LeafAxes, p: Any, old: Any, new: Any) -> _LeafAxes:
     axes = tuple(place.axes[d] for d in p["permutation"])
     return dataclasses.replace(place, axes=axes)
 
 
-def _squeeze(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+def _squeeze(place: _LeafAxes, p: Any, old: Any, new: Any) -> _LeafAxes:
     return place.drop({d % len(old) for d in p["dimensions"]})
 
 
-def _broadcast(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+def _broadcast(place: _LeafAxes, p: Any, old: Any, new: Any) -> _LeafAxes:
     axes = [frozenset[int]()] * len(new)
     for d, to in enumerate(p["broadcast_dimensions"]):
         axes[to] = place.axes[d]
     return dataclasses.replace(place, axes=tuple(axes))
 
 
-def _reshape(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+def _reshape(place: _LeafAxes, p: Any, old: Any, new: Any) -> _LeafAxes:
     axes = [frozenset[int]()] * len(new)
     for left, right in reshape_groups(old, new):
         for d in right:
@@ -435,7 +437,7 @@ def _reshape(place: _Place, p: Any, old: Any, new: Any) -> _Place:
     return dataclasses.replace(place, axes=tuple(axes))
 
 
-def _stack(place: _Place, p: Any, old: Any, new: Any) -> _Place:
+def _stack(place: _LeafAxes, p: Any, old: Any, new: Any) -> _LeafAxes:
     axes = list(place.axes)
     axes.insert(p["axis"] % len(new), frozenset())
     return dataclasses.replace(place, axes=tuple(axes))
@@ -450,7 +452,7 @@ _CHANGES = {
 }
 
 
-def _use(eqn: Eqn, number: int, place: _Place, operands: list[Places]) -> Use:
+def _use(eqn: Eqn, number: int, place: _LeafAxes, operands: list[Places]) -> Use:
     """The use that an equation makes of its `number`-th operand."""
     name = eqn.primitive.name
     others = [places for i, places in enumerate(operands) if i != number]
@@ -470,7 +472,7 @@ def _use(eqn: Eqn, number: int, place: _Place, operands: list[Places]) -> Use:
 
 
 def _kernel_use(
-    eqn: Eqn, kind: str, place: _Place, ins: Sequence[int], batch: Sequence[int],
+    eqn: Eqn, kind: str, place: _LeafAxes, ins: Sequence[int], batch: Sequence[int],
     flops: int,
 ) -> Use:  # fmt: skip
     """A contraction over the value's dimensions `ins`."""
@@ -481,7 +483,9 @@ def _kernel_use(
     return Use(kind, eqn.primitive.name, in_axes, out_axes, stack, flops)
 
 
-def _matmul(eqn: Eqn, number: int, place: _Place, outputs_summed: bool = False) -> Use:
+def _matmul(
+    eqn: Eqn, number: int, place: _LeafAxes, outputs_summed: bool = False
+) -> Use:
     contracted, batch = eqn.params["dimension_numbers"]
     lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     flops = 2 * math.prod(out) * math.prod(lhs[d] for d in contracted[0])
@@ -491,7 +495,7 @@ def _matmul(eqn: Eqn, number: int, place: _Place, outputs_summed: bool = False) 
     return _kernel_use(eqn, "matmul", place, ins, stack, flops)
 
 
-def _lookup(eqn: Eqn, place: _Place) -> Use:
+def _lookup(eqn: Eqn, place: _LeafAxes) -> Use:
     shape = eqn.invars[0].aval.shape
     p, _ = without_whole_axes(eqn.params, shape)
     batch = p["dimension_numbers"].operand_batching_dims
@@ -499,7 +503,7 @@ def _lookup(eqn: Eqn, place: _Place) -> Use:
     return _kernel_use(eqn, "gather", place, touched, batch, 0)
 
 
-def _convolution(eqn: Eqn, place: _Place) -> Use:
+def _convolution(eqn: Eqn, place: _LeafAxes) -> Use:
     _, *in_dims = eqn.params["dimension_numbers"].rhs_spec
     kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     flops = 2 * math.prod(out) * math.prod(kernel[d] for d in in_dims)

@@ -16,22 +16,22 @@ from jlora.models._hf.load import load as load
 from jlora.models._hf.save import save as save
 from jlora.models._hf.tables import resize_vocabulary as resize_vocabulary
 from jlora.models._hf.tables import untie as untie
-from jlora.models.bert._config import BertConfig as BertConfig
-from jlora.models.bert._model import Bert as Bert
-from jlora.models.bert._model import BertClassifier as BertClassifier
-from jlora.models.bert._model import BertMaskedLM as BertMaskedLM
-from jlora.models.bert._model import label_loss as label_loss
-from jlora.models.bert._model import mean_pool as mean_pool
-from jlora.models.gpt2._config import GPT2Config as GPT2Config
-from jlora.models.gpt2._model import GPT2 as GPT2
-from jlora.models.llama._config import LlamaConfig as LlamaConfig
-from jlora.models.llama._feed_forward import router_loss as router_loss
-from jlora.models.llama._gemma_config import GemmaConfig as GemmaConfig
-from jlora.models.llama._model import Llama as Llama
-from jlora.models.llama._moe_config import MoeConfig as MoeConfig
-from jlora.models.t5._config import T5Config as T5Config
-from jlora.models.t5._model import T5 as T5
-from jlora.models.t5._model import shift_right as shift_right
+from jlora.models.bert import Bert as Bert
+from jlora.models.bert import BertClassifier as BertClassifier
+from jlora.models.bert import BertConfig as BertConfig
+from jlora.models.bert import BertMaskedLM as BertMaskedLM
+from jlora.models.bert import label_loss as label_loss
+from jlora.models.bert import mean_pool as mean_pool
+from jlora.models.gpt2 import GPT2 as GPT2
+from jlora.models.gpt2 import GPT2Config as GPT2Config
+from jlora.models.llama import GemmaConfig as GemmaConfig
+from jlora.models.llama import Llama as Llama
+from jlora.models.llama import LlamaConfig as LlamaConfig
+from jlora.models.llama import MoeConfig as MoeConfig
+from jlora.models.llama import router_loss as router_loss
+from jlora.models.t5 import T5 as T5
+from jlora.models.t5 import T5Config as T5Config
+from jlora.models.t5 import shift_right as shift_right
 
 __all__ = [name for name in dir() if not name.startswith("_")]
 

@@ -239,7 +239,7 @@ def scan(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     args = run.enter(args, stacks=args[split[1] :])
     consts, init, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
     counted = any(map(has_masks, args))
-    stacked = [Stacked.of(x) if isinstance(x, LowRank) else None for x in xs]
+    stacked = [StackedKernel.of(x) if isinstance(x, LowRank) else None for x in xs]
     if any(s is not None and not s.whole for s in stacked):
         return NotImplemented
 
@@ -287,7 +287,7 @@ def _check_carry(init: Sequence[Any], out: Sequence[Any], name: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked:
+class StackedKernel:
     """A kernel taken apart for a scan over its first dimension.
 
     Attributes:
@@ -305,7 +305,7 @@ class Stacked:
         return all(0 in t.s_dims for t in self.node.adapters.values())
 
     @classmethod
-    def of(cls, w: LowRank) -> Stacked:
+    def of(cls, w: LowRank) -> StackedKernel:
         """Take w apart."""
         arrays = [w.base]
 

@@ -57,10 +57,10 @@ class Family:
       stands_alone: whether a file that lacks the tensor may hold it by that alias.
       unused: names that files may hold although the model never reads them; `*`
         stands for anything.
-      settle: corrects a configuration by what the file holds; it gets the
+      config_of_file: corrects a configuration by what the file holds; it gets the
         configuration, the parsed `config.json`, the file's names, and what tells
         whether two tensors are equal.
-      spelling: what the names in a file are called here, where that differs from file
+      names_here: what the names in a file are called here, where that differs from file
         to file; `None` for those never read.
       with_head: changes a parsed `config.json` to another head and number of labels;
         `None` where there is no choice.
@@ -75,10 +75,10 @@ class Family:
     aliases: Callable[[Any], Mapping[str, str]] = lambda config: {}
     stands_alone: Callable[[Any, str], bool] = lambda config, alias: True
     unused: frozenset[str] = frozenset()
-    settle: Callable[[Any, Mapping[str, Any], set[str], Same], Any] = (
+    config_of_file: Callable[[Any, Mapping[str, Any], set[str], Same], Any] = (
         lambda config, raw, names, same: config
     )
-    spelling: Callable[[Any, set[str]], Mapping[str, str | None]] = (
+    names_here: Callable[[Any, set[str]], Mapping[str, str | None]] = (
         lambda config, names: {}
     )
     with_head: Callable[..., dict[str, Any]] | None = None
@@ -119,21 +119,21 @@ def dotted(path: Path, config: Any = None, held: Names = ()) -> Tensor:
 
 
 def _with_prefix(prefix: str) -> Callable[[Any, set[str]], Mapping[str, str | None]]:
-    """Return a spelling for files that were saved from the model without its head.
+    """Return a names_here for files that were saved from the model without its head.
 
-    >>> spelling = _with_prefix("transformer.")
-    >>> spelling(None, {"wte.weight"})
+    >>> names_here = _with_prefix("transformer.")
+    >>> names_here(None, {"wte.weight"})
     {'wte.weight': 'transformer.wte.weight'}
-    >>> spelling(None, {"transformer.wte.weight", "lm_head.weight"})
+    >>> names_here(None, {"transformer.wte.weight", "lm_head.weight"})
     {}
     """
 
-    def spelling(config: Any, names: set[str]) -> dict[str, str | None]:
+    def names_here(config: Any, names: set[str]) -> dict[str, str | None]:
         if any(name.startswith(prefix) for name in names):
             return {}
         return {n: prefix + n for n in names if not n.startswith("lm_head.")}
 
-    return spelling
+    return names_here
 
 
 def _gpt2_source(path: Path, config: GPT2Config, held: Names) -> Tensor:
@@ -171,14 +171,14 @@ def _moe_source(path: Path, config: MoeConfig, held: Names) -> Source:
     return Stacked(tuple(experts))
 
 
-def _moe_spelling(config: MoeConfig, names: set[str]) -> dict[str, str | None]:
+def _moe_names_here(config: MoeConfig, names: set[str]) -> dict[str, str | None]:
     """Return Mixtral's names, whose block is "mlp" in files of all experts' tensors."""
-    spelling = dict(_with_prefix("model.")(config, names))
+    names_here = dict(_with_prefix("model.")(config, names))
     if config.model_type == "mixtral":
         for name in names:
-            full = spelling.get(name, name) or name
-            spelling[name] = full.replace(".mlp.", f".{_MIXTRAL[0]}.")
-    return spelling
+            full = names_here.get(name, name) or name
+            names_here[name] = full.replace(".mlp.", f".{_MIXTRAL[0]}.")
+    return names_here
 
 
 def _llama_aliases(config: LlamaConfig) -> dict[str, str]:
@@ -204,7 +204,7 @@ def _t5_stands_alone(config: T5Config, alias: str) -> bool:
     return alias != "lm_head.weight" or bool(config.scale_decoder_outputs)
 
 
-def _t5_settle(
+def _t5_config_of_file(
     config: T5Config, raw: Mapping[str, Any], names: set[str], same: Same
 ) -> T5Config:
     """Untie the head where the file holds another one than the embedding.
@@ -239,8 +239,8 @@ _ENCODER = Family(
     source=dotted,
     stacks=_files.stacks,
     aliases=_files.aliases,
-    settle=_files.settle,
-    spelling=_files.spelling,
+    config_of_file=_files.config_of_file,
+    names_here=_files.names_here,
     with_head=with_head,
     is_head=_files.is_head,
 )
@@ -260,7 +260,7 @@ _T5 = Family(
     unused=frozenset(
         {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
     ),
-    settle=_t5_settle,
+    config_of_file=_t5_config_of_file,
 )
 
 _LLAMA = Family(
@@ -272,10 +272,10 @@ _LLAMA = Family(
     aliases=_llama_aliases,
     # Constants, which older releases saved.
     unused=frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"}),
-    spelling=_with_prefix("model."),
+    names_here=_with_prefix("model."),
 )
 _MOE = dataclasses.replace(
-    _LLAMA, config=MoeConfig, source=_moe_source, spelling=_moe_spelling
+    _LLAMA, config=MoeConfig, source=_moe_source, names_here=_moe_names_here
 )
 
 FAMILIES: dict[str, Family] = {
@@ -291,7 +291,7 @@ FAMILIES: dict[str, Family] = {
         unused=frozenset(
             {"transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"}
         ),
-        spelling=_with_prefix("transformer."),
+        names_here=_with_prefix("transformer."),
     ),
     **dict.fromkeys(T5_KINDS, _T5),
     **dict.fromkeys(LlamaConfig.kinds, _LLAMA),

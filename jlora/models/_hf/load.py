@@ -113,9 +113,9 @@ def load(
     raw = heads.chosen(family, raw, head, num_labels)
     tensors = TensorFolder(folder)
     config = family.config.from_dict(raw)
-    tensors.rename(family.spelling(config, tensors.names))
+    tensors.rename(family.names_here(config, tensors.names))
     _rename_aliases(tensors, family, config)
-    config = family.settle(config, raw, tensors.names, tensors.same)
+    config = family.config_of_file(config, raw, tensors.names, tensors.same)
     if hasattr(config, "generation"):
         file = folder / GENERATION
         said = read_json(file) if file.exists() else said_in_config(raw)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jlora._errors import ShapeError, StructureError
-from jlora.models._hf.sources import Box, Place, Source, places
+from jlora.models._hf.sources import Box, Source, TensorPlace, places
 from jlora.models._hf.tensors import TensorFolder
 
 Shardings = Any  # see `shardings_of`
@@ -62,7 +62,7 @@ def read(
 
 
 def _part(
-    tensors: TensorFolder, found: list[Place], region: Box, dtype: Any
+    tensors: TensorFolder, found: list[TensorPlace], region: Box, dtype: Any
 ) -> np.ndarray:
     """Return the values of a leaf in `region`."""
     out = _aligned(tuple(s.stop - s.start for s in region), np.dtype(dtype))

@@ -21,14 +21,14 @@ from jlora._processes import agree, on_first, on_host
 from jlora._text import listed
 from jlora.models._hf.families import family_of
 from jlora.models._hf.load import GENERATION, TOKENIZER_FILES, Params, sources_of
-from jlora.models._hf.sources import Place, places
+from jlora.models._hf.sources import TensorPlace, places
 from jlora.models._hf.tensors import INDEX, WEIGHTS
 
 _COPIED = (*TOKENIZER_FILES, GENERATION)
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
-Tensors = list[tuple[Place, jax.Array]]  # a tensor, and the leaf that it is of
+Tensors = list[tuple[TensorPlace, jax.Array]]  # a tensor, and the leaf that it is of
 
 
 def save(
@@ -183,14 +183,14 @@ def _write_shard(folder: Path | None, file: str, arrays: dict[str, np.ndarray]) 
     _files.write_tensors(folder / file, arrays)
 
 
-def _layout(place: Place, leaf: jax.Array | np.ndarray) -> np.ndarray:
+def _layout(place: TensorPlace, leaf: jax.Array | np.ndarray) -> np.ndarray:
     value = np.asarray(leaf)[place.box][(0,) * place.depth]
     if place.tensor.transposed:
         value = value.swapaxes(-1, -2)
     return np.ascontiguousarray(value)
 
 
-def _bytes(place: Place, leaf: jax.Array) -> int:
+def _bytes(place: TensorPlace, leaf: jax.Array) -> int:
     return math.prod(place.shape) * leaf.dtype.itemsize
 
 

@@ -49,7 +49,7 @@ class Joined:
 Source = Tensor | Stacked | Joined
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """A tensor's place in a leaf.
 
     Attributes:
@@ -83,7 +83,7 @@ def names(source: Source) -> list[str]:
     return [name for part in source.parts for name in names(part)]
 
 
-def places(source: Source, shape: tuple[int, ...]) -> list[Place]:
+def places(source: Source, shape: tuple[int, ...]) -> list[TensorPlace]:
     """Return the place of each tensor in a leaf of that shape.
 
     >>> halves = Joined((Tensor("w1"), Tensor("w3", transposed=True)), axis=-1)
@@ -95,9 +95,9 @@ def places(source: Source, shape: tuple[int, ...]) -> list[Place]:
     return list(_places(source, tuple(slice(0, n) for n in shape), 0))
 
 
-def _places(source: Source, box: Box, depth: int) -> Iterator[Place]:
+def _places(source: Source, box: Box, depth: int) -> Iterator[TensorPlace]:
     if isinstance(source, Tensor):
-        yield Place(source, box, depth)
+        yield TensorPlace(source, box, depth)
         return
     if isinstance(source, Stacked):
         axis, inner = depth, depth + 1

@@ -38,7 +38,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sight:
+class Masking:
     """Which keys the queries see, told to a fused kernel.
 
     Causality and window are told by name: as a mask they would be `[T, S]`.
@@ -62,7 +62,7 @@ def fused(
     q: Array,
     k: Array,
     v: Array,
-    sight: Sight,
+    masking: Masking,
     *,
     scale: Array | float,
     cap: float | None = None,
@@ -77,7 +77,7 @@ def fused(
       q: `[B, T, H, D]`; query heads share keys H/G at a time.
       k: `[B, S, G, D]`.
       v: `[B, S, G, D]`.
-      sight: which keys the queries see.
+      masking: which keys the queries see.
       scale: of the scores.
       cap: what the scores would have to stay within, softly.
 
@@ -88,34 +88,35 @@ def fused(
     """
     if cap is not None:
         raise StructureError(
-            f"attn_implementation={sight.implementation!r}: this model caps its scores "
-            f"at {cap}, and no fused kernel does.\nSet attn_implementation={EINSUM!r}."
+            f"attn_implementation={masking.implementation!r}: this model caps its "
+            f"scores at {cap}, and no fused kernel does.\nSet "
+            f"attn_implementation={EINSUM!r}."
         )
     if not isinstance(scale, (int, float)):
         # A kernel's scale is part of the program; a scanned layer's is an input.
         q, scale = (scale * q).astype(q.dtype), 1.0
     length = q.shape[1]
-    sight = _without_window(sight, k.shape[1])
-    if sight.implementation == CUDNN:
-        q, k, v, sight = for_cudnn(q, k, v, sight)
-    window = None if sight.window is None else (sight.window - 1, 0)
+    masking = _without_window(masking, k.shape[1])
+    if masking.implementation == CUDNN:
+        q, k, v, masking = for_cudnn(q, k, v, masking)
+    window = None if masking.window is None else (masking.window - 1, 0)
     try:
         y = jax.nn.dot_product_attention(
             q,
             k,
             v,
-            bias=sight.bias,
-            mask=None if sight.mask is None else sight.mask.astype(bool)[:, None],
+            bias=masking.bias,
+            mask=None if masking.mask is None else masking.mask.astype(bool)[:, None],
             scale=float(scale),
-            is_causal=sight.causal,
+            is_causal=masking.causal,
             local_window_size=window,
-            implementation=sight.implementation,
+            implementation=masking.implementation,
         )
     except (NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # of the machine, not of the request
         raise StructureError(
-            f"attn_implementation={sight.implementation!r} on queries {q.shape} and "
+            f"attn_implementation={masking.implementation!r} on queries {q.shape} and "
             f"keys {k.shape} in {q.dtype}: {error}\ncuDNN takes bfloat16 and "
             "float16 and runs on NVIDIA GPUs, with jax[cuda] installed. Set the "
             f"model's dtype, or attn_implementation={EINSUM!r}."
@@ -123,35 +124,35 @@ def fused(
     return y[:, :length]
 
 
-def _without_window(sight: Sight, keys: int) -> Sight:
-    """Return `sight` without a window that hides nothing, or that a mask can take in.
+def _without_window(masking: Masking, keys: int) -> Masking:
+    """Return `masking` without a window that hides nothing, or that a mask can take in.
 
     cuDNN has no window beside a bias, and to it a mask is one.
     """
-    if sight.window is None or sight.window >= keys:
-        return dataclasses.replace(sight, window=None)
-    if sight.mask is None and sight.bias is None:
-        return sight
+    if masking.window is None or masking.window >= keys:
+        return dataclasses.replace(masking, window=None)
+    if masking.mask is None and masking.bias is None:
+        return masking
     places = jnp.arange(keys)
-    near = places[:, None] - places[None] < sight.window  # [T, S]
+    near = places[:, None] - places[None] < masking.window  # [T, S]
     mask = near[None]
-    if sight.mask is not None:
-        mask = mask & sight.mask.astype(bool)
-    return dataclasses.replace(sight, mask=mask, window=None)
+    if masking.mask is not None:
+        mask = mask & masking.mask.astype(bool)
+    return dataclasses.replace(masking, mask=mask, window=None)
 
 
 def for_cudnn(
-    q: Array, k: Array, v: Array, sight: Sight
-) -> tuple[Array, Array, Array, Sight]:
+    q: Array, k: Array, v: Array, masking: Masking
+) -> tuple[Array, Array, Array, Masking]:
     """Return the arguments as cuDNN wants them where there is a bias or a mask.
 
     Both reach it as a bias: whole in its last axes, in the queries' dtype, and for the
     gradient of even lengths. Odd ones get a key that nobody sees, and a query.
     """
-    if sight.bias is None and sight.mask is None:
-        return q, k, v, sight
+    if masking.bias is None and masking.mask is None:
+        return q, k, v, masking
     T, S = q.shape[1], k.shape[1]
-    more, bias, mask = (T % 2, S % 2), sight.bias, sight.mask
+    more, bias, mask = (T % 2, S % 2), masking.bias, masking.mask
     if mask is None and any(more):
         mask = jnp.ones((1, 1, S), bool)
     if mask is not None:
@@ -162,7 +163,7 @@ def for_cudnn(
         bias = bias.astype(q.dtype)
     q = _longer(q, more[0])
     k, v = _longer(k, more[1]), _longer(v, more[1])
-    return q, k, v, dataclasses.replace(sight, bias=bias, mask=mask)
+    return q, k, v, dataclasses.replace(masking, bias=bias, mask=mask)
 
 
 def _longer(x: Array, by: int) -> Array:

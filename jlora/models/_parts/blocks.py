@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import StructureError
-from jlora.models._parts.attention import EINSUM, Sight, check_form
+from jlora.models._parts.attention import EINSUM, Masking, check_form
 from jlora.models._parts.layers import Numbered, mask_bias
 
 # Takes a block, what goes through (`x`, most often an array), the block's past keys and
@@ -79,18 +79,18 @@ class Configured(nn.Module):
         """
         return self.attn_implementation != EINSUM and not self.is_initializing()
 
-    def sight(self, **fields: Any) -> Sight:
+    def masking(self, **fields: Any) -> Masking:
         """Return what a fused kernel is told."""
-        return Sight(implementation=self.attn_implementation, **fields)
+        return Masking(implementation=self.attn_implementation, **fields)
 
-    def seen_of(self, mask: Array | None) -> Array | Sight | None:
+    def masking_of(self, mask: Array | None) -> Array | Masking | None:
         """Return what hides the keys where `mask` `[B, S]` is off, and nothing else.
 
         By einsum it is added to the scores, `[B, 1, 1, S]`.
         """
         if not self.fuses:
             return None if mask is None else mask_bias(mask)
-        return self.sight(mask=None if mask is None else mask[:, None])
+        return self.masking(mask=None if mask is None else mask[:, None])
 
     def dropping(self, drop: nn.Dropout, deterministic: bool) -> Callable[..., Any]:
         """Return the dropout of attention's probabilities.
@@ -119,7 +119,7 @@ class Configured(nn.Module):
         zeros = jnp.zeros(shape, self.dtype)
         return [(zeros, zeros)] * length
 
-    def through(
+    def run_blocks(
         self,
         blocks: Any,
         step: Step,

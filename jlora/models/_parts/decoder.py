@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import ShapeError
-from jlora.models._parts.attention import Sight, fused
+from jlora.models._parts.attention import Masking, fused
 from jlora.models._parts.blocks import Configured
 from jlora.models._parts.layers import MASKED, Embedding
 
@@ -26,7 +26,7 @@ Past = Sequence[KeysValues] | None
 Cache = dict[str, Any]
 
 
-class Place(NamedTuple):
+class QueryPlace(NamedTuple):
     """Where the queries stand among the keys.
 
     Attributes:
@@ -52,7 +52,7 @@ def positions_of(mask: Array) -> Array:
     return jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
 
 
-def visible(place: Place, window: int | None = None) -> Array:
+def visible(place: QueryPlace, window: int | None = None) -> Array:
     """Return the keys that each query may look at, `[B, T, S]`, B 1 without padding.
 
     Args:
@@ -70,7 +70,7 @@ def visible(place: Place, window: int | None = None) -> Array:
 def attend(
     q: Array,
     kv: KeysValues,
-    seen: Array | Sight,
+    masking: Array | Masking,
     scale: Array | float,
     drop: Callable[[Array], Array],
     cap: float | None = None,
@@ -80,18 +80,18 @@ def attend(
     Args:
       q: `[B, H, T, D]`; query heads share keys H/G at a time.
       kv: two of `[B, G, S, D]`.
-      seen: from `Part.seen`; its form says how scores are computed.
+      masking: from `DecoderModule.mask_for`; its form says how scores are computed.
       scale: of the scores.
       drop: dropout of the probabilities.
       cap: what the scores stay within, softly.
     """
     (B, H, T, D), (k, v) = q.shape, kv
-    if isinstance(seen, Sight):
+    if isinstance(masking, Masking):
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        return fused(q, k, v, seen, scale=scale, cap=cap).reshape(B, T, H * D)
+        return fused(q, k, v, masking, scale=scale, cap=cap).reshape(B, T, H * D)
     q = q.reshape(B, k.shape[1], -1, T, D)  # [B, G, H/G, T, D]
     scores = jnp.einsum("bghtd,bgsd->bghts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], soft_cap(scale * scores, cap), MASKED)
+    scores = jnp.where(masking[:, None, None], soft_cap(scale * scores, cap), MASKED)
     probs = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
     y = jnp.einsum("bghts,bgsd->bghtd", probs, v)
     return y.reshape(B, H, T, D).transpose(0, 2, 1, 3).reshape(B, T, H * D)
@@ -116,7 +116,7 @@ def remember(kv: KeysValues, past: KeysValues | None, index: Array | int) -> Key
     return write(past[0], kv[0]), write(past[1], kv[1])
 
 
-class Part(Configured):
+class DecoderModule(Configured):
     """What the parts of a decoder share: layers as its configuration wants them."""
 
     def linear(self, features: int, *, bias: bool, scale: float = 1.0) -> nn.Dense:
@@ -134,14 +134,14 @@ class Part(Configured):
         std = self.config.initializer_range
         return Embedding(rows, features, std, self.dtype, self.param_dtype)
 
-    def seen(
+    def mask_for(
         self,
-        place: Place,
+        place: QueryPlace,
         past: Any,
         window: int | None = None,
         *,
         alike: bool = True,
-    ) -> Array | Sight:
+    ) -> Array | Masking:
         """Return what `attend` wants to know of the keys that the queries see.
 
         Args:
@@ -154,12 +154,12 @@ class Part(Configured):
         if past is not None or not self.fuses:
             return visible(place, window)
         if not alike:
-            return self.sight(mask=visible(place, window), causal=True)
+            return self.masking(mask=visible(place, window), causal=True)
         mask = None if place.keys is None else place.keys[:, None]
-        return self.sight(mask=mask, causal=True, window=window)
+        return self.masking(mask=mask, causal=True, window=window)
 
 
-class Decoder(Part):
+class Decoder(DecoderModule):
     """A language model without an encoder.
 
     A family says in `hidden` what it computes, in `cache_shape` what it remembers of a
@@ -180,7 +180,7 @@ class Decoder(Part):
             self.lm_head = self.linear(self.config.vocab_size, bias=False)
 
     def hidden(
-        self, input_ids: Array, place: Place, past: Past, deterministic: bool
+        self, input_ids: Array, place: QueryPlace, past: Past, deterministic: bool
     ) -> tuple[Array, list[KeysValues]]:
         """Return `[B, T, d]` after the last norm, and each layer's keys and values."""
         raise NotImplementedError
@@ -271,7 +271,7 @@ class Decoder(Part):
                 "before it, the model knows by itself."
             )
         positions = positions_of(mask) if position_ids is None else position_ids
-        place = Place(positions, 0, attention_mask)
+        place = QueryPlace(positions, 0, attention_mask)
         return self.hidden(input_ids, place, None, deterministic)[0]
 
     def prefill(
@@ -308,7 +308,7 @@ class Decoder(Part):
         layers, G, D = self.cache_shape()
         past = self.empty(layers, (B, G, room, D))
         if S > 1:
-            place = Place(positions_of(mask)[:, :-1], 0, keys)
+            place = QueryPlace(positions_of(mask)[:, :-1], 0, keys)
             past = self.hidden(ids[:, :-1], place, past, True)[1]
         cache = {
             "beams": past,
@@ -330,7 +330,7 @@ class Decoder(Part):
         """
         shared, T = cache["shared"], input_ids.shape[1]
         positions = shared["next"][:, None] + jnp.arange(T)[None]
-        place = Place(jnp.maximum(positions, 0), shared["index"], shared["keys"])
+        place = QueryPlace(jnp.maximum(positions, 0), shared["index"], shared["keys"])
         x, past = self.hidden(input_ids, place, cache["beams"], True)
         moved = {"next": shared["next"] + T, "index": shared["index"] + T}
         return self.head(x), {"beams": past, "shared": {**shared, **moved}}

@@ -17,7 +17,7 @@ _BUFFER = re.compile(r"embeddings\.(position_ids|token_type_ids)")
 _LEFT_OVER = re.compile(r"(pooler|cls|lm_head)\..*")
 
 
-def spelling(config: BertConfig, names: set[str]) -> dict[str, str | None]:
+def names_here(config: BertConfig, names: set[str]) -> dict[str, str | None]:
     """Return what each of a file's names is called here; `None` is not read.
 
     Encoders stand in files with and without their family's prefix, whatever the head
@@ -25,7 +25,7 @@ def spelling(config: BertConfig, names: set[str]) -> dict[str, str | None]:
 
     >>> config = BertConfig(head="classification")
     >>> names = {"encoder.layer.0.output.LayerNorm.gamma", "cls.predictions.bias"}
-    >>> for name, here in sorted(spelling(config, names).items()):
+    >>> for name, here in sorted(names_here(config, names).items()):
     ...     print(name, here)
     cls.predictions.bias None
     encoder.layer.0.output.LayerNorm.gamma bert.encoder.layer.0.output.LayerNorm.weight
@@ -88,7 +88,7 @@ def stacks(config: BertConfig) -> dict[tuple[str, ...], int]:
     return {(*prefix, "encoder", "layer"): config.num_hidden_layers}
 
 
-def settle(
+def config_of_file(
     config: BertConfig,
     raw: Mapping[str, Any],
     names: set[str],

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jlora.models._parts.attention import Sight, fused
+from jlora.models._parts.attention import Masking, fused
 from jlora.models._parts.blocks import Configured
 from jlora.models._parts.layers import ACTIVATIONS, Embedding, LayerNorm
 from jlora.models.bert._config import BertConfig
 
 
-class Part(Configured):
+class BertModule(Configured):
     """What the parts of a BERT share: layers as its configuration wants them."""
 
     def linear(self, features: int) -> nn.Dense:
@@ -71,7 +71,7 @@ def positions(input_ids: Array, config: BertConfig) -> Array:
     return jnp.cumsum(kept, axis=1) * kept + padding
 
 
-class Embeddings(Part):
+class Embeddings(BertModule):
     """norm(words + token types + positions)."""
 
     def setup(self) -> None:
@@ -94,7 +94,7 @@ class Embeddings(Part):
         return self.drop(self.LayerNorm(x), deterministic=deterministic)
 
 
-class SelfAttention(Part):
+class SelfAttention(BertModule):
     """Multi-head attention without its output projection."""
 
     def setup(self) -> None:
@@ -110,24 +110,24 @@ class SelfAttention(Part):
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
 
     def __call__(
-        self, x: Array, seen: Array | Sight | None, deterministic: bool
+        self, x: Array, masking: Array | Masking | None, deterministic: bool
     ) -> Array:
-        """[B, S, d] -> [B, S, d]; `seen` is from `Configured.seen_of`."""
+        """[B, S, d] -> [B, S, d]; `masking` is from `Configured.masking_of`."""
         drop = self.dropping(self.drop, deterministic)
         parts = (self.query(x), self.key(x), self.value(x))
         q, k, v = (self.heads(part) for part in parts)
         scale = q.shape[-1] ** -0.5
-        if isinstance(seen, Sight):
-            return fused(q, k, v, seen, scale=scale).reshape(x.shape)
+        if isinstance(masking, Masking):
+            return fused(q, k, v, masking, scale=scale).reshape(x.shape)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         scores = scores * scale
-        if seen is not None:
-            scores = scores + seen
+        if masking is not None:
+            scores = scores + masking
         probs = drop(jax.nn.softmax(scores, axis=-1).astype(self.dtype))
         return jnp.einsum("bhqk,bkhd->bqhd", probs, v).reshape(x.shape)
 
 
-class Output(Part):
+class Output(BertModule):
     """norm(residual + dense(x)): the end of attention, and of feed-forward."""
 
     def setup(self) -> None:
@@ -142,7 +142,7 @@ class Output(Part):
         return self.LayerNorm(x + residual)
 
 
-class Attention(Part):
+class Attention(BertModule):
     """Attention with output projection, residual and norm."""
 
     def setup(self) -> None:
@@ -151,13 +151,13 @@ class Attention(Part):
         self.output = self.part(Output)()
 
     def __call__(
-        self, x: Array, seen: Array | Sight | None, deterministic: bool
+        self, x: Array, masking: Array | Masking | None, deterministic: bool
     ) -> Array:
         """[B, S, d] -> [B, S, d]."""
-        return self.output(self.self(x, seen, deterministic), x, deterministic)
+        return self.output(self.self(x, masking, deterministic), x, deterministic)
 
 
-class Intermediate(Part):
+class Intermediate(BertModule):
     """act(dense), the first half of feed-forward."""
 
     def setup(self) -> None:
@@ -169,7 +169,7 @@ class Intermediate(Part):
         return ACTIVATIONS[self.config.hidden_act](self.dense(x))
 
 
-class Layer(Part):
+class Layer(BertModule):
     """One block: attention, then feed-forward, each normalised after its residual."""
 
     def setup(self) -> None:
@@ -179,8 +179,8 @@ class Layer(Part):
         self.output = self.part(Output)()
 
     def __call__(
-        self, x: Array, seen: Array | Sight | None, deterministic: bool
+        self, x: Array, masking: Array | Masking | None, deterministic: bool
     ) -> Array:
         """[B, S, d] -> [B, S, d]."""
-        x = self.attention(x, seen, deterministic)
+        x = self.attention(x, masking, deterministic)
         return self.output(self.intermediate(x), x, deterministic)

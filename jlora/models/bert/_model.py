@@ -22,13 +22,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora._errors import ShapeError
-from jlora.models._parts.attention import Sight
+from jlora.models._parts.attention import Masking
 from jlora.models._parts.layers import ACTIVATIONS, along_last
 from jlora.models.bert._config import BertConfig
-from jlora.models.bert._layers import Embeddings, Layer, Part
+from jlora.models.bert._layers import BertModule, Embeddings, Layer
 
 
-class Encoder(Part):
+class Encoder(BertModule):
     """The blocks."""
 
     def setup(self) -> None:
@@ -36,18 +36,18 @@ class Encoder(Part):
         self.layer = self.blocks([self.part(Layer)] * self.config.num_hidden_layers)
 
     def __call__(
-        self, x: Array, seen: Array | Sight | None, deterministic: bool
+        self, x: Array, masking: Array | Masking | None, deterministic: bool
     ) -> Array:
         """[B, S, d] -> [B, S, d]."""
 
         def step(layer: Any, x: Array, past: None, own: None) -> tuple[Array, None]:
-            return layer(x, seen, deterministic), None
+            return layer(x, masking, deterministic), None
 
         length = self.config.num_hidden_layers
-        return self.through(self.layer, step, x, length=length)[0]
+        return self.run_blocks(self.layer, step, x, length=length)[0]
 
 
-class Pooler(Part):
+class Pooler(BertModule):
     """tanh(dense) of the first token."""
 
     def setup(self) -> None:
@@ -59,7 +59,7 @@ class Pooler(Part):
         return jnp.tanh(self.dense(x[:, 0]))
 
 
-class Bert(Part):
+class Bert(BertModule):
     """A BERT or RoBERTa without a head.
 
     Attributes:
@@ -105,7 +105,7 @@ class Bert(Part):
         """
         _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
         x = self.embeddings(input_ids, token_type_ids, deterministic)
-        x = self.encoder(x, self.seen_of(attention_mask), deterministic)
+        x = self.encoder(x, self.masking_of(attention_mask), deterministic)
         if self.config.pooler and self.is_initializing():
             self.pooler(x)  # declares its parameters
         return x
@@ -124,7 +124,7 @@ class Bert(Part):
         return self.pooler(hidden)
 
 
-class Headed(Part):
+class Headed(BertModule):
     """A BERT or RoBERTa with a head, which a subclass declares and applies.
 
     Attributes:
@@ -183,7 +183,7 @@ class BertClassifier(Headed):
         return self.classifier(x)
 
 
-class RobertaClassifier(Part):
+class RobertaClassifier(BertModule):
     """RoBERTa's classifier: two layers over the first token."""
 
     def setup(self) -> None:
@@ -231,7 +231,7 @@ class BertMaskedLM(Headed):
         return logits + along_last(bias, logits)
 
 
-class RobertaLMHead(Part):
+class RobertaLMHead(BertModule):
     """What RoBERTa does before the tied decoder, and the decoder's bias."""
 
     def setup(self) -> None:
@@ -247,7 +247,7 @@ class RobertaLMHead(Part):
         return x, self.bias.astype(self.dtype)
 
 
-class BertHeads(Part):
+class BertHeads(BertModule):
     """The level of BERT's names that holds its pretraining heads."""
 
     def setup(self) -> None:
@@ -255,7 +255,7 @@ class BertHeads(Part):
         self.predictions = self.part(BertLMHead)()
 
 
-class BertLMHead(Part):
+class BertLMHead(BertModule):
     """What BERT does before the tied decoder, and the decoder's bias."""
 
     def setup(self) -> None:
@@ -268,7 +268,7 @@ class BertLMHead(Part):
         return self.transform(x), self.bias.astype(self.dtype)
 
 
-class BertLMTransform(Part):
+class BertLMTransform(BertModule):
     """norm(act(dense))."""
 
     def setup(self) -> None:
@@ -281,7 +281,7 @@ class BertLMTransform(Part):
         return self.LayerNorm(ACTIVATIONS[self.config.hidden_act](self.dense(x)))
 
 
-def with_its_head(config: BertConfig, **settings: Any) -> Part:
+def with_its_head(config: BertConfig, **settings: Any) -> BertModule:
     """Return the model whose head `config.head` names."""
     kinds = {"classification": BertClassifier, "masked_lm": BertMaskedLM}
     return kinds.get(config.head, Bert)(config=config, **settings)

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora._errors import ShapeError
-from jlora.models._parts.attention import Sight
+from jlora.models._parts.attention import Masking
 from jlora.models._parts.decoder import (
     Decoder,
+    DecoderModule,
     KeysValues,
-    Part,
     Past,
-    Place,
+    QueryPlace,
     attend,
     heads,
     remember,
@@ -34,7 +34,7 @@ from jlora.models._parts.decoder import (
 from jlora.models._parts.layers import ACTIVATIONS, Embedding, LayerNorm
 
 
-class GPT2Part(Part):
+class GPT2Module(DecoderModule):
     """What the parts of a GPT-2 share."""
 
     def into_residual(self) -> nn.Dense:
@@ -48,7 +48,7 @@ class GPT2Part(Part):
         return LayerNorm(self.config.layer_norm_epsilon, self.dtype, self.param_dtype)
 
 
-class Attention(GPT2Part):
+class Attention(GPT2Module):
     """Multi-head attention to the tokens before."""
 
     def setup(self) -> None:
@@ -62,7 +62,7 @@ class Attention(GPT2Part):
         self,
         x: Array,
         number: Array | int,
-        seen: Array | Sight,
+        masking: Array | Masking,
         past: KeysValues | None,
         index: Array | int,
         deterministic: bool,
@@ -77,7 +77,7 @@ class Attention(GPT2Part):
         )
         kv = remember((k, v), past, index)
         drop = self.dropping(self.attn_dropout, deterministic)
-        y = attend(q, kv, seen, self.scale(q.shape[-1], number), drop)
+        y = attend(q, kv, masking, self.scale(q.shape[-1], number), drop)
         return self.resid_dropout(self.c_proj(y), deterministic=deterministic), kv
 
     def scale(self, width: int, number: Array | int) -> Array | float:
@@ -91,7 +91,7 @@ class Attention(GPT2Part):
         return scale / (number + 1).astype(jnp.float32)
 
 
-class FeedForward(GPT2Part):
+class FeedForward(GPT2Module):
     """act(x·c_fc)·c_proj."""
 
     def setup(self) -> None:
@@ -107,7 +107,7 @@ class FeedForward(GPT2Part):
         return self.dropout(self.c_proj(h), deterministic=deterministic)
 
 
-class Block(GPT2Part):
+class Block(GPT2Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def setup(self) -> None:
@@ -121,18 +121,18 @@ class Block(GPT2Part):
         self,
         x: Array,
         number: Array | int,
-        seen: Array | Sight,
+        masking: Array | Masking,
         past: KeysValues | None,
         index: Array | int,
         deterministic: bool,
     ) -> tuple[Array, KeysValues]:
         """Return `[B, T, d]`, and the keys and values that were attended to."""
-        h, kv = self.attn(self.ln_1(x), number, seen, past, index, deterministic)
+        h, kv = self.attn(self.ln_1(x), number, masking, past, index, deterministic)
         x = x + h
         return x + self.mlp(self.ln_2(x), deterministic), kv
 
 
-class Stack(GPT2Part):
+class Stack(GPT2Module):
     """Embeddings, blocks, and the norm after them."""
 
     def setup(self) -> None:
@@ -145,18 +145,20 @@ class Stack(GPT2Part):
         self.ln_f = self.norm()
 
     def __call__(
-        self, input_ids: Array, place: Place, past: Past, deterministic: bool
+        self, input_ids: Array, place: QueryPlace, past: Past, deterministic: bool
     ) -> tuple[Array, list[KeysValues]]:
         """Return `[B, T, d]`, and each block's keys and values."""
         x = self.wte(input_ids) + self.wpe(place.positions)
         x = self.drop(x, deterministic=deterministic)
-        seen, length = self.seen(place, past), self.config.n_layer
+        masking, length = self.mask_for(place, past), self.config.n_layer
 
         def step(block: Any, x: Array, past: Any, number: Any) -> tuple[Array, Any]:
-            return block(x, number, seen, past, place.first, deterministic)
+            return block(x, number, masking, past, place.first, deterministic)
 
         numbers = jnp.arange(length) if self.scan_layers else range(length)
-        x, kept = self.through(self.h, step, x, length=length, past=past, own=numbers)
+        x, kept = self.run_blocks(
+            self.h, step, x, length=length, past=past, own=numbers
+        )
         return self.ln_f(x), kept
 
 
@@ -178,7 +180,7 @@ class GPT2(Decoder):
         self.transformer = self.part(Stack)()
 
     def hidden(
-        self, input_ids: Array, place: Place, past: Past, deterministic: bool
+        self, input_ids: Array, place: QueryPlace, past: Past, deterministic: bool
     ) -> tuple[Array, list[KeysValues]]:
         """Return `[B, T, d]` after the last norm, and each block's keys and values."""
         return self.transformer(input_ids, place, past, deterministic)

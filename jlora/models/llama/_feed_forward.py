@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora._errors import StructureError
-from jlora.models._parts.decoder import Part
+from jlora.models._parts.decoder import DecoderModule
 from jlora.models._parts.layers import ACTIVATIONS, RMSNorm
 from jlora.models.llama._moe_config import MoeConfig
 
 
-class LlamaPart(Part):
+class LlamaModule(DecoderModule):
     """What the parts of a Llama share."""
 
     def rms_norm(self) -> RMSNorm:
@@ -36,7 +36,7 @@ class LlamaPart(Part):
         return RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, offset)
 
 
-class FeedForward(LlamaPart):
+class FeedForward(LlamaModule):
     """(act(x·gate) * x·up)·down, `width` wide in between."""
 
     width: int = 0
@@ -54,7 +54,7 @@ class FeedForward(LlamaPart):
         return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Experts(LlamaPart):
+class Experts(LlamaModule):
     """E feed-forward layers, stacked: gate and up [E, d, 2f] in one, down [E, f, d]."""
 
     def setup(self) -> None:
@@ -95,7 +95,7 @@ class Experts(LlamaPart):
         return jnp.sum(y, axis=1).astype(self.dtype)
 
 
-class Mixture(LlamaPart):
+class Mixture(LlamaModule):
     """A router and its experts, beside them the expert that all tokens meet."""
 
     def setup(self) -> None:

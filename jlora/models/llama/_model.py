@@ -25,13 +25,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora._errors import StructureError
-from jlora.models._parts.attention import Sight
+from jlora.models._parts.attention import Masking
 from jlora.models._parts.blocks import of_kind
 from jlora.models._parts.decoder import (
     Decoder,
     KeysValues,
     Past,
-    Place,
+    QueryPlace,
     attend,
     heads,
     remember,
@@ -40,7 +40,7 @@ from jlora.models._parts.decoder import (
 from jlora.models._parts.layers import Embedding
 from jlora.models._parts.rope import turn, turning
 from jlora.models.llama._config import SLIDING
-from jlora.models.llama._feed_forward import FeedForward, LlamaPart, Mixture
+from jlora.models.llama._feed_forward import FeedForward, LlamaModule, Mixture
 
 
 class View(NamedTuple):
@@ -48,14 +48,14 @@ class View(NamedTuple):
 
     Attributes:
       turns: cosine and sine of the positions, two of `[B, 1, T, D/2]`.
-      seen: which keys a query may look at, as `attend` takes it.
+      masking: which keys a query may look at, as `attend` takes it.
     """
 
     turns: tuple[Array, Array]
-    seen: Array | Sight
+    masking: Array | Masking
 
 
-class Attention(LlamaPart):
+class Attention(LlamaModule):
     """Attention to the tokens before, query heads sharing heads of keys and values."""
 
     def setup(self) -> None:
@@ -89,11 +89,11 @@ class Attention(LlamaPart):
         kv = remember((turn(k, view.turns), v), past, index)
         drop = self.dropping(self.drop, deterministic)
         q = turn(q, view.turns)
-        y = attend(q, kv, view.seen, c.score_scale, drop, c.score_cap)
+        y = attend(q, kv, view.masking, c.score_scale, drop, c.score_cap)
         return self.o_proj(y), kv
 
 
-class Layer(LlamaPart):
+class Layer(LlamaModule):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
     Where norms stand around the layers, what is added passes through one, too; then
@@ -125,7 +125,7 @@ class Layer(LlamaPart):
         return x + self.post_feedforward_layernorm(h), kv
 
 
-class Stack(LlamaPart):
+class Stack(LlamaModule):
     """Embedding, layers, and the norm after them."""
 
     def setup(self) -> None:
@@ -142,7 +142,7 @@ class Stack(LlamaPart):
         self.norm = self.rms_norm()
 
     def __call__(
-        self, input_ids: Array, place: Place, past: Past, deterministic: bool
+        self, input_ids: Array, place: QueryPlace, past: Past, deterministic: bool
     ) -> tuple[Array, list[KeysValues]]:
         """Return `[B, T, d]`, and each layer's keys and values."""
         c, x = self.config, self.embed_tokens(input_ids)
@@ -156,18 +156,18 @@ class Stack(LlamaPart):
         def step(layer: Any, x: Array, past: Any, kind: Any) -> tuple[Array, Any]:
             return layer(x, view_of(kind), past, place.first, deterministic)
 
-        x, kept = self.through(
+        x, kept = self.run_blocks(
             self.layers, step, x, length=c.num_hidden_layers, past=past, own=kinds
         )
         return self.norm(x), kept
 
-    def view(self, kind: str, place: Place, past: Past) -> View:
+    def view(self, kind: str, place: QueryPlace, past: Past) -> View:
         """Return how the queries of that kind of layer see the keys."""
         c = self.config
         turns = turning(c.ropes[kind], place.positions, c.head_dim)
         window = c.sliding_window if kind == SLIDING else None
         alike = not self.scan_layers or len({*c.layer_types}) == 1
-        return View(turns, self.seen(place, past, window, alike=alike))
+        return View(turns, self.mask_for(place, past, window, alike=alike))
 
 
 class Llama(Decoder):
@@ -188,7 +188,7 @@ class Llama(Decoder):
         self.model = self.part(Stack)()
 
     def hidden(
-        self, input_ids: Array, place: Place, past: Past, deterministic: bool
+        self, input_ids: Array, place: QueryPlace, past: Past, deterministic: bool
     ) -> tuple[Array, list[KeysValues]]:
         """Return `[B, T, d]` after the last norm, and each layer's keys and values."""
         return self.model(input_ids, place, past, deterministic)

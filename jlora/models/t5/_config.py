@@ -46,7 +46,6 @@ class T5Config:
     they are written back as they came and take no part in comparisons.
 
     Attributes:
-      model_type: `"t5"` or `"mt5"`.
       vocab_size: V, the rows of the shared embedding.
       d_model: width of the residual stream.
       d_kv: D, the width of one head.
@@ -70,9 +69,9 @@ class T5Config:
       extra: everything else that the file said.
       generation: what `generation_config.json` said; its end and padding tokens go
         before those here.
+      model_type: `"t5"` or `"mt5"`.
     """
 
-    model_type: str = "t5"
     vocab_size: int = 32128
     d_model: int = 512
     d_kv: int = 64
@@ -96,6 +95,7 @@ class T5Config:
     generation: Mapping[str, Any] = dataclasses.field(
         default_factory=dict, compare=False
     )
+    model_type: str = "t5"
 
     def __post_init__(self) -> None:
         """Fill what follows from other fields, and refuse what makes no model."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jlora.models._parts.attention import Sight, fused
+from jlora.models._parts.attention import Masking, fused
 from jlora.models._parts.blocks import Configured
 from jlora.models._parts.layers import ACTIVATIONS, MASKED, Embedding, Numbered, RMSNorm
 
@@ -55,7 +55,7 @@ def position_buckets(
     return first + np.where(distance < exact, distance, far)
 
 
-class Part(Configured):
+class T5Module(Configured):
     """What the parts of a T5 share: layers as its configuration wants them."""
 
     def linear(self, features: int, std: float) -> nn.Dense:
@@ -82,7 +82,7 @@ class Part(Configured):
         return nn.Dropout(self.config.dropout_rate)
 
 
-class Attention(Part):
+class Attention(T5Module):
     """Multi-head attention, its scores not scaled: the initialisation does that."""
 
     relative: bool = False  # holds the position bias for its whole stack
@@ -115,23 +115,23 @@ class Attention(Part):
         self,
         x: Array,
         kv: KeysValues,
-        seen: Array | Sight | None,
+        masking: Array | Masking | None,
         deterministic: bool,
     ) -> Array:
         """Return `[B, T, d]`: `x` `[B, T, d]` attends to `kv`.
 
-        `seen` carries positions and masks: an array is added to the scores
+        `masking` carries positions and masks: an array is added to the scores
         `[B, H, T, S]`.
         """
         B, T, _ = x.shape
         q, (k, v) = self.heads(self.q(x)), kv
         drop = self.dropping(self.drop, deterministic)
-        if isinstance(seen, Sight):
+        if isinstance(masking, Masking):
             q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
-            return self.o(fused(q, k, v, seen, scale=1.0).reshape(B, T, -1))
+            return self.o(fused(q, k, v, masking, scale=1.0).reshape(B, T, -1))
         scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
-        if seen is not None:
-            scores = scores + seen
+        if masking is not None:
+            scores = scores + masking
         probs = drop(jax.nn.softmax(scores, axis=-1).astype(self.dtype))
         y = jnp.einsum("bhts,bhsd->bhtd", probs, v)
         return self.o(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
@@ -162,7 +162,7 @@ def spread_bias(by_offset: Array, positions: Array | np.ndarray, keys: int) -> A
     return jnp.take(by_offset, zero + offsets, axis=1, mode="clip")[None]
 
 
-class SelfAttentionLayer(Part):
+class SelfAttentionLayer(T5Module):
     """x + attention(norm(x)), over x itself."""
 
     relative: bool = False
@@ -176,7 +176,7 @@ class SelfAttentionLayer(Part):
     def __call__(
         self,
         x: Array,
-        seen: Array | Sight,
+        masking: Array | Masking,
         deterministic: bool,
         past: KeysValues | None = None,
         index: Array | int = 0,
@@ -190,11 +190,11 @@ class SelfAttentionLayer(Part):
         if past is not None:
             write = partial(lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
             kv = write(past[0], kv[0]), write(past[1], kv[1])
-        h = self.SelfAttention(h, kv, seen, deterministic)
+        h = self.SelfAttention(h, kv, masking, deterministic)
         return x + self.drop(h, deterministic=deterministic), kv
 
 
-class CrossAttentionLayer(Part):
+class CrossAttentionLayer(T5Module):
     """x + attention(norm(x)), over the encoder's output."""
 
     def setup(self) -> None:
@@ -207,18 +207,18 @@ class CrossAttentionLayer(Part):
         self,
         x: Array,
         kv: KeysValues,
-        seen: Array | Sight | None,
+        masking: Array | Masking | None,
         deterministic: bool,
     ) -> Array:
         """Return `[B, T, d]`; `kv` may hold fewer rows, each for B/rows beams."""
         # Neither order nor causality matters to cross-attention, so beams over one
         # sentence are further queries of it: its keys and values are held once.
         h = self.layer_norm(x).reshape(kv[0].shape[0], -1, x.shape[-1])
-        h = self.EncDecAttention(h, kv, seen, deterministic).reshape(x.shape)
+        h = self.EncDecAttention(h, kv, masking, deterministic).reshape(x.shape)
         return x + self.drop(h, deterministic=deterministic)
 
 
-class FeedForward(Part):
+class FeedForward(T5Module):
     """act(x·wi)·wo, or (act(x·wi_0) * x·wi_1)·wo where gated."""
 
     def setup(self) -> None:
@@ -239,7 +239,7 @@ class FeedForward(Part):
         return self.wo(self.drop(h, deterministic=deterministic))
 
 
-class FeedForwardLayer(Part):
+class FeedForwardLayer(T5Module):
     """x + feed_forward(norm(x))."""
 
     def setup(self) -> None:
@@ -254,7 +254,7 @@ class FeedForwardLayer(Part):
         return x + self.drop(h, deterministic=deterministic)
 
 
-class Block(Part):
+class Block(T5Module):
     """The layers of one block: attention (to itself, to the encoder), feed-forward."""
 
     decoder: bool = False

@@ -22,14 +22,14 @@ import numpy as np
 from jax import Array, lax
 
 from jlora._errors import ShapeError
-from jlora.models._parts.attention import Sight
+from jlora.models._parts.attention import Masking
 from jlora.models._parts.layers import Numbered, mask_bias
 from jlora.models.t5._config import T5Config
 from jlora.models.t5._layers import (
     Block,
     KeysValues,
-    Part,
     ScannedBlock,
+    T5Module,
     spread_bias,
 )
 
@@ -54,7 +54,7 @@ def shift_right(labels: Array, config: T5Config) -> Array:
     return jnp.where(shifted == -100, config.pad_token_id, shifted)
 
 
-class Stack(Part):
+class Stack(T5Module):
     """The blocks of the encoder or the decoder, and the norm after them."""
 
     decoder: bool = False
@@ -82,7 +82,7 @@ class Stack(Part):
             length, length, causal=self.decoder, hide=hide and self.decoder
         )
 
-    def seen(self, length: int, mask: Array | None) -> Array | Sight:
+    def mask_for(self, length: int, mask: Array | None) -> Array | Masking:
         """Return what `length` queries see of themselves, `mask` `[B, S]` off unseen.
 
         By einsum it is added to the scores, `[B, H, S, S]`, B 1 without a mask.
@@ -92,7 +92,7 @@ class Stack(Part):
         if not self.fuses:
             return bias if mask is None else bias + mask_bias(mask)
         keys = None if mask is None else mask[:, None]
-        return self.sight(bias=bias, mask=keys, causal=self.decoder)
+        return self.masking(bias=bias, mask=keys, causal=self.decoder)
 
     def layers(self) -> Any:
         """Return the layers of every block, or those of the scanned one."""
@@ -111,12 +111,12 @@ class Stack(Part):
     def __call__(
         self,
         x: Array,
-        seen: Array | Sight,
+        masking: Array | Masking,
         deterministic: bool,
         *,
         encoded: Array | None = None,
         cross: Any = None,
-        cross_seen: Array | Sight | None = None,
+        cross_seen: Array | Masking | None = None,
         past: Any = None,
         index: Array | int = 0,
     ) -> tuple[Array, Any]:
@@ -129,7 +129,7 @@ class Stack(Part):
 
         def step(block: Any, carry: Any, past: Any, cross: Any) -> tuple[Any, Any]:
             (x, source), layers = carry, block.items
-            x, kv = layers[0](x, seen, deterministic, past, index)
+            x, kv = layers[0](x, masking, deterministic, past, index)
             if encoded is not None:
                 x, source = _not_before(x, source)
                 own = encoded if source is None else source
@@ -140,7 +140,7 @@ class Stack(Part):
 
         # A scan keeps what it carries, for each block.
         carry = x, None if self.scan_layers else encoded
-        (x, _), kept = self.through(
+        (x, _), kept = self.run_blocks(
             self.layers(), step, carry, length=self.length, past=past, own=cross
         )
         x = self.final_layer_norm(x)
@@ -159,7 +159,7 @@ def _not_before(x: Array, source: Array | None) -> tuple[Array, Array | None]:
     return lax.optimization_barrier((x, source))
 
 
-class T5(Part):
+class T5(T5Module):
     """A T5 with its language-model head.
 
     Attributes:
@@ -280,8 +280,8 @@ class T5(Part):
         deterministic: bool = True,
     ) -> Array:
         """Return the encoder's output `[B, S, d]` for `input_ids` `[B, S]`."""
-        seen = self.encoder.seen(input_ids.shape[1], attention_mask)
-        return self.encoder(self.shared(input_ids), seen, deterministic)[0]
+        masking = self.encoder.mask_for(input_ids.shape[1], attention_mask)
+        return self.encoder(self.shared(input_ids), masking, deterministic)[0]
 
     def decode(
         self,
@@ -321,10 +321,10 @@ class T5(Part):
         T = decoder_input_ids.shape[1]
         x, _ = self.decoder(
             self.shared(decoder_input_ids),
-            self.decoder.seen(T, decoder_attention_mask),
+            self.decoder.mask_for(T, decoder_attention_mask),
             deterministic,
             encoded=encoded,
-            cross_seen=self.seen_of(attention_mask),
+            cross_seen=self.masking_of(attention_mask),
         )
         return x
 

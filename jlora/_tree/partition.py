@@ -72,6 +72,15 @@ def trainable_mask(tree: Tree) -> Tree:
     return _mask(tree)
 
 
+def check_trained(tree: Tree) -> None:
+    """Refuse a tree of which nothing is trained.
+
+    Raises:
+      StructureError: it holds no adapter and no fully trained leaf.
+    """
+    _mask(tree)
+
+
 def _mask(tree: Tree) -> Tree:
     mask = jax.tree.map(lambda label: label != "frozen", labels(tree))
     if not any(jax.tree.leaves(mask)):

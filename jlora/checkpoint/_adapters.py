@@ -14,7 +14,7 @@ from jlora._kernel.nodes import Full, LowRank, Rows, with_origin
 from jlora._kernel.placement import placed_adapter
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.merge import MergeReport, merge
-from jlora._tree.partition import trainable_mask
+from jlora._tree.partition import check_trained
 from jlora._tree.rows import abstract_rows
 from jlora.checkpoint import _storage
 from jlora.checkpoint._arrays import check_has_values
@@ -63,7 +63,7 @@ def save_adapter(
         be written.
       StructureError: `params` holds nothing that is trained.
     """
-    trainable_mask(params)  # nothing to save is an error
+    check_trained(params)
     arrays = adapter_arrays(params)
     check_has_values(arrays)
     place = _storage.local_path(path)

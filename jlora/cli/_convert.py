@@ -7,6 +7,7 @@ from typing import Any
 
 from jlora import checkpoint, models, peft
 from jlora._errors import CheckpointError, LoraError
+from jlora.checkpoint import _storage
 from jlora.checkpoint._entries import Check
 from jlora.cli._inspect._model import MISREAD
 from jlora.peft._files import adapter_folder, adapters_in
@@ -100,7 +101,9 @@ def to_peft(
       StructureError: what PEFT's format cannot hold.
     """
     _check_places(source, adapter_folder(target, adapter), overwrite)
-    metadata = checkpoint.load_metadata(source)
+    # Not `load_metadata`, which takes merged parameters too.
+    place = _storage.local_path(source)
+    metadata = _storage.read_config(place, "adapter")["metadata"]
     config = metadata.get(_PEFT)
     base = base or metadata.get(_BASE)
     model, params = _loaded(base, source, head, num_labels)

@@ -9,7 +9,7 @@ from jlora._errors import CheckpointError, StructureError, TargetError
 from jlora._kernel.nodes import is_node, with_origin
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.conventions import stacked_leaves
-from jlora._tree.partition import trainable_mask
+from jlora._tree.partition import check_trained
 from jlora.peft import _config_for, _load, _save, _whole
 from jlora.peft._contents import contents_of
 from jlora.peft._fields import check_config
@@ -189,7 +189,7 @@ def save(
         is. Nothing is written.
       TargetError: `names` that do not fit the tree.
     """
-    trainable_mask(params)  # nothing to save is an error
+    check_trained(params)
     place = adapter_folder(folder, adapter)
     check_free(place, overwrite)
     nodes = leaves_by_path(params, is_leaf=is_node)

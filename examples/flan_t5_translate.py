@@ -331,8 +331,7 @@ class Translator:
             num_beams=self.beams,
             transform=jlora.lora,
         )
-        ids = np.asarray(tokens).tolist()
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     def tests(
@@ -445,14 +444,13 @@ FORGETTING = """\
 fewer --steps, a smaller --alpha, or some pairs of that kind among the training text
 lessen it; without the adapter the model is as it was."""
 USE = """\
-import numpy as np
 from jlora import data, models
 
 model, params = models.load("{folder}")
 tokenizer = data.load_tokenizer("{folder}")
 batch = tokenizer(["{prefix}{source}"], return_tensors="np")
 tokens = models.generate(model, params, **batch, max_new_tokens={longest})
-print(tokenizer.batch_decode(np.asarray(tokens).tolist(), skip_special_tokens=True))"""
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))"""
 
 
 def report(

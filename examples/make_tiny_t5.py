@@ -86,8 +86,7 @@ def bleu(model: Any, params: Any, tokenizer: Any, domain: str) -> float:
     def translate(batch: dict[str, np.ndarray]) -> list[str]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         tokens = models.generate(model, params, ids, mask, max_new_tokens=32)
-        ids = np.asarray(tokens).tolist()
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     return sacrebleu.corpus_bleu(test.collect(translate), [list(targets)]).score
 

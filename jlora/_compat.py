@@ -18,7 +18,6 @@ from jax.extend import core as jex
 from jax.interpreters import ad, mlir
 from jax.interpreters import batching as batching_rules
 
-Atom = Any
 Eqn = Any
 Jaxpr = Any  # a closed jaxpr; since 0.11 JAX has only one class for both
 

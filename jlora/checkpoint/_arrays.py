@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import CheckpointError
-from jlora.checkpoint._digests import has_numbers, leaf_prints
+from jlora.checkpoint._digests import has_numbers, is_key, leaf_prints
 
 Tree = Any
 
@@ -68,7 +68,7 @@ def as_arrays(tree: Tree) -> Tree:
 def encoded(tree: Tree) -> Tree:
     """What Orbax is to save."""
     return jax.tree.map(
-        lambda x: jax.random.key_data(x) if _is_key(x) else x, _holdable(tree)
+        lambda x: jax.random.key_data(x) if is_key(x) else x, _holdable(tree)
     )
 
 
@@ -98,13 +98,9 @@ def entries_of(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     prints = leaf_prints(list(arrays.values()))
     found = {name: x.to_json() for name, x in zip(arrays, prints, strict=True)}
     for name, x in arrays.items():
-        if _is_key(x):
+        if is_key(x):
             found[name]["impl"] = str(jax.random.key_impl(x))
     return found
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _is_empty(x: Any) -> bool:
@@ -123,7 +119,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(x, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if _is_key(x):
+    if is_key(x):
         data = jax.eval_shape(jax.random.key_data, x)
         return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -66,7 +66,12 @@ def has_numbers(x: Any) -> bool:
         return True
     if not (hasattr(x, "dtype") and hasattr(x, "shape")):
         return False
-    return _is_key(x) or np.dtype(x.dtype).kind not in "OSUMm"
+    return is_key(x) or np.dtype(x.dtype).kind not in "OSUMm"
+
+
+def is_key(x: Any) -> bool:
+    """Whether x is an array of PRNG keys."""
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def leaf_kind(x: Any) -> LeafPrint:
@@ -110,14 +115,10 @@ def blake(data: Any) -> Any:
     return hashlib.blake2b(data, digest_size=_SIZE)
 
 
-def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _data(x: Any) -> Any:
     if not hasattr(x, "dtype"):
         return np.asarray(x)
-    return jax.random.key_data(x) if _is_key(x) else x
+    return jax.random.key_data(x) if is_key(x) else x
 
 
 # -- blocks ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from jlora._paths import leaf_paths, module_of
 from jlora._transform.lora import lora
 from jlora._transform.replay import OnMissing
 from jlora._tree.dropout import with_dropout
+from jlora._tree.options import one_of
 from jlora.train._batch import Batch, as_batch
 from jlora.train._gradients import (
     AxisName,
@@ -27,7 +28,7 @@ from jlora.train._gradients import (
 )
 from jlora.train._state import TrainState, unreplicate
 from jlora.train._static import put_together, take_apart
-from jlora.train._step import Parallel, check_parallel
+from jlora.train._step import PARALLEL, Parallel
 from jlora.train._totals import Metrics, Totals, means, pair, totals_fn
 from jlora.train._uses import IdCheck
 
@@ -66,7 +67,7 @@ class EvalStep:
         arguments = (rest, arrays, batch)
         if not self._is_mapped:
             trace = lambda: self._totals.trace(*arguments).jaxpr  # noqa: E731
-            self._check_ids(rest, batch, trace, len(arrays))
+            self._check_ids(rest, batch, trace)
         totals = self._totals(*arguments)
         return unreplicate(totals) if self._is_mapped else totals
 
@@ -112,7 +113,8 @@ def make_eval_step(
             "(params, batch) that returns a dict of metrics."
         )
     check_compute_dtype(compute_dtype)
-    if check_parallel(parallel) == "pmap" and axis_name is None:
+    one_of("parallel", parallel, PARALLEL)
+    if parallel == "pmap" and axis_name is None:
         axis_name = "batch"
 
     def read(params: Tree, batch: Any) -> Totals:

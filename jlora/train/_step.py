@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jlora import _compat
 from jlora._errors import OptionError, StructureError
 from jlora._transform.replay import OnMissing
+from jlora._tree.options import one_of
 from jlora.train._batch import Batch, as_batch
 from jlora.train._gradients import (
     AxisName,
@@ -32,6 +33,7 @@ from jlora.train._uses import IdCheck
 
 Tree = Any
 Parallel = Literal["jit", "pmap"]
+PARALLEL = get_args(Parallel)
 
 
 class StepInfo(NamedTuple):
@@ -156,7 +158,8 @@ def make_train_step(
         none of the above.
     """
     _check_functions(loss_fn, tx)
-    if check_parallel(parallel) == "pmap" and axis_name is None:
+    one_of("parallel", parallel, PARALLEL)
+    if parallel == "pmap" and axis_name is None:
         axis_name = "batch"
     settings = _Settings(
         GradientSettings(
@@ -173,17 +176,6 @@ def make_train_step(
     loss = totals_fn(loss_fn, on_missing)
     pure = functools.partial(_step, loss, tx, settings)
     return TrainStep(pure, donate, parallel, axis_name)
-
-
-def check_parallel(parallel: str) -> str:
-    """Return what was asked for, if it is known.
-
-    Raises:
-      OptionError: it is not.
-    """
-    if parallel not in ("jit", "pmap"):
-        raise OptionError(f"parallel={parallel!r}: expected 'jit' or 'pmap'.")
-    return parallel
 
 
 def _check_functions(loss_fn: Any, tx: Any) -> None:
@@ -217,13 +209,8 @@ class TrainStep:
         """Run one step."""
         run, arguments, treedef = self._prepare(state, batch)
         if self._parallel == "jit":
-            *others, batch = arguments
-            self._check_ids(
-                run,
-                batch,
-                lambda: run.trace(*arguments).jaxpr,
-                len(jax.tree.leaves(others)),
-            )
+            trace = lambda: run.trace(*arguments).jaxpr  # noqa: E731
+            self._check_ids(run, arguments[-1], trace)
         leaves, metrics = run(*arguments)
         step, trainable, opt_state = jax.tree.unflatten(treedef, leaves)
         return dataclasses.replace(

@@ -58,14 +58,15 @@ class Use(NamedTuple):
     mask: Layout | None
 
 
-def uses_of(jaxpr: Any, parameters: int) -> tuple[Use, ...]:
-    """The uses of the arguments from number `parameters` on as ids.
+def uses_of(jaxpr: Any, leaves: int) -> tuple[Use, ...]:
+    """The uses of a program's last arguments, a batch's leaves, as ids.
 
     Args:
       jaxpr: a closed jaxpr.
-      parameters: how many of its arguments come before the batch's leaves.
+      leaves: how many there are; the arguments before them are parameters.
     """
     bare, _ = _compat.open_jaxpr(jaxpr)
+    parameters = len(bare.invars) - leaves
     known: list[Any] = [_Parameter()] * parameters
     for number, var in enumerate(bare.invars[parameters:]):
         shape = tuple(var.aval.shape)
@@ -86,16 +87,13 @@ class IdCheck:
     def __init__(self) -> None:
         self._uses: dict[Any, tuple[Use, ...]] = {}
 
-    def __call__(
-        self, program: Any, batch: Any, trace: Callable[[], Any], parameters: int
-    ) -> None:
+    def __call__(self, program: Any, batch: Any, trace: Callable[[], Any]) -> None:
         """Check a batch.
 
         Args:
           program: what tells this program from the step's others, hashable.
           batch: what it is about to run on.
-          trace: makes its jaxpr.
-          parameters: how many of the jaxpr's arguments come before the batch's leaves.
+          trace: makes its jaxpr, whose last arguments are the batch's leaves.
 
         Raises:
           DataError: an id that does not exist, with the leaf and the place in it.
@@ -106,7 +104,7 @@ class IdCheck:
         key = (program, treedef, tuple(np.shape(x) for x in leaves))
         is_new = key not in self._uses
         if is_new:
-            self._uses[key] = uses_of(trace(), parameters)
+            self._uses[key] = uses_of(trace(), len(leaves))
         if not is_new:
             leaves = [None if isinstance(x, jax.Array) else x for x in leaves]
         try:
@@ -211,11 +209,6 @@ def _follow_scan(eqn: Eqn, operands: list[Any], found: list[Use]) -> list[Any]:
         ]
         _walk(scan.body, [*consts, *[None] * scan.num_carry, *own], found)
     return []
-
-
-def _item(known: Any, i: int) -> Layout | None:
-    is_layout = isinstance(known, Layout)
-    return known._replace(places=known.places[i]) if is_layout else None
 
 
 def _note_labels(name: str, operands: list[Any], found: list[Use]) -> None:

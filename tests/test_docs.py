@@ -20,4 +20,3 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     names: dict = {}
     for block in python_blocks(page):
         exec(compile(block, page.name, "exec"), names)
-

@@ -14,6 +14,7 @@
 
     jlora.train               states, steps, losses, evaluation, whole runs
     jlora.checkpoint          adapters, training states and merged parameters on disk
+    jlora.optim               LoRA+, LoRA-FA, Riemannian steps, weight decay, for optax
     jlora.peft                PEFT's adapter folders, read and written
     jlora.models              Flax models that read and write Hugging Face folders
     jlora.data                text and tables, tokens, batches
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from jlora import cli as cli
     from jlora import data as data
     from jlora import models as models
+    from jlora import optim as optim
     from jlora import peft as peft
     from jlora import train as train
     from jlora._errors import CheckpointError as CheckpointError
@@ -77,7 +79,7 @@ __version__ = "0.1.0"
 
 # Everything is imported when it is first asked for (PEP 562), so that `import jlora`
 # costs next to nothing. Submodules need more than JAX.
-_SUBMODULES = ("checkpoint", "cli", "data", "models", "peft", "train")
+_SUBMODULES = ("checkpoint", "cli", "data", "models", "optim", "peft", "train")
 _MODULE_OF = {
     "Adapter": "_kernel.adapter",
     "CheckpointError": "_errors",

@@ -19,7 +19,7 @@ Tree = Any
 
 
 def labels(tree: Tree) -> Tree:
-    """A label for every leaf, for `optax.multi_transform`.
+    """A label for every leaf of a tree, or of a half of one, for `optax.partition`.
 
     `"a"` and `"b"` are the factors (LoRA+ gives them different rates), `"magnitude"`
     DoRA's, `"full"` a fully trained leaf, `"bias"` one that is named bias or an
@@ -32,12 +32,13 @@ def labels(tree: Tree) -> Tree:
 
     def label(path: str, node: Any) -> Any:
         if isinstance(node, Full):
-            is_bias = name_of(path) in BIAS_NAMES
-            return dataclasses.replace(node, value="bias" if is_bias else "full")
+            kind = "bias" if name_of(path) in BIAS_NAMES else "full"
+            return dataclasses.replace(node, value=_label(node.value, kind))
         if isinstance(node, LowRank):
-            return node.map("frozen", _label_adapter)
+            return node.map(_label(node.base, "frozen"), _label_adapter)
         if isinstance(node, Rows):
-            return dataclasses.replace(node, base="frozen", rows="rows")
+            base, rows = _label(node.base, "frozen"), _label(node.rows, "rows")
+            return dataclasses.replace(node, base=base, rows=rows)
         return "frozen"
 
     return map_with_path(label, tree, is_leaf=is_node)
@@ -45,9 +46,14 @@ def labels(tree: Tree) -> Tree:
 
 def _label_adapter(t: Adapter) -> Adapter:
     frozen = ("scale", "key", "gain")
-    present = [n for n in DIMS_OF if getattr(t, n) is not None]
-    named: dict[str, Any] = {n: "frozen" if n in frozen else n for n in present}
-    return dataclasses.replace(t, **named)
+    named = {n: "frozen" if n in frozen else n for n in DIMS_OF}
+    found = {n: _label(getattr(t, n), name) for n, name in named.items()}
+    return dataclasses.replace(t, **found)
+
+
+def _label(x: Any, name: str) -> Any:
+    """The label of what is there; None and optax's masked places stay as they are."""
+    return name if jax.tree.leaves(x) else x
 
 
 def trainable_mask(tree: Tree) -> Tree:

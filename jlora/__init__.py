@@ -16,6 +16,7 @@
     jlora.checkpoint          adapters, training states and merged parameters on disk
     jlora.optim               LoRA+, LoRA-FA, Riemannian steps, weight decay, for optax
     jlora.peft                PEFT's adapter folders, read and written
+    jlora.init                how adapters start: PiSSA, EVA, LoRA-GA and others
     jlora.models              Flax models that read and write Hugging Face folders
     jlora.data                text and tables, tokens, batches
     jlora.cli                 the console
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from jlora import checkpoint as checkpoint
     from jlora import cli as cli
     from jlora import data as data
+    from jlora import init as init
     from jlora import models as models
     from jlora import optim as optim
     from jlora import peft as peft
@@ -79,7 +81,7 @@ __version__ = "0.1.0"
 
 # Everything is imported when it is first asked for (PEP 562), so that `import jlora`
 # costs next to nothing. Submodules need more than JAX.
-_SUBMODULES = ("checkpoint", "cli", "data", "models", "optim", "peft", "train")
+_SUBMODULES = ("checkpoint", "cli", "data", "init", "models", "optim", "peft", "train")
 _MODULE_OF = {
     "Adapter": "_kernel.adapter",
     "CheckpointError": "_errors",

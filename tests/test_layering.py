@@ -130,7 +130,16 @@ def test_every_module_says_what_it_is():
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path}: no docstring"
 
 
-ROOMS_FOR_USERS = ["checkpoint", "cli", "data", "models", "optim", "peft", "train"]
+ROOMS_FOR_USERS = [
+    "checkpoint",
+    "cli",
+    "data",
+    "init",
+    "models",
+    "optim",
+    "peft",
+    "train",
+]
 NAMESPACES = ["jlora", *(f"jlora.{room}" for room in ROOMS_FOR_USERS)]
 
 

@@ -36,6 +36,8 @@ class Adapter:
         of the factors. All zero for an adapter of the whole kernel.
       dropout: probability of dropping an input of `a`.
       rslora: whether scale is alpha/sqrt(r); kept for files.
+      shifted: whether `scale * a @ b` as it started was taken out of the kernel
+        (PiSSA), so that the adapter belongs to that base and to no other.
       role: the role name that chose this kernel, if any.
     """
 
@@ -53,6 +55,7 @@ class Adapter:
     starts: Dims
     dropout: float = 0.0
     rslora: bool = False
+    shifted: bool = False
     role: str | None = None
 
     @property

@@ -1,10 +1,13 @@
-"""How factors start."""
+"""How factors start: the contract, PEFT's usual ways, and where names lead."""
 
 from __future__ import annotations
 
+import abc
+import importlib
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,31 @@ from jax.typing import DTypeLike
 Shape = Sequence[int]
 Factors = tuple[jax.Array, jax.Array]
 Initializer = Callable[[jax.Array, Shape, Shape, int, DTypeLike], Factors]
+
+
+class FromKernel(abc.ABC):
+    """An initialiser that reads the kernel, and whose product is taken out of it.
+
+    The base becomes `W - s·a·b`, so that the tree computes at first what it did.
+    Instances are compared by their settings: equal ones share compiled programs.
+    """
+
+    @abc.abstractmethod
+    def factors(
+        self, key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, *data: Any
+    ) -> Factors:
+        """The factors of one kernel as a matrix.
+
+        Args:
+          key: a PRNG key for this matrix.
+          w: the kernel `[i, o]`, in float32 (float64 where the kernel is).
+          rank: r, at most min(i, o).
+          scale: s, a scalar.
+          *data: statistics of the kernel's inputs or gradients, where it takes any.
+
+        Returns:
+          `a [i, r]` and `b [r, o]` in the dtype of `w`.
+        """
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
@@ -62,3 +90,20 @@ INITIALIZERS: dict[str, Initializer] = {
     "gaussian": gaussian,
     "embedding": embedding,
 }
+
+
+def initializer(init: Any, *, is_embedding: bool) -> Initializer | FromKernel:
+    """What `init=` means for a kernel.
+
+    Names that are not of this module are looked up in `jlora.init`, which is a room
+    above and is imported only then.
+
+    Raises:
+      OptionError: it is neither a name nor an initialiser.
+    """
+    if callable(init) or isinstance(init, FromKernel):
+        return init
+    if isinstance(init, str) and init in INITIALIZERS:
+        return INITIALIZERS["embedding" if is_embedding else init]
+    found: Initializer | FromKernel = importlib.import_module("jlora.init").named(init)
+    return found

@@ -21,6 +21,8 @@ from jlora._kernel.placement import placed_adapter
 from jlora._paths import Tree, leaves_by_path
 from jlora._transform.resolve import bias_of
 from jlora._tree import conventions, initializers, options
+from jlora._tree.from_kernel import start_from_kernel
+from jlora._tree.initializers import FromKernel, Initializer
 from jlora._tree.kernel_axes import KernelAxes, kernel_axes
 from jlora._tree.matching import Hit
 from jlora._tree.rows import make_rows, token_rows
@@ -54,7 +56,7 @@ def lorafy(
     dora: bool = False,
     lora_bias: bool = False,
     trainable_tokens: Mapping[str, Sequence[int]] | None = None,
-    init: str | initializers.Initializer = "default",
+    init: str | Initializer | FromKernel = "default",
     dtype: jax.typing.DTypeLike = jnp.float32,
     survey: Survey | None = None,
     **unknown: Never,
@@ -88,7 +90,10 @@ def lorafy(
         alpha/r times and needs layers that have a bias.
       trainable_tokens: entries of tables `[V, d]` and the rows of each to train as they
         are, `{"shared/embedding": [32100, 32101]}`; the table's other rows stay.
-      init: how factors start, see `Target`. Embeddings start as PEFT's do.
+      init: how factors start: `"default"`, `"gaussian"` (embeddings start as PEFT's
+        do), or a name or an object of `jlora.init`, `"pissa"` and `"olora"` among them,
+        which take their product out of the kernels. What needs data is a function
+        there.
       dtype: the factors' dtype.
       survey: from `jlora.survey`; makes `"all-linear"` and every kernel's axes exact.
       **unknown: there are no others; PEFT's names are told ours.
@@ -105,6 +110,7 @@ def lorafy(
       DtypeError: a kernel, or a `dtype`, that is not of floating point.
       StructureError: `lora_bias` for a layer without bias; two leaves with one path.
       OptionError: another argument that cannot be, or an unknown one.
+      NonFiniteError: `init` decomposes a kernel that holds NaN or infinity.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
 
@@ -145,13 +151,13 @@ def lorafy(
 
     def place(path: str, leaf: Any) -> Any:
         if path in chosen:
-            adapters = {}
+            adapters, base = {}, leaf
             for choice in chosen[path]:
                 check_float(path, leaf)
                 axes = kernel_axes(path, leaves, choice.target, survey, stacked)
                 name = _adapter_name(choice.hit)
-                adapters[name] = _make_adapter(path, leaf, choice, axes, shared)
-            return LowRank(leaf, adapters, path)
+                adapters[name], base = _make_adapter(path, base, choice, axes, shared)
+            return LowRank(base, adapters, path)
         if path in tables:
             return make_rows(path, leaf, tables[path], shared.dtype)
         return Full(leaf, path) if path in full else leaf
@@ -191,7 +197,8 @@ class _Shared:
 
 def _make_adapter(
     path: str, leaf: Any, choice: Choice, axes: KernelAxes, shared: _Shared
-) -> Adapter:
+) -> tuple[Adapter, Any]:
+    """The adapter, and the base that it is on."""
     settings, dtype = _with_defaults(choice.target, shared.target), shared.dtype
     starts, shape = _part_window(path, leaf, choice.hit, axes)
     ins, outs, batch = (
@@ -201,7 +208,8 @@ def _make_adapter(
     alpha = rank if settings.alpha is None else settings.alpha
     scale = alpha / (math.sqrt(rank) if shared.rslora else rank)
     per_output = jax.ShapeDtypeStruct((*batch, *outs), dtype)
-    init = _initializer(settings.init, axes)
+    init = initializers.initializer(settings.init, is_embedding=axes.is_embedding)
+    of_kernel = isinstance(init, FromKernel)
     name = f"{path}/{choice.hit.role}" if choice.hit.part else path
     own_key = initializers.leaf_key(shared.key, name)
     adapter = new_adapter(
@@ -211,14 +219,23 @@ def _make_adapter(
         batch=axes.batch, ins=axes.ins, outs=axes.outs, starts=starts,
         magnitude=per_output if shared.dora else None,
         bias=per_output if shared.bias else None,
-        dropout=settings.dropout, rslora=shared.rslora, role=choice.hit.role,
+        dropout=settings.dropout, rslora=shared.rslora, shifted=of_kernel,
+        role=choice.hit.role,
     )  # fmt: skip
     abstract = placed_adapter(adapter, leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return abstract
+        return abstract, leaf
+    base, given = leaf, None
+    if isinstance(init, FromKernel):
+        scaled = dataclasses.replace(adapter, scale=jnp.full(batch, scale, jnp.float32))
+        started, base = start_from_kernel(init, own_key, leaf, scaled, path)
+        given = started.a, started.b
 
-    def make(key: Any, kernel: Any) -> Adapter:
-        a, b = init(key, adapter.a.shape, adapter.b.shape, math.prod(ins), dtype)
+    def make(key: Any, kernel: Any, given: Any) -> Adapter:
+        if isinstance(init, FromKernel):
+            a, b = given
+        else:
+            a, b = init(key, adapter.a.shape, adapter.b.shape, math.prod(ins), dtype)
         _check_factors(path, (a, b), adapter)
         made = dataclasses.replace(
             adapter, a=a, b=b, scale=jnp.full(batch, scale, jnp.float32)
@@ -230,11 +247,12 @@ def _make_adapter(
         length = column_norm(kernel, made).astype(dtype)  # so that W' begins as W
         return dataclasses.replace(made, magnitude=length)
 
-    kernel = leaf if shared.dora else None
+    kernel = base if shared.dora else None
     if abstract.a.sharding is None:
-        return make(own_key, kernel)
+        return make(own_key, kernel, given), base
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(make, out_shardings=shardings)(own_key, kernel)
+    placed = jax.jit(make, out_shardings=shardings)
+    return placed(own_key, kernel, given), base
 
 
 def _with_defaults(own: Target, default: Target) -> Target:
@@ -253,18 +271,6 @@ def _check_factors(path: str, made: Any, wanted: Adapter) -> None:
             f"init for {path!r} made {kinds}, and was asked for {asked}.\nReturn "
             "(a, b) of the two shapes and the dtype that the function is given."
         )
-
-
-def _initializer(init: Any, axes: KernelAxes) -> initializers.Initializer:
-    if callable(init):
-        return init
-    known = initializers.INITIALIZERS
-    if not isinstance(init, str) or init not in known:
-        raise OptionError(
-            f"init={init!r}: expected one of {sorted(known)} or a function "
-            "(key, a_shape, b_shape, fan_in, dtype) -> (a, b)."
-        )
-    return known["embedding" if axes.is_embedding else init]
 
 
 def _part_window(

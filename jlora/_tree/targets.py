@@ -23,7 +23,7 @@ from jlora._kernel.nodes import LowRank, is_array, is_node
 from jlora._paths import BIAS_NAMES, module_of, name_of
 from jlora._text import count
 from jlora._tree import conventions, matching, options
-from jlora._tree.initializers import Initializer
+from jlora._tree.initializers import FromKernel, Initializer
 from jlora._tree.matching import Coverage, Hit, coverage
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class Target:
       rank: r.
       alpha: the scale's numerator.
       dropout: probability of dropping an input of the adapter.
-      init: `"default"`, `"gaussian"`, `"embedding"`, or a function
-        `(key, a_shape, b_shape, fan_in, dtype) -> (a, b)`.
+      init: a name, `"default"`, `"gaussian"`, `"embedding"` or one of `jlora.init`; an
+        object of that; or a function `(key, a_shape, b_shape, fan_in, dtype) -> (a,
+        b)`.
       in_axes, out_axes, batch_axes: the kernel's axes, where neither a survey nor the
         naming conventions tell them. Give `in_axes` and the rest follow: axes named
         nowhere are outputs.
@@ -57,7 +58,7 @@ class Target:
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
-    init: str | Initializer | None = None
+    init: str | Initializer | FromKernel | None = None
     in_axes: Dims | None = None
     out_axes: Dims | None = None
     batch_axes: Dims = ()

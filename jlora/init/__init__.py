@@ -1,0 +1,23 @@
+"""How adapters start: from nothing, from the kernel, or from data.
+
+>>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+>>> tree = jlora.lorafy(params, 2, ["query"], init="pissa")
+>>> tree = jlora.lorafy(params, 2, ["query"], init=jlora.init.PiSSA(niter=4))
+
+`lorafy(init=...)` takes the names `"orthogonal"`, `"zero_a"`, `"olora"`, `"pissa"`,
+`"pissa_niter_4"`, and the objects that stand for them: `Orthogonal`, `ZeroA`, `OLoRA`,
+`PiSSA`. Your own, of a kernel's numbers, is a `FromKernel`.
+"""
+
+from jlora._tree.initializers import FromKernel as FromKernel
+from jlora.init._names import named as named
+from jlora.init._olora import OLoRA as OLoRA
+from jlora.init._orthogonal import Orthogonal as Orthogonal
+from jlora.init._pissa import PiSSA as PiSSA
+from jlora.init._zero_a import ZeroA as ZeroA
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

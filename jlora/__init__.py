@@ -9,6 +9,9 @@
     survey                    how a function uses each parameter: exact targets and axes
     summary                   what is trained, as a table
     stack_layers  unstack_layers    numbered layers as one stack, and back
+    add  activate  disable    several named adapters on one base, an `AdapterSet`
+    rename  remove  update    its names, and other numbers for an adapter
+    weighted                  one adapter of several: sums, TIES, DARE, compression
     Target                    settings of some kernels: rank, alpha, axes
     LowRank  Full  Rows       what stands in the place of leaves; `is_node` tells
 
@@ -76,6 +79,15 @@ if TYPE_CHECKING:
     from jlora._tree.summary import Summary as Summary
     from jlora._tree.summary import summary as summary
     from jlora._tree.targets import Target as Target
+    from jlora.adapters._edit import activate as activate
+    from jlora.adapters._edit import add as add
+    from jlora.adapters._edit import disable as disable
+    from jlora.adapters._edit import remove as remove
+    from jlora.adapters._edit import rename as rename
+    from jlora.adapters._edit import update as update
+    from jlora.adapters._set import AdapterSet as AdapterSet
+    from jlora.adapters._weighted import WeightedReport as WeightedReport
+    from jlora.adapters._weighted import weighted as weighted
 
 __version__ = "0.1.0"
 
@@ -84,6 +96,7 @@ __version__ = "0.1.0"
 _SUBMODULES = ("checkpoint", "cli", "data", "init", "models", "optim", "peft", "train")
 _MODULE_OF = {
     "Adapter": "_kernel.adapter",
+    "AdapterSet": "adapters._set",
     "CheckpointError": "_errors",
     "DataError": "_errors",
     "DtypeError": "_errors",
@@ -102,12 +115,18 @@ _MODULE_OF = {
     "TargetError": "_errors",
     "UnmergedError": "_errors",
     "UnsupportedOpError": "_errors",
+    "WeightedReport": "adapters._weighted",
+    "activate": "adapters._edit",
+    "add": "adapters._edit",
     "combine": "_tree.partition",
+    "disable": "adapters._edit",
     "is_node": "_kernel.nodes",
     "labels": "_tree.partition",
     "lora": "_transform.lora",
     "lorafy": "_tree.lorafy",
     "merge": "_tree.merge",
+    "remove": "adapters._edit",
+    "rename": "adapters._edit",
     "split": "_tree.partition",
     "stack_layers": "_tree.stack",
     "summary": "_tree.summary",
@@ -115,6 +134,8 @@ _MODULE_OF = {
     "trainable_mask": "_tree.partition",
     "unmerge": "_tree.merge",
     "unstack_layers": "_tree.stack",
+    "update": "adapters._edit",
+    "weighted": "adapters._weighted",
     "with_dropout": "_tree.dropout",
 }
 

@@ -1,0 +1,69 @@
+"""Sums of leaves and rows that are trained as they are: of what they change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _compat
+from jlora._errors import ShapeError
+from jlora._kernel.axes import Array, accumulation_dtype
+from jlora._kernel.nodes import Full, Rows
+from jlora.adapters._sparse import Sparse
+
+
+def sum_of_wholes(
+    path: str, base: Array, nodes: Sequence[Full], weights: Sequence[Any],
+    sparse: Sparse | None, keys: jax.Array | None,
+) -> Full:  # fmt: skip
+    """`base + Σ w·(value - base)`, or the thinned sum of these differences.
+
+    Raises:
+      ShapeError: a value of another shape than the base.
+    """
+    for x in nodes:
+        if x.shape != tuple(base.shape):
+            raise ShapeError(
+                f"the leaf {path!r} {tuple(base.shape)} is trained whole and then has "
+                f"the shape {x.shape}, so that its change has no sum with others.\n"
+                "Give the base that shape first."
+            )
+    return Full(_moved(base, [x.value for x in nodes], weights, sparse, keys))
+
+
+def sum_of_rows(
+    path: str, base: Array, nodes: Sequence[Rows], weights: Sequence[Any],
+    sparse: Sparse | None, keys: jax.Array | None,
+) -> Rows:  # fmt: skip
+    """The same of the rows that any of the adapters trains."""
+    indices = tuple(dict.fromkeys(i for x in nodes for i in x.indices))
+    rows = _compat.take_rows(base, jnp.asarray(indices))
+    dtype = jnp.result_type(*(x.rows for x in nodes))
+    values = []
+    for x in nodes:
+        at = jnp.asarray([indices.index(i) for i in x.indices])
+        values.append(rows.astype(dtype).at[at].set(x.rows.astype(dtype)))
+    return Rows(
+        None, _moved(rows.astype(dtype), values, weights, sparse, keys), indices
+    )
+
+
+def _moved(
+    base: Array, values: Sequence[Array], weights: Sequence[Any],
+    sparse: Sparse | None, keys: jax.Array | None,
+) -> Array:  # fmt: skip
+    dtype = accumulation_dtype(base.dtype)
+    start, ends = base.astype(dtype), [x.astype(dtype) for x in values]
+    if sparse is None:
+        # The base counts for what is missing to one: a lone weight of one is exact.
+        total = (1 - sum(weights)) * start
+        for w, x in zip(weights, ends, strict=True):
+            total = total + w * x
+    else:
+        updates = jnp.stack([(x - start).reshape(-1) for x in ends])
+        each = jnp.stack([jnp.asarray(w, dtype) for w in weights])
+        total = start + sparse.sum(updates, each, keys).reshape(base.shape)
+    return total.astype(values[0].dtype)

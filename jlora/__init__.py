@@ -16,6 +16,7 @@
     LowRank  Full  Rows       what stands in the place of leaves; `is_node` tells
 
     jlora.train               states, steps, losses, evaluation, whole runs
+    jlora.sweep               many adapters trained in one step
     jlora.checkpoint          adapters, training states and merged parameters on disk
     jlora.optim               LoRA+, LoRA-FA, Riemannian steps, weight decay, for optax
     jlora.peft                PEFT's adapter folders, read and written
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from jlora import models as models
     from jlora import optim as optim
     from jlora import peft as peft
+    from jlora import sweep as sweep
     from jlora import train as train
     from jlora._errors import CheckpointError as CheckpointError
     from jlora._errors import DataError as DataError
@@ -93,7 +95,17 @@ __version__ = "0.1.0"
 
 # Everything is imported when it is first asked for (PEP 562), so that `import jlora`
 # costs next to nothing. Submodules need more than JAX.
-_SUBMODULES = ("checkpoint", "cli", "data", "init", "models", "optim", "peft", "train")
+_SUBMODULES = (
+    "checkpoint",
+    "cli",
+    "data",
+    "init",
+    "models",
+    "optim",
+    "peft",
+    "sweep",
+    "train",
+)
 _MODULE_OF = {
     "Adapter": "_kernel.adapter",
     "AdapterSet": "adapters._set",

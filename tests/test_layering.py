@@ -138,6 +138,7 @@ ROOMS_FOR_USERS = [
     "models",
     "optim",
     "peft",
+    "sweep",
     "train",
 ]
 NAMESPACES = ["jlora", *(f"jlora.{room}" for room in ROOMS_FOR_USERS)]

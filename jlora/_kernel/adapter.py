@@ -30,8 +30,10 @@ class Adapter:
         the bias of the kernel's layer. None without.
       gain: what each column of the kernel is multiplied by, `[*batch, *out]`, where
         `jlora.lora` has put it in the magnitude's place; in no tree of parameters.
+      keep: probability of keeping an input of `a`, `[*batch]`, where it is data beside
+        the key and not `1 - dropout`: adapters of unlike rates in one program.
       a_dims, b_dims, s_dims, o_dims: the kernel dimension along each axis of `a`, `b`,
-        of `scale` and `key`, and of `magnitude`, `bias` and `gain`.
+        of `scale`, `key` and `keep`, and of `magnitude`, `bias` and `gain`.
       starts: where the term's window begins in each kernel dimension; its size is that
         of the factors. All zero for an adapter of the whole kernel.
       dropout: probability of dropping an input of `a`.
@@ -48,6 +50,7 @@ class Adapter:
     magnitude: Array | None
     bias: Array | None
     gain: Array | None
+    keep: Array | None
     a_dims: Dims
     b_dims: Dims
     s_dims: Dims
@@ -146,6 +149,7 @@ class Adapter:
         """Children; the rest is static."""
         children = (
             self.a, self.b, self.scale, self.key, self.magnitude, self.bias, self.gain,
+            self.keep,
         )  # fmt: skip
         return children, self.static
 
@@ -169,6 +173,7 @@ class Adapter:
 DIMS_OF = {
     "a": "a_dims", "b": "b_dims", "scale": "s_dims", "key": "s_dims",
     "magnitude": "o_dims", "bias": "o_dims", "gain": "o_dims",
+    "keep": "s_dims",
 }  # fmt: skip
 KEYS = tuple(jax.tree_util.GetAttrKey(n) for n in DIMS_OF)
 _FIELDS = tuple(f.name for f in dataclasses.fields(Adapter))
@@ -196,7 +201,7 @@ def new_adapter(
     starts = starts or (0,) * (len(batch) + len(ins) + len(outs))
     wide = magnitude is not None or bias is not None
     return Adapter(
-        a, b, scale, None, magnitude, bias, None,
+        a, b, scale, None, magnitude, bias, None, None,
         (*batch, *ins, RANK), (*batch, RANK, *outs), batch,
         (*batch, *outs) if wide else (), starts, **static,
     )  # fmt: skip

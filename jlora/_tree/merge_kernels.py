@@ -104,6 +104,6 @@ def without_base(w: Node) -> Node:
 
 
 _IDLE: dict[str, Any] = {
-    "key": None, "bias": None, "dropout": 0.0, "rslora": False,
+    "key": None, "keep": None, "bias": None, "dropout": 0.0, "rslora": False,
     "shifted": False, "role": None,
 }  # fmt: skip

@@ -45,7 +45,7 @@ def labels(tree: Tree) -> Tree:
 
 
 def _label_adapter(t: Adapter) -> Adapter:
-    frozen = ("scale", "key", "gain")
+    frozen = ("scale", "key", "gain", "keep")
     named = {n: "frozen" if n in frozen else n for n in DIMS_OF}
     found = {n: _label(getattr(t, n), name) for n, name in named.items()}
     return dataclasses.replace(t, **found)

@@ -58,7 +58,7 @@ Hook = Callable[[StepInfo], Mapping[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class StepSettings:
     """The options of `make_train_step`, checked."""
 
     gradients: GradientSettings
@@ -161,7 +161,7 @@ def make_train_step(
     one_of("parallel", parallel, PARALLEL)
     if parallel == "pmap" and axis_name is None:
         axis_name = "batch"
-    settings = _Settings(
+    settings = StepSettings(
         GradientSettings(
             accumulate=accumulate,
             compute_dtype=compute_dtype,
@@ -174,7 +174,7 @@ def make_train_step(
     )
     tx = optax.with_extra_args_support(tx)
     loss = totals_fn(loss_fn, on_missing)
-    pure = functools.partial(_step, loss, tx, settings)
+    pure = functools.partial(update, loss, tx, settings)
     return TrainStep(pure, donate, parallel, axis_name)
 
 
@@ -274,14 +274,27 @@ def _named_sharding(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def _step(
+def update(
     loss: Callable[..., Totals],
     tx: Any,
-    settings: _Settings,
+    settings: StepSettings,
     moving: Any,
     kept: Any,
     batch: Any,
 ) -> tuple[Any, Metrics]:
+    """One step of one run, uncompiled.
+
+    Args:
+      loss: from `totals_fn`.
+      tx: the optimiser, of the kind that takes extra arguments.
+      settings: the step's.
+      moving: `(step, trainable, opt_state)`.
+      kept: `(frozen, key)`, of the run.
+      batch: the batch.
+
+    Returns:
+      What moves, as it came, and the metrics.
+    """
     step, trainable, opt_state = moving
     frozen, run_key = kept
     key = jax.random.fold_in(run_key, step)

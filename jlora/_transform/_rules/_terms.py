@@ -226,7 +226,7 @@ def _without_rank(t: Adapter, gain: Array, dims: Dims) -> Adapter:
 
     return dataclasses.replace(
         t, a=empty(t.a, t.a_dims), b=empty(t.b, t.b_dims), key=None, gain=gain,
-        o_dims=dims, dropout=0.0,
+        keep=None, o_dims=dims, dropout=0.0,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from jlora import _compat
 from jlora._compat import Eqn
 from jlora._errors import UnsupportedOpError
-from jlora._kernel.adapter import Adapter
+from jlora._kernel.adapter import DIMS_OF, Adapter
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules._terms import bases
@@ -135,4 +135,4 @@ def _stacked(w: LowRank, flags: LowRank, size: int) -> LowRank:
     return LowRank(w.base, adapters, w.path)
 
 
-_ARRAYS = ("a", "b", "scale", "key", "magnitude", "bias", "gain")
+_ARRAYS = tuple(DIMS_OF)

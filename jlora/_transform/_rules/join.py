@@ -83,7 +83,8 @@ def _alike(args: Sequence[Any], dim: int) -> list[Adapter] | None:
         adapters.append(t)
     same = {
         (
-            t.rank, t.dropout, t.key is None, t.gain is None, frozenset(t.batch_axes),
+            t.rank, t.dropout, t.key is None, t.gain is None, t.keep is None,
+            frozenset(t.batch_axes),
             frozenset(t.in_axes), frozenset(t.out_axes), frozenset(t.s_dims),
             frozenset(t.o_dims),
         )

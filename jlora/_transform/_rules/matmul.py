@@ -230,5 +230,10 @@ def drop_inputs(run: Run, w: LowRank, t: Adapter, x: Array) -> Array:
     key = jax.random.fold_in(key, run.use_number(w.path))
     for axis in sorted(_compat.varying_axes(x), key=str):  # each shard drops its own
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    keep = jax.random.bernoulli(key, 1.0 - t.dropout, x.shape)
-    return jnp.where(keep, x / (1.0 - t.dropout), 0).astype(x.dtype)
+    rate: Any = 1.0 - t.dropout
+    if t.keep is not None:
+        rate = t.keep.reshape(-1)[0] if t.s_dims else t.keep
+    keep = jax.random.bernoulli(key, rate, x.shape)
+    if t.keep is not None:
+        rate = rate.astype(x.dtype)
+    return jnp.where(keep, x / rate, 0).astype(x.dtype)

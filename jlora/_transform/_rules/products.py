@@ -123,7 +123,7 @@ def _product_term(
     new_dims = {**{n: d for d, n in enumerate(order)}, RANK: RANK}
     x, _ = factor(t, rest)
     t = dataclasses.replace(
-        t, key=None, dropout=0.0, o_dims=(), starts=(0,) * len(order)
+        t, key=None, keep=None, dropout=0.0, o_dims=(), starts=(0,) * len(order)
     )
     t = with_factor(t, side, total, tuple(new_dims[n] for n in (*kept, RANK)))
     return with_factor(t, rest, x, tuple(new_dims[n] for n in named[rest]))

@@ -310,8 +310,7 @@ def test_the_base_that_peft_saves_along(t5, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        (dict(init_lora_weights="pissa"), "init_lora_weights"),
-        (dict(init_lora_weights="olora"), "init_lora_weights"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
         (dict(use_qalora=True, qalora_group_size=4), "use_qalora"),
         (dict(velora_config=peft.tuners.lora.VeloraConfig()), "velora_config"),
         (dict(kasa_config=peft.tuners.lora.config.KasaConfig()), "kasa_config"),

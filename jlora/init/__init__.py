@@ -14,6 +14,7 @@ from jlora.init._names import named as named
 from jlora.init._olora import OLoRA as OLoRA
 from jlora.init._orthogonal import Orthogonal as Orthogonal
 from jlora.init._pissa import PiSSA as PiSSA
+from jlora.init._unshift import unshift as unshift
 from jlora.init._zero_a import ZeroA as ZeroA
 
 __all__ = [name for name in dir() if not name.startswith("_")]

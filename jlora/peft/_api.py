@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from jlora.peft._files import (
     write,
 )
 from jlora.peft._names import Model, Names, Table, advice_to_part
+from jlora.peft._start import on_its_base, start_of
 
 Tree = Any
 
@@ -36,6 +38,7 @@ def load(
     model: Model | None = None,
     names: Names = None,
     adapter: str | None = None,
+    shifted_base: bool = False,
 ) -> Tree:
     """Put a PEFT adapter onto its base.
 
@@ -53,6 +56,9 @@ def load(
         ("(shared)", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head.T")}`.
         Leaves of one module stand in the order of the PyTorch model's parameters.
       adapter: an adapter that PEFT keeps in the subfolder of that name.
+      shifted_base: `params` is the base as PiSSA, CorDA and their like left it, which
+        somebody saved with the adapter. Without it the base of PiSSA (exact) and OLoRA
+        is made again of the original, as PEFT does; of the others it cannot be.
 
     Returns:
       The lorafied tree. Factors keep the file's dtype, `modules_to_save` and biases
@@ -81,7 +87,9 @@ def load(
     table = _table(leaves, model, names)
     leaves = _whole.with_added_rows(contents, config, table, leaves)
     nodes: dict[str, Any] = {}
-    for part in (_load.adapters, _whole.fulls, _whole.rows):
+    start = start_of(config, str(place / CONFIG), shifted_base)
+    adapters = functools.partial(_load.adapters, start=start)
+    for part in (adapters, _whole.fulls, _whole.rows):
         found = part(contents, config, table, leaves)
         if both := sorted(found.keys() & nodes.keys()):
             raise CheckpointError(
@@ -160,6 +168,8 @@ def save(
     task_type: str | None = None,
     fan_in_fan_out: bool | None = None,
     config: Mapping[str, Any] | None = None,
+    initial: Tree | None = None,
+    shifted_base: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write adapters and fully trained leaves as PEFT does.
@@ -180,11 +190,17 @@ def save(
       fan_in_fan_out: True for GPT-2, whose layers store their weights as [in, out].
         The factors are the same; of layers that are trained whole it must be told.
       config: keys to write as they are, e.g. from `read_config` of what was loaded.
+      initial: for adapters whose bases were shifted (PiSSA, OLoRA): the tree as lorafy
+        made it, or its trainable half. What is written loads on the original base, as
+        the difference of the two, with twice the rank. See `jlora.init.unshift`.
+      shifted_base: write such adapters as they are; they are of use with the tree's
+        bases alone, to be saved beside them.
       overwrite: replace an adapter that is there already.
 
     Raises:
       CheckpointError: an adapter is at `folder` already, or it cannot be written.
-      StructureError: nothing is trained; an adapter that PEFT's format cannot hold;
+      StructureError: nothing is trained; an adapter that PEFT's format cannot hold, or
+        of a shifted base without `initial` or `shifted_base`;
         layers that are stacked for a scan; a `config` that does not say what the tree
         is. Nothing is written.
       TargetError: `names` that do not fit the tree.
@@ -192,6 +208,7 @@ def save(
     check_trained(params)
     place = adapter_folder(folder, adapter)
     check_free(place, overwrite)
+    params = on_its_base(params, initial, shifted_base)
     nodes = leaves_by_path(params, is_leaf=is_node)
     table = _table(nodes, model, names)
     keywords = {

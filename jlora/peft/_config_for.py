@@ -23,7 +23,7 @@ from jlora.peft._config import (
     tokens_of,
     variant_disagreements,
 )
-from jlora.peft._fields import DEFAULTS, Config, check_config
+from jlora.peft._fields import DEFAULTS, KEEPS_BASE, Config, check_config
 from jlora.peft._names import Table
 from jlora.peft._save import Exported, token_tables
 
@@ -194,6 +194,11 @@ def check_says(
       CheckpointError: the configuration is none that jlora could read again.
     """
     check_config(config, "config")
+    if (init := config.get("init_lora_weights")) not in KEEPS_BASE:
+        raise StructureError(
+            f"init_lora_weights is {init!r}, and PEFT would shift the base when it "
+            "loads the adapter.\nLeave that key to jlora."
+        )
     _check_loadable(config, found)
     shown = {n: x for n, x in found.items() if x.param.called}
     ranks = {n: x.pair.rank for n, x in shown.items()}

@@ -77,7 +77,7 @@ _NUMERIC = re.compile(
 )
 # Initialisations that leave the base as it is; the others change it, and their factors
 # belong to the changed base.
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
@@ -149,13 +149,6 @@ def check_config(config: Config, where: str) -> None:
             "it looks like the setting of something that is not switched on.",
             JloraWarning,
             stacklevel=3,
-        )
-    if config.get("init_lora_weights") not in _INITS:
-        raise CheckpointError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, so the "
-            "adapter belongs to a base that PEFT changed when it made it.\nLet PEFT "
-            "convert it to a plain LoRA: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)."
         )
     _check_types(config, where)
 

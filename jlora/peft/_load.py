@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jlora._errors import CheckpointError, StructureError
+from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import LowRank
 from jlora._paths import BIAS_NAMES, module_of
 from jlora._text import listed
@@ -19,6 +20,7 @@ from jlora.peft._fields import Config
 from jlora.peft._layouts import Kind, Layout, Pair, kind_here, layout_of
 from jlora.peft._names import Param, Table, advice_to_part
 from jlora.peft._parameters import targeted_parameters
+from jlora.peft._start import Start
 from jlora.peft._vocabulary import resize_advice
 
 _KINDS = {
@@ -52,8 +54,9 @@ class Slot:
 
 
 def adapters(
-    contents: Contents, config: Config, table: Table, leaves: Mapping[str, Any]
-) -> dict[str, LowRank]:
+    contents: Contents, config: Config, table: Table, leaves: Mapping[str, Any],
+    start: Start,
+) -> dict[str, LowRank]:  # fmt: skip
     """The low-rank nodes by path.
 
     Raises:
@@ -81,8 +84,12 @@ def adapters(
         )
     found: dict[str, LowRank] = {}
     for path in dict.fromkeys(slot.param.path for slot in slots.values()):
-        one = _of_leaf(where, table.of_leaf[path], slots, config)
-        found[path] = _node(where, path, *one, config, leaves)
+        users = table.of_leaf[path]
+        name, layout, pair = _of_leaf(where, users, slots, config)
+        t = _adapter(where, path, name, layout, pair, config, leaves)
+        base, shifted = start.base(path, users, layout, leaves[path], t)
+        t = dataclasses.replace(t, shifted=shifted)
+        found[path] = LowRank(base, {"": t}, path)
     return found
 
 
@@ -97,21 +104,20 @@ def _said_by_file(config: Config) -> Config:
     return config
 
 
-def _node(
+def _adapter(
     where: str, path: str, name: str, layout: Layout, pair: Pair, config: Config,
     leaves: Mapping[str, Any],
-) -> LowRank:  # fmt: skip
+) -> Adapter:  # fmt: skip
     biases = [f"{module_of(path)}/{last}".lstrip("/") for last in BIAS_NAMES]
     layer = {p: leaves[p] for p in (path, *biases) if p in leaves}
     try:
-        adapter = new_adapter(
+        return new_adapter(
             path, layer, layout, pair, scale_of(config, name),
             dropout=float(config.get("lora_dropout", 0.0)),
             rslora=bool(config.get("use_rslora")),
         )  # fmt: skip
     except StructureError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    return LowRank(leaves[path], {"": adapter}, path)
 
 
 # -- which tensors go where ------------------------------------------------------------

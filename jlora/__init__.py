@@ -12,6 +12,7 @@
     add  activate  disable    several named adapters on one base, an `AdapterSet`
     rename  remove  update    its names, and other numbers for an adapter
     weighted                  one adapter of several: sums, TIES, DARE, compression
+    bank  pick  with_ids  mixed    an adapter for each example of a batch
     Target                    settings of some kernels: rank, alpha, axes
     LowRank  Full  Rows       what stands in the place of leaves; `is_node` tells
 
@@ -81,12 +82,17 @@ if TYPE_CHECKING:
     from jlora._tree.summary import Summary as Summary
     from jlora._tree.summary import summary as summary
     from jlora._tree.targets import Target as Target
+    from jlora.adapters._bank import bank as bank
+    from jlora.adapters._bank import pick as pick
     from jlora.adapters._edit import activate as activate
     from jlora.adapters._edit import add as add
     from jlora.adapters._edit import disable as disable
     from jlora.adapters._edit import remove as remove
     from jlora.adapters._edit import rename as rename
     from jlora.adapters._edit import update as update
+    from jlora.adapters._mixed import Mixture as Mixture
+    from jlora.adapters._mixed import mixed as mixed
+    from jlora.adapters._mixed import with_ids as with_ids
     from jlora.adapters._set import AdapterSet as AdapterSet
     from jlora.adapters._weighted import WeightedReport as WeightedReport
     from jlora.adapters._weighted import weighted as weighted
@@ -116,6 +122,7 @@ _MODULE_OF = {
     "JloraWarning": "_errors",
     "LoraError": "_errors",
     "LowRank": "_kernel.nodes",
+    "Mixture": "adapters._mixed",
     "NonFiniteError": "_errors",
     "OptionError": "_errors",
     "Rows": "_kernel.nodes",
@@ -130,6 +137,7 @@ _MODULE_OF = {
     "WeightedReport": "adapters._weighted",
     "activate": "adapters._edit",
     "add": "adapters._edit",
+    "bank": "adapters._bank",
     "combine": "_tree.partition",
     "disable": "adapters._edit",
     "is_node": "_kernel.nodes",
@@ -137,6 +145,8 @@ _MODULE_OF = {
     "lora": "_transform.lora",
     "lorafy": "_tree.lorafy",
     "merge": "_tree.merge",
+    "mixed": "adapters._mixed",
+    "pick": "adapters._bank",
     "remove": "adapters._edit",
     "rename": "adapters._edit",
     "split": "_tree.partition",
@@ -149,6 +159,7 @@ _MODULE_OF = {
     "update": "adapters._edit",
     "weighted": "adapters._weighted",
     "with_dropout": "_tree.dropout",
+    "with_ids": "adapters._mixed",
 }
 
 __all__ = sorted(_MODULE_OF)

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 
 from jlora._compat import is_explicit
 from jlora._errors import ShapeError
-from jlora._kernel.axes import RANK, Array, Dims, contract, expand, outer_sum, pad_to
+from jlora._kernel.axes import (
+    BANK,
+    RANK,
+    Array,
+    Dims,
+    contract,
+    expand,
+    outer_sum,
+    pad_to,
+)
 from jlora._kernel.opaque import Note
 
 
@@ -32,6 +41,8 @@ class Adapter:
         `jlora.lora` has put it in the magnitude's place; in no tree of parameters.
       keep: probability of keeping an input of `a`, `[*batch]`, where it is data beside
         the key and not `1 - dropout`: adapters of unlike rates in one program.
+      which: of a bank, whose arrays have an axis `BANK` more, the number of the adapter
+        that acts, int32; a negative one is none. In no tree of parameters.
       a_dims, b_dims, s_dims, o_dims: the kernel dimension along each axis of `a`, `b`,
         of `scale`, `key` and `keep`, and of `magnitude`, `bias` and `gain`.
       starts: where the term's window begins in each kernel dimension; its size is that
@@ -51,6 +62,7 @@ class Adapter:
     bias: Array | None
     gain: Array | None
     keep: Array | None
+    which: Array | None
     a_dims: Dims
     b_dims: Dims
     s_dims: Dims
@@ -79,7 +91,12 @@ class Adapter:
     @property
     def batch_axes(self) -> tuple[int, ...]:
         """Kernel dimensions with an adapter of their own at each index."""
-        return tuple(d for d in self.a_dims if d != RANK and d in self.b_dims)
+        return tuple(d for d in self.a_dims if d >= 0 and d in self.b_dims)
+
+    @property
+    def is_bank(self) -> bool:
+        """Whether this is several adapters, of which at most one acts."""
+        return BANK in self.a_dims
 
     def size(self, dim: int) -> int | None:
         """The window's size along a kernel dimension; None if no factor spans it."""
@@ -99,7 +116,7 @@ class Adapter:
 
     def rename(self, new_dim: Mapping[int, int], ndim: int) -> Adapter:
         """The same term on a kernel whose dimension d is now `new_dim[d]` of `ndim`."""
-        names = {**new_dim, RANK: RANK}
+        names = {**new_dim, RANK: RANK, BANK: BANK}
         starts = [0] * ndim
         for dim, new in new_dim.items():
             starts[new] = self.starts[dim]
@@ -149,7 +166,7 @@ class Adapter:
         """Children; the rest is static."""
         children = (
             self.a, self.b, self.scale, self.key, self.magnitude, self.bias, self.gain,
-            self.keep,
+            self.keep, self.which,
         )  # fmt: skip
         return children, self.static
 
@@ -175,9 +192,10 @@ DIMS_OF = {
     "magnitude": "o_dims", "bias": "o_dims", "gain": "o_dims",
     "keep": "s_dims",
 }  # fmt: skip
-KEYS = tuple(jax.tree_util.GetAttrKey(n) for n in DIMS_OF)
+_CHILDREN = (*DIMS_OF, "which")
+KEYS = tuple(jax.tree_util.GetAttrKey(n) for n in _CHILDREN)
 _FIELDS = tuple(f.name for f in dataclasses.fields(Adapter))
-_STATIC = _FIELDS[len(DIMS_OF) :]
+_STATIC = _FIELDS[len(_CHILDREN) :]
 
 
 def new_adapter(
@@ -201,7 +219,7 @@ def new_adapter(
     starts = starts or (0,) * (len(batch) + len(ins) + len(outs))
     wide = magnitude is not None or bias is not None
     return Adapter(
-        a, b, scale, None, magnitude, bias, None, None,
+        a, b, scale, None, magnitude, bias, None, None, None,
         (*batch, *ins, RANK), (*batch, RANK, *outs), batch,
         (*batch, *outs) if wide else (), starts, **static,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Arrays with labelled axes: contract, align, expand and pad them by label.
 
 A factor's axes are labelled by the kernel dimensions that they lie along, with `RANK`
-for the rank axis. Transposing, slicing or reshaping a kernel then means renaming
-dimensions or touching one small factor, and a contraction needs no fixed layout.
+for the rank axis and `BANK` for one of several adapters. Transposing, slicing or
+reshaping a kernel then means renaming dimensions or touching one small factor, and a
+contraction needs no fixed layout.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Dims = tuple[int, ...]
 Label = Any  # an int names a kernel dimension, ("x", i) an axis that only x has
 
 RANK = -1
+BANK = -3
 
 
 def accumulation_dtype(dtype: Any) -> Any:

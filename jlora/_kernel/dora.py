@@ -18,6 +18,7 @@ from jax import lax
 
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import (
+    BANK,
     RANK,
     Array,
     Dims,
@@ -47,7 +48,7 @@ def column_norm(base: Array, t: Adapter) -> Array:
     sizes = [t.size(d) or n for d, n in enumerate(base.shape)]
     ends = [start + n for start, n in zip(t.starts, sizes, strict=True)]
     window = lax.slice(base, t.starts, ends)
-    batch = set(t.batch_axes)
+    batch = {*t.batch_axes, BANK}
     # As the forward product sees them: in the kernel's dtype, summed up in float32.
     a, b = t.a.astype(base.dtype), t.b.astype(base.dtype)
     dtype = accumulation_dtype(base.dtype)
@@ -66,7 +67,7 @@ def column_norm(base: Array, t: Adapter) -> Array:
     update = jnp.sum(update * align(b, t.b_dims, order), axis=-1)
     others = [d for d in dims if d not in t.o_dims]
     own = jnp.sum(jnp.square(window.astype(dtype)), axis=others)
-    own = align(own, [d for d in dims if d in t.o_dims], t.o_dims)
+    own = expand(own, [d for d in dims if d in t.o_dims], t.o_dims)
     return jnp.sqrt(jnp.maximum(own + update, 0))
 
 

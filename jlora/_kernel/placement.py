@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,11 @@ def place_spec(
     def one(_: Array, dims: Dims) -> tuple[Any, Dims]:
         return make(factor_spec(spec, dims)), dims
 
-    return w.map(make(spec), lambda t: t.map(one))
+    def place(t: Adapter) -> Adapter:
+        which = None if t.which is None else make(PartitionSpec())
+        return dataclasses.replace(t.map(one), which=which)
+
+    return w.map(make(spec), place)
 
 
 def placed(x: Any, dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:

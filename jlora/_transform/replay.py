@@ -15,8 +15,9 @@ from typing import Any, Literal
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._errors import JloraWarning, UnsupportedOpError
+from jlora._kernel.bank import has_bank, picked
 from jlora._kernel.nodes import LowRank
-from jlora._transform._rules import RULES
+from jlora._transform._rules import RULES, TAKES_BANK
 from jlora._transform._rules._terms import is_scaled_later, scaled_now
 from jlora._transform._rules.hadamard import TAKES_HADAMARD, Hadamard, is_adapted
 from jlora._transform.facts import Facts
@@ -110,6 +111,8 @@ class Replay:
     def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
         if not any(is_adapted(x) for x in operands):
             return self.rebind(eqn, operands)
+        if eqn.primitive.name not in TAKES_BANK:
+            operands = [picked(x) if has_bank(x) else x for x in operands]
         rule = RULES.get(eqn.primitive.name)
         if any(isinstance(x, Hadamard) for x in operands):
             rule = rule if eqn.primitive.name in TAKES_HADAMARD else None

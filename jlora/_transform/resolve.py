@@ -15,6 +15,7 @@ import jax
 from jlora._errors import StructureError, UnsupportedOpError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, accumulation_dtype, align, expand, pad_to
+from jlora._kernel.bank import pick
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import BIAS_NAMES, leaf_paths, module_of
 
@@ -25,10 +26,13 @@ def resolve(tree: Tree) -> Tree:
     """The tree with arrays and low-rank nodes only, these without variants.
 
     Raises:
-      StructureError: an adapter with a bias on a layer without.
+      StructureError: an adapter with a bias on a layer without; a bank of which nothing
+        says who acts.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     paths = leaf_paths(tree, is_leaf=is_node)
+    for x in leaves:
+        _check_bank(x)
     terms = bias_terms(dict(zip(paths, leaves, strict=True)))
     out = [_plain(p, x, terms.get(p)) for p, x in zip(paths, leaves, strict=True)]
     return jax.tree.unflatten(treedef, out)
@@ -43,6 +47,17 @@ def _plain(path: str, x: Any, bias: Array | None) -> Any:
     if isinstance(x, Rows):
         return x.lowrank()
     return plain_leaf(x, bias)
+
+
+def _check_bank(w: Any) -> None:
+    terms = w.adapters.values() if isinstance(w, LowRank) else ()
+    if any(t.is_bank and t.which is None for t in terms):
+        raise StructureError(
+            f"the kernel {w.path!r} {w.shape} holds a bank of adapters, and nothing "
+            "says which of them acts.\nSay it for each example, "
+            "jlora.mixed(fn)(jlora.with_ids(bank, ids), x), or take one: "
+            "jlora.lora(fn)(jlora.pick(bank, number), x)."
+        )
 
 
 def _in_argument(path: str) -> str:
@@ -113,7 +128,8 @@ def bias_of(path: str, kernel: Any, leaves: Mapping[str, Any]) -> str:
 
 def _bias_term(w: LowRank, t: Adapter, bias: Array) -> Array:
     """`scale * bias` on the outputs of the whole kernel, in the kernel's order."""
-    order = tuple(sorted(t.o_dims))
+    t = pick(dataclasses.replace(t, bias=bias))
+    bias, order = t.bias, tuple(sorted(t.o_dims))
     term = align(bias.astype(accumulation_dtype(w.dtype)), t.o_dims, order)
     term = term * expand(t.scale, t.s_dims, order)
     return pad_to(term, [t.starts[d] for d in order], [w.shape[d] for d in order])

@@ -13,6 +13,7 @@ import numpy as np
 
 from jlora._errors import NonFiniteError, StructureError
 from jlora._kernel.axes import Array, accumulation_dtype
+from jlora._kernel.bank import refuse_banks
 from jlora._kernel.nodes import LowRank, Rows, is_node
 from jlora._paths import leaf_paths, leaves_by_path
 from jlora._text import table
@@ -94,9 +95,11 @@ def merge(
 
     Raises:
       NonFiniteError: NaN or infinity in a base, an adapter, or their sum.
-      StructureError: two leaves with one path; a report inside `jax.jit`; `donate`
-        there, or with what needs the bases; arrays that were donated before.
+      StructureError: two leaves with one path; a bank of adapters; a report inside
+        `jax.jit`; `donate` there, or with what needs the bases; arrays that were
+        donated before.
     """
+    refuse_banks(tree, "jlora.merge")
     leaves = leaves_by_path(tree, is_leaf=is_node)
     structure = jax.tree.structure(tree, is_leaf=is_node)
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}

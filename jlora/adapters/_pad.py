@@ -36,13 +36,18 @@ def pad_parts(parts: Tree, rank_of: Ranks) -> Tree:
         if part is None or not isinstance(part.node, LowRank):
             return part
         terms = part.node.adapters.items()
-        padded = {role: _padded(t, rank_of(path, role), path) for role, t in terms}
-        return Part(dataclasses.replace(part.node, adapters=padded))
+        wide = {role: padded(t, rank_of(path, role), path) for role, t in terms}
+        return Part(dataclasses.replace(part.node, adapters=wide))
 
     return map_with_path(one, parts, is_leaf=is_part)
 
 
-def _padded(t: Adapter, rank: int, path: str) -> Adapter:
+def padded(t: Adapter, rank: int, path: str) -> Adapter:
+    """The same term with that rank.
+
+    Raises:
+      ShapeError: it has a higher one already.
+    """
     if rank < t.rank:
         raise ShapeError(
             f"the adapter of {path!r} has rank {t.rank} and cannot be padded to "

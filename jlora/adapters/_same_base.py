@@ -48,8 +48,8 @@ def check_same_base(base: Tree, tree: Tree, name: str) -> None:
 def _refuse(name: str, lines: list[str]) -> None:
     raise StructureError(
         f"the adapter {name!r} is of another base; {len(lines)} leaves differ (the "
-        f"set's, and the adapter's):\n  {listed(lines)}\nMake or load it on the set's "
-        "own parameters, adapters.base."
+        f"base's, and the adapter's):\n  {listed(lines)}\nMake or load it on the same "
+        "parameters: those of a set are adapters.base."
     )
 
 

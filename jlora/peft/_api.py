@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora._errors import CheckpointError, StructureError, TargetError
+from jlora._kernel.bank import refuse_banks
 from jlora._kernel.nodes import is_node, with_origin
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.conventions import stacked_leaves
@@ -206,6 +207,7 @@ def save(
       TargetError: `names` that do not fit the tree.
     """
     check_trained(params)
+    refuse_banks(params, "jlora.peft.save")
     place = adapter_folder(folder, adapter)
     check_free(place, overwrite)
     params = on_its_base(params, initial, shifted_base)

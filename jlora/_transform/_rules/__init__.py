@@ -23,10 +23,11 @@ from jlora._transform._rules import (
     slices,
     sums,
 )
-from jlora._transform._rules._table import RULES, Run
+from jlora._transform._rules._table import RULES, TAKES_BANK, Run
 
 __all__ = [
     "RULES",
+    "TAKES_BANK",
     "Run",
     "calls",
     "control",

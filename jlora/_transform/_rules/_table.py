@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._transform.facts import Facts
 
@@ -43,6 +44,16 @@ class Run(Protocol):
 Rule = Callable[[Run, Eqn, list[Any]], Any]
 
 RULES: dict[str, Rule] = {}
+
+# The primitives whose rules know banks; before others the adapter that acts is picked.
+TAKES_BANK = frozenset(
+    [
+        "dot_general", "gather", "transpose", "convert_element_type", "squeeze",
+        "slice", "split", "dynamic_slice", "copy", "copy_p", "name", "stop_gradient",
+        "optimization_barrier", "scan", "while", "cond", "closed_call", "core_call",
+        "call", *_compat.JIT, *_compat.REMAT, *_compat.PVARY,
+    ]
+)  # fmt: skip
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

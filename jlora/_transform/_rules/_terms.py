@@ -73,8 +73,8 @@ def cover_term(t: Adapter, shape: Sequence[int]) -> Adapter:
     def wide(x: Array | None, dims: Dims, fill: int = 0) -> Any:
         if x is None:
             return None
-        starts = [None if d == RANK else t.starts[d] for d in dims]
-        sizes = [0 if d == RANK else shape[d] for d in dims]
+        starts = [None if d < 0 else t.starts[d] for d in dims]
+        sizes = [0 if d < 0 else shape[d] for d in dims]
         return (
             pad_to(x - fill, starts, sizes) + fill if fill else pad_to(x, starts, sizes)
         )

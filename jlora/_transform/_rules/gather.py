@@ -17,10 +17,11 @@ from jax import lax
 
 from jlora._compat import Eqn, rebind
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Array, Dims, contract, expand
+from jlora._kernel.axes import Array, Dims, contract, expand
+from jlora._kernel.bank import has_bank, pick_axis, picked, scale_of
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
-from jlora._transform._rules._terms import cover
+from jlora._transform._rules._terms import cover, has_gain
 from jlora._transform._rules.matmul import gained
 
 Label = Any  # an int names a kernel dimension, ("i", k) the k-th axis of the indices
@@ -32,7 +33,7 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     w, given = args
     if not isinstance(w, LowRank):
         return NotImplemented
-    w = cover(w)
+    w = cover(picked(w) if has_bank(w) and has_gain(w) else w)
     if w is None:
         return NotImplemented
     p, columns = without_whole_axes(eqn.params, w.shape)
@@ -115,10 +116,18 @@ def _rows(
     if touched <= set(t.out_axes):
         first, second = second, first
     (x, dims), (factor, factor_dims) = first, second
-    x = x * expand(t.scale, t.s_dims, dims)
-    rows, labels = _look_up(x, dims, indices, p)
     # A stack that is looked up along with its indices is one of their axes.
     stack = _batch_labels(p["dimension_numbers"])
+    labels: Sequence[Label]
+    if t.is_bank:
+        # Of every adapter the few rows, and of these the one's: no table is picked.
+        rows, labels = pick_axis(*_look_up(x, dims, indices, p), t.which)
+        factor, factor_dims = pick_axis(factor, factor_dims, t.which)
+        scale, s_dims = scale_of(t)
+        rows = rows * expand(scale, [stack.get(d, d) for d in s_dims], labels)
+    else:
+        x = x * expand(t.scale, t.s_dims, dims)
+        rows, labels = _look_up(x, dims, indices, p)
     factor_labels = [stack.get(d, d) for d in factor_dims]
     # In full precision: a lookup rounds nothing, and a trained row is to be itself.
     low, labels = contract(
@@ -141,7 +150,9 @@ def _kernels(t: Adapter, indices: Array, p: Any, order: list[Label]) -> Adapter:
 
     def one(x: Array, dims: Dims) -> tuple[Array, Dims]:
         x, labels = _look_up(x, dims, indices, p)
-        return x, tuple(n if n == RANK else order.index(n) for n in labels)
+        # Ranks and banks are no dimensions.
+        kept = (n if isinstance(n, int) and n < 0 else order.index(n) for n in labels)
+        return x, tuple(kept)
 
     # It covers the whole table, so it covers what is looked up: no window.
     return dataclasses.replace(t.map(one), starts=(0,) * len(order))

@@ -9,6 +9,7 @@ head). Nothing of the kernel's size is formed, forward or backward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from jlora._compat import Eqn
 from jlora._errors import ShapeError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, Label, contract, expand, pad_to
+from jlora._kernel.bank import acting, for_product
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules.products import kernel_product
@@ -45,6 +47,7 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     x_free = [n for n in labels if not isinstance(n, int)]
     order = [*wb, *(w_free + x_free if w_left else x_free + w_free)]
     params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
+    w = for_product(w, math.prod(x.shape[labels.index(n)] for n in x_free))
     for adapter in w.adapters.values():
         check_axes(w, adapter, wc, wb)
     gain = w.gain()
@@ -102,7 +105,7 @@ def _low(
         low, low_labels = _product(x, labels, *first, w, keep, w_left, params)
     else:
         low, low_labels = made, (*(n for n in labels if n not in contracted), RANK)
-    return low.astype(dtype), low_labels
+    return acting(t, low.astype(dtype), low_labels), low_labels
 
 
 def _factors(

@@ -41,9 +41,15 @@ def rounded(x: Array, dtype: Any) -> Array:
     """
     info = jnp.finfo(dtype)
     largest = (2 - 2.0**-info.nmant) * 2.0 ** (2 ** (info.nexp - 1) - 1)
-    if float(info.max) == largest:  # as IEEE has it, and not float8_e4m3fn
-        return lax.reduce_precision(x, info.nexp, info.nmant)
-    return x.astype(dtype).astype(x.dtype)
+    if float(info.max) != largest:  # not as IEEE has it, as float8_e4m3fn
+        return x.astype(dtype).astype(x.dtype)
+    near = lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.nexp == jnp.finfo(x.dtype).nexp:
+        return near
+    # It takes the dtype's subnormal numbers for zero, 6e-5 and less in float16.
+    step = float(info.smallest_subnormal)
+    even = x + lax.stop_gradient(jnp.round(x / step) * step - x)
+    return jnp.where(jnp.abs(x) < float(info.tiny), even, near)
 
 
 def contract(

@@ -60,11 +60,14 @@ def column_norm(base: Array, t: Adapter) -> Array:
     b = b.astype(dtype)
     square, square_dims = contract(gram, gram_dims, b, b_too, batch, **into)
 
-    order = (*t.o_dims, RANK)
+    # In the order of the first product: a CPU has none in bfloat16 whose result is
+    # transposed, where several axes are contracted.
+    order = cross_dims
     scale = expand(t.scale, t.s_dims, order)
-    linear = 2 * scale * align(cross, cross_dims, order)
+    linear = 2 * scale * cross
     update = linear + scale**2 * align(square, square_dims, order)
-    update = jnp.sum(update * align(b, t.b_dims, order), axis=-1)
+    update = jnp.sum(update * align(b, t.b_dims, order), axis=order.index(RANK))
+    update = align(update, [d for d in order if d != RANK], t.o_dims)
     others = [d for d in dims if d not in t.o_dims]
     own = jnp.sum(jnp.square(window.astype(dtype)), axis=others)
     own = expand(own, [d for d in dims if d in t.o_dims], t.o_dims)

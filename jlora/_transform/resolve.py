@@ -86,7 +86,7 @@ def with_magnitudes(x: Any) -> Any:
 def plain_leaf(x: Any, bias: Array | None) -> Any:
     """A leaf or fully trained leaf as an array, with what adapters add to it."""
     x = x.value if isinstance(x, Full) else x
-    return x if bias is None else (x + bias).astype(x.dtype)
+    return x if bias is None else (x.astype(bias.dtype) + bias).astype(x.dtype)
 
 
 def bias_terms(leaves: Mapping[str, Any]) -> dict[str, Array]:

@@ -5,56 +5,24 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._errors import NonFiniteError, StructureError
-from jlora._kernel.axes import Array, accumulation_dtype
+from jlora._errors import NonFiniteError, OptionError, StructureError
 from jlora._kernel.bank import refuse_banks
 from jlora._kernel.nodes import LowRank, Rows, is_node
 from jlora._paths import leaf_paths, leaves_by_path
-from jlora._text import table
 from jlora._transform.resolve import bias_terms, plain_leaf
+from jlora._tree import options
+from jlora._tree.initializers import leaf_key
 from jlora._tree.merge_kernels import merge_kernels, merge_node, without_base
+from jlora._tree.merge_report import merge_report
 
 Tree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class MergedLeaf:
-    """What merging did to one kernel.
-
-    Attributes:
-      path: the kernel.
-      delta_norm: Frobenius norm of the update `scale * a @ b`, in float32.
-      lost: norm of the part of the update lost to rounding, over `delta_norm`: 0 is
-        exact, 1 means that the merged kernel knows nothing of the update.
-      max_error: largest absolute rounding error of one weight.
-      unchanged: fraction of the weights that the update should have changed and whose
-        bits are what they were.
-    """
-
-    path: str
-    delta_norm: float
-    lost: float
-    max_error: float
-    unchanged: float
-
-
-class MergeReport(tuple[MergedLeaf, ...]):
-    """One `MergedLeaf` a kernel; prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [("kernel", "|update|", "lost to rounding", "max error", "unchanged")]
-        rows += [
-            (m.path, f"{m.delta_norm:.3g}", f"{m.lost:.2%}", f"{m.max_error:.2g}",
-             f"{m.unchanged:.2%}")
-            for m in self
-        ]  # fmt: skip
-        return table(rows)
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +40,9 @@ class Undo:
 
 
 def merge(
-    tree: Tree, *, report: bool = False, undo: bool = False, donate: bool = False
-) -> Any:
+    tree: Tree, *, report: bool = False, undo: bool = False, donate: bool = False,
+    rounding: Rounding = "nearest", key: jax.Array | None = None,
+) -> Any:  # fmt: skip
     """Fold every adapter into its kernel.
 
     Each kernel becomes `base + scale * a @ b`, with DoRA brought to its magnitude,
@@ -89,6 +58,14 @@ def merge(
         room (nor, on a CPU, new pages, which take longer than merging does). The bases
         are deleted in `tree`, and in the parameters it was made of, even where merging
         fails. A base that stands in the tree twice is kept.
+      rounding: how a kernel's float32 sum becomes its dtype: to the `"nearest"` number
+        there, or `"stochastic"`: to one of its two neighbours, at random, so that the
+        merged weight is the exact one on average. A small update that nearest rounding
+        drops weight by weight is then kept in the sum over many weights. (Where dtypes
+        are as wide as the sum there is nothing to choose. Biases and trained rows
+        round to nearest.)
+      key: of the random numbers, which a leaf's path is folded into; for `"stochastic"`
+        alone.
 
     Returns:
       The dense tree; with `report` or `undo` a tuple of it, the report, the undo.
@@ -98,6 +75,7 @@ def merge(
       StructureError: two leaves with one path; a bank of adapters; a report inside
         `jax.jit`; `donate` there, or with what needs the bases; arrays that were
         donated before.
+      OptionError: another `rounding`; a `key` too many, or none where one is needed.
     """
     refuse_banks(tree, "jlora.merge")
     leaves = leaves_by_path(tree, is_leaf=is_node)
@@ -105,16 +83,18 @@ def merge(
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
     tracing = _is_tracing(nodes)
     _refuse_options(tracing, report=report, undo=undo, donate=donate)
+    keys = _rounding_keys(nodes, rounding, key)
     if not tracing:
         _refuse_deleted(leaves)
     biases = bias_terms(leaves)
     given = _bases_of_their_own(leaves, nodes) if donate else ()
     if tracing:
         done = {
-            path: merge_node(x.base, without_base(x))[0] for path, x in nodes.items()
+            path: merge_node(x.base, without_base(x), keys.get(path))[0]
+            for path, x in nodes.items()
         }
     else:
-        done, bad = merge_kernels(nodes, given)
+        done, bad = merge_kernels(nodes, given, keys)
         if bad is not None:
             _refuse(bad, nodes[bad], donated=bool(given))
     plain = [
@@ -123,13 +103,7 @@ def merge(
     ]
     out = [jax.tree.unflatten(structure, plain)]
     if report:
-        # In a pass of its own, so that asking for a report changes no bit.
-        figures = {
-            path: _figures(x.base, without_base(x), done[path])
-            for path, x in nodes.items()
-        }
-        stats = jax.device_get(figures)
-        out.append(MergeReport(_report_leaf(p, s) for p, s in stats.items()))
+        out.append(merge_report(nodes, done))
     if undo:
         merged, treedef = jax.tree.flatten(out[0])
         out.append(Undo(tree, tuple(merged), treedef))
@@ -184,6 +158,22 @@ def _refuse_options(tracing: bool, *, report: bool, undo: bool, donate: bool) ->
         )
 
 
+def _rounding_keys(
+    nodes: Mapping[str, Any], rounding: Rounding, key: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Each kernel's own key, by path; of nearest rounding none."""
+    options.one_of("rounding", rounding, get_args(Rounding))
+    if (rounding == "stochastic") != (key is not None):
+        raise OptionError(
+            f"rounding={rounding!r} with key={key}: stochastic rounding needs a key, "
+            "and nothing else does.\nPass rounding='stochastic', key=jax.random.key(0)."
+        )
+    if key is None:
+        return {}
+    key = options.single_key(key)
+    return {path: leaf_key(key, path) for path in nodes}
+
+
 def _refuse_deleted(leaves: Mapping[str, Any]) -> None:
     for path, leaf in leaves.items():
         gone = next(filter(_is_deleted, jax.tree.leaves(leaf)), None)
@@ -215,37 +205,6 @@ def _memory_of(x: Any) -> int:
         return id(x)
     shards = x.addressable_shards
     return shards[0].data.unsafe_buffer_pointer() if shards else id(x)
-
-
-@jax.jit
-def _figures(base: Array, w: LowRank | Rows, merged: Array) -> dict[str, Array]:
-    """What a report says of a merged kernel, of its base and its node without it."""
-    w = dataclasses.replace(w, base=base)
-    dtype = accumulation_dtype(w.dtype)
-    base, rounded = w.base.astype(dtype), merged.astype(dtype)
-    if isinstance(w, Rows):
-        delta = dataclasses.replace(w, base=base).merged() - base
-    else:
-        delta = w.delta()
-    error = (rounded - base) - delta
-    moved = delta != 0
-    same = moved & (merged == w.base)
-    return {
-        "delta": _norm(delta),
-        "error": _norm(error),
-        "max": jnp.max(jnp.abs(error)),
-        "same": jnp.sum(same) / jnp.maximum(jnp.sum(moved), 1),
-    }
-
-
-def _norm(x: Array) -> Array:
-    # Of any number of axes, and without the reshape that explicit sharding refuses.
-    return jnp.sqrt(jnp.sum(jnp.square(x)))
-
-
-def _report_leaf(path: str, s: dict[str, Any]) -> MergedLeaf:
-    lost = float(s["error"] / s["delta"]) if s["delta"] else 0.0
-    return MergedLeaf(path, float(s["delta"]), lost, float(s["max"]), float(s["same"]))
 
 
 def _refuse(path: str, w: LowRank | Rows, *, donated: bool) -> NoReturn:

@@ -12,6 +12,7 @@ from jax import lax
 
 from jlora._kernel.axes import Array, contract, rounded
 from jlora._kernel.nodes import LowRank, Rows
+from jlora._kernel.rounding import rounded_at_random
 
 Node = LowRank | Rows
 
@@ -22,13 +23,14 @@ _FUSED = 16
 
 
 def merge_kernels(
-    nodes: Mapping[str, Node], onto: Collection[str]
+    nodes: Mapping[str, Node], onto: Collection[str], keys: Mapping[str, Array]
 ) -> tuple[dict[str, Array], str | None]:
     """Merge every node.
 
     Args:
       nodes: by path, with numbers in them.
       onto: the paths of those whose bases are written over.
+      keys: of the random numbers of those that are rounded by them, by path.
 
     Returns:
       The merged kernels by path, and the first path whose kernel is not finite.
@@ -36,13 +38,13 @@ def merge_kernels(
     done, finite = {}, {}
     for path, w in nodes.items():
         merge = _merge_onto if path in onto else merge_node
-        done[path], finite[path] = merge(w.base, without_base(w))
+        done[path], finite[path] = merge(w.base, without_base(w), keys.get(path))
     # Read after the last program is called, so that none waits for it.
     flags = jax.device_get(finite)
     return done, next((path for path, ok in flags.items() if not ok), None)
 
 
-def _merge_node(base: Array, w: Node) -> tuple[Array, Array]:
+def _merge_node(base: Array, w: Node, key: Array | None = None) -> tuple[Array, Array]:
     """The merged kernel or table of a base and its node, and whether it is finite.
 
     Of a small rank one pass reads the base and writes the merged kernel, over the base
@@ -50,8 +52,9 @@ def _merge_node(base: Array, w: Node) -> tuple[Array, Array]:
     """
     return lax.platform_dependent(
         dataclasses.replace(w, base=base),
-        cpu=lambda w: _sum_and_check(w, _is_finite_on_cpu, _FUSED_ON_CPU),
-        default=lambda w: _sum_and_check(w, _is_finite, _FUSED),
+        key,
+        cpu=lambda w, key: _sum_and_check(w, _is_finite_on_cpu, _FUSED_ON_CPU, key),
+        default=lambda w, key: _sum_and_check(w, _is_finite, _FUSED, key),
     )
 
 
@@ -60,12 +63,17 @@ _merge_onto = jax.jit(_merge_node, donate_argnums=0)
 
 
 def _sum_and_check(
-    w: Node, is_finite: Callable[[Array], Array], fuse_up_to: int
+    w: Node,
+    is_finite: Callable[[Array], Array],
+    fuse_up_to: int,
+    key: Array | None = None,
 ) -> tuple[Array, Array]:
     if isinstance(w, Rows):
         merged = w.merged()
-    else:
+    elif key is None:
         merged = rounded(w.value(fuse_up_to=fuse_up_to), w.dtype).astype(w.dtype)
+    else:
+        merged = rounded_at_random(w.value(fuse_up_to=fuse_up_to), w.dtype, key)
     return merged, is_finite(merged)
 
 

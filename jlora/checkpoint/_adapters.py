@@ -13,7 +13,8 @@ from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, with_origin
 from jlora._kernel.placement import placed_adapter
 from jlora._paths import leaves_by_path, map_with_path
-from jlora._tree.merge import MergeReport, merge
+from jlora._tree.merge import merge
+from jlora._tree.merge_report import MergeReport
 from jlora._tree.partition import check_trained
 from jlora._tree.rows import abstract_rows
 from jlora.checkpoint import _storage

@@ -6,6 +6,7 @@
     labels  trainable_mask    the same as labels and as a mask, for optax
     merge  unmerge            adapters folded into their kernels, and undone bit for bit
     with_dropout              dropout on for a step
+    quantize  dequantize      frozen kernels in 8 or 4 bits, and back
     survey                    how a function uses each parameter: exact targets and axes
     summary                   what is trained, as a table
     stack_layers  unstack_layers    numbered layers as one stack, and back
@@ -14,7 +15,7 @@
     weighted                  one adapter of several: sums, TIES, DARE, compression
     bank  pick  with_ids  mixed    an adapter for each example of a batch
     Target                    settings of some kernels: rank, alpha, axes
-    LowRank  Full  Rows       what stands in the place of leaves; `is_node` tells
+    LowRank  Full  Rows  Quantized    stand in the place of leaves; `is_node` tells
 
     jlora.train               states, steps, losses, evaluation, whole runs
     jlora.sweep               many adapters trained in one step
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from jlora._kernel.nodes import LowRank as LowRank
     from jlora._kernel.nodes import Rows as Rows
     from jlora._kernel.nodes import is_node as is_node
+    from jlora._kernel.quantized import Quantized as Quantized
     from jlora._transform.lora import lora as lora
     from jlora._transform.survey import Survey as Survey
     from jlora._transform.survey import survey as survey
@@ -96,6 +98,8 @@ if TYPE_CHECKING:
     from jlora.adapters._set import AdapterSet as AdapterSet
     from jlora.adapters._weighted import WeightedReport as WeightedReport
     from jlora.adapters._weighted import weighted as weighted
+    from jlora.quant._quantize import dequantize as dequantize
+    from jlora.quant._quantize import quantize as quantize
 
 __version__ = "0.1.0"
 
@@ -125,6 +129,7 @@ _MODULE_OF = {
     "Mixture": "adapters._mixed",
     "NonFiniteError": "_errors",
     "OptionError": "_errors",
+    "Quantized": "_kernel.quantized",
     "Rows": "_kernel.nodes",
     "ShapeError": "_errors",
     "StructureError": "_errors",
@@ -140,6 +145,7 @@ _MODULE_OF = {
     "bank": "adapters._bank",
     "combine": "_tree.partition",
     "disable": "adapters._edit",
+    "dequantize": "quant._quantize",
     "is_node": "_kernel.nodes",
     "labels": "_tree.partition",
     "lora": "_transform.lora",
@@ -149,6 +155,7 @@ _MODULE_OF = {
     "pick": "adapters._bank",
     "remove": "adapters._edit",
     "rename": "adapters._edit",
+    "quantize": "quant._quantize",
     "split": "_tree.partition",
     "stack_layers": "_tree.stack",
     "summary": "_tree.summary",

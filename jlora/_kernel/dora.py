@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -28,6 +30,8 @@ from jlora._kernel.axes import (
     expand,
     pad_to,
 )
+from jlora._kernel.quantized import Quantized
+from jlora._kernel.stacked import rebuild, take_apart
 
 _RANK_TOO = -2  # the rank axis of the second A in Aᵀ·A
 
@@ -41,9 +45,22 @@ def column_norm(base: Array, t: Adapter) -> Array:
     ‖W‖² + 2s·Σ_r (Aᵀ·W)[r,o]·B[r,o] + s²·Σ_r (Aᵀ·A·B)[r,o]·B[r,o].
 
     Args:
-      base: the kernel; of it the adapter's window counts.
+      base: the kernel; of it the adapter's window counts. A stack of quantised ones
+        is read one at a time.
       t: the adapter, with `o_dims`.
     """
+    if isinstance(base, Quantized):
+        stacked = base.is_sliceable and t.o_dims[0] == 0 and t.full(0, base.shape[0])
+        if not stacked:
+            return column_norm(base.dense(), t)
+        t = dataclasses.replace(t, key=None, magnitude=None, bias=None)
+        outs = tuple(d - 1 for d in t.o_dims if d)
+
+        def one_of_stack(slices: tuple[Quantized, list[Array]]) -> Array:
+            one = dataclasses.replace(rebuild(t, slices[1]), o_dims=outs)
+            return column_norm(slices[0], one)
+
+        return lax.map(one_of_stack, (base, take_apart(t)))
     dims = tuple(range(base.ndim))
     sizes = [t.size(d) or n for d, n in enumerate(base.shape)]
     ends = [start + n for start, n in zip(t.starts, sizes, strict=True)]
@@ -78,11 +95,16 @@ def with_gain(base: Array, t: Adapter) -> Adapter:
     """The adapter with its gain, in `b` too, in the place of its magnitude."""
     if t.magnitude is None:
         return t
-    norm = lax.stop_gradient(column_norm(base, t))
+    # Stopped before it is found, so that no derivative keeps what it is made of.
+    norm = column_norm(*jax.tree.map(_stopped, (base, t)))
     # A column of zeros has magnitude zero, and stays.
     gain = t.magnitude.astype(norm.dtype) / jnp.maximum(norm, jnp.finfo(norm).tiny)
     b = t.b * expand(gain, t.o_dims, t.b_dims).astype(t.b.dtype)
     return dataclasses.replace(t, b=b, magnitude=None, gain=gain)
+
+
+def _stopped(x: Any) -> Any:
+    return lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def with_magnitude(base: Array, t: Adapter) -> Adapter:

@@ -9,6 +9,9 @@
       bias       [*batch, *out]               /bias       trained, with lora_bias
       key        [*batch] PRNG keys           /key        only while dropout is on
 
+The base may be a `Quantized`, which also stands alone in a tree: a kernel without
+adapters, to all that reads one.
+
 Its value is `base + scale * a @ b`; with DoRA that, each column brought to the length
 `magnitude`. A fused kernel may hold several adapters, each on a slice of it, by name:
 `.../c_attn/kernel/query/a`.
@@ -30,6 +33,7 @@ from jlora._kernel import dora
 from jlora._kernel.adapter import KEYS, Adapter, new_adapter
 from jlora._kernel.axes import Array, Dims, accumulation_dtype, expand, rounded
 from jlora._kernel.opaque import Note, Opaque, Origin
+from jlora._kernel.quantized import Quantized, dense
 from jlora._paths import leaf_paths
 
 
@@ -60,7 +64,7 @@ class LowRank(_OnBase):
     """A kernel `base` with adapters on it.
 
     Attributes:
-      base: the frozen kernel.
+      base: the frozen kernel, an array or a `Quantized`.
       adapters: the terms by name. The name "" is the usual single adapter, whose
         factors sit directly under the kernel's path.
       path: where the kernel came from, for messages.
@@ -111,7 +115,7 @@ class LowRank(_OnBase):
         if gained is None:
             return update
         gain = expand(*gained, range(w.ndim))
-        return update + (gain - 1) * w.base.astype(update.dtype)
+        return update + (gain - 1) * dense(w.base).astype(update.dtype)
 
     def value(self, *, fuse_up_to: int = 0) -> Array:
         """The dense kernel `base + delta`, in what it is summed in.
@@ -121,7 +125,7 @@ class LowRank(_OnBase):
         """
         w = self.with_gains()
         update, gained = w._sum_of_terms(fuse_up_to), w.gain()
-        base = w.base.astype(update.dtype)
+        base = dense(w.base).astype(update.dtype)
         if gained is not None:
             base = expand(*gained, range(w.ndim)) * base
         return base + update
@@ -147,6 +151,8 @@ class LowRank(_OnBase):
             if hasattr(t.a, "shape")
         ]
         shape = f"{self.dtype}{list(self.shape)}"
+        if isinstance(self.base, Quantized):
+            shape = f"{self.base.layout.form} of {shape}"
         return f"LowRank({self.path!r}, {shape}" + "".join(terms) + ")"
 
     def tree_flatten(self) -> tuple[Any, Any]:
@@ -279,7 +285,8 @@ class Rows(_OnBase):
     def merged(self) -> Array:
         """The dense table, in the base's dtype."""
         rows = self.rows.astype(self.dtype)
-        return _compat.replace_rows(self.base, jnp.asarray(self.indices), rows)
+        base = dense(self.base)
+        return _compat.replace_rows(base, jnp.asarray(self.indices), rows)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Two children."""
@@ -321,7 +328,7 @@ def same_structure(*trees: Any, is_leaf: Callable[[Any], bool] | None = None) ->
 
 def is_node(x: Any) -> bool:
     """Whether x is one of jlora's nodes; an `is_leaf` for `jax.tree` functions."""
-    return isinstance(x, LowRank | Full | Rows)
+    return isinstance(x, LowRank | Full | Rows | Quantized)
 
 
 def is_array(x: Any) -> bool:

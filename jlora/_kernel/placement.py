@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, Dims
 from jlora._kernel.nodes import LowRank
+from jlora._kernel.quantized import Quantized
 
 
 def factor_spec(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
@@ -32,11 +33,15 @@ def place_spec(
     def one(_: Array, dims: Dims) -> tuple[Any, Dims]:
         return make(factor_spec(spec, dims)), dims
 
+    base = w.base
+    is_quantized = isinstance(base, Quantized)
+    base = base.place_spec(spec, make) if is_quantized else make(spec)
+
     def place(t: Adapter) -> Adapter:
         which = None if t.which is None else make(PartitionSpec())
         return dataclasses.replace(t.map(one), which=which)
 
-    return w.map(make(spec), place)
+    return w.map(base, place)
 
 
 def placed(x: Any, dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -44,13 +49,30 @@ def placed(x: Any, dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
 
     A kernel that is on no named mesh, or is traced, gives a shape without sharding.
     """
-    traced = isinstance(leaf, jax.core.Tracer)
-    sharding = None if traced else getattr(leaf, "sharding", None)
+    sharding = sharding_of(leaf)
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, factor_spec(sharding.spec, dims))
     else:
         sharding = None
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def sharding_of(leaf: Any) -> Any:
+    """A kernel's sharding, of an array or quantised; None where it is traced.
+
+    A quantised kernel's is that of its codes. Of dimensions that lie within its rows
+    together the first may be cut.
+    """
+    if not isinstance(leaf, Quantized):
+        traced = isinstance(leaf, jax.core.Tracer)
+        return None if traced else getattr(leaf, "sharding", None)
+    sharding = sharding_of(leaf.codes)
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    cut = zip(leaf.along("codes"), tuple(sharding.spec), strict=False)
+    parts = {d: part for d, part in cut if d is not None}
+    spec = PartitionSpec(*(parts.get(d) for d in range(leaf.ndim)))
+    return NamedSharding(sharding.mesh, spec)
 
 
 def placed_adapter(adapter: Adapter, leaf: Any) -> Adapter:

@@ -21,6 +21,7 @@ from jax import lax
 
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._kernel.opaque import Origin
+from jlora._kernel.quantized import Quantized
 from jlora._paths import leaf_paths
 
 Tree = Any
@@ -52,7 +53,9 @@ def beside(tree: Tree) -> list[str]:
 
 def _frozen_paths(leaves: Iterable[tuple[str, Any]]) -> Callable[[str], bool]:
     """Whether a plain leaf at a path is of the lorafied tree of one of the nodes."""
-    trees = {_tree_of(path, x.path) for path, x in leaves if is_node(x)}
+    # A quantised kernel alone says nothing of what else is trained.
+    nodes = ((p, x) for p, x in leaves if is_node(x) and not isinstance(x, Quantized))
+    trees = {_tree_of(path, x.path) for path, x in nodes}
 
     def is_frozen(path: str) -> bool:
         parts = tuple(path.split("/"))
@@ -83,11 +86,14 @@ def _tree_of(path: str, origin: str) -> tuple[Any, Any, Any]:
 def _stopped(x: Any, is_frozen: bool) -> Any:
     if isinstance(x, Full):
         return x
+    if isinstance(x, Quantized):
+        return x.map(_stop)
     if isinstance(x, Rows):
-        return dataclasses.replace(x, base=_stop(x.base))
+        return dataclasses.replace(x, base=_stopped(x.base, True))
     if isinstance(x, LowRank):
         return x.map(
-            _stop(x.base), lambda t: dataclasses.replace(t, scale=_stop(t.scale))
+            _stopped(x.base, True),
+            lambda t: dataclasses.replace(t, scale=_stop(t.scale)),
         )
     return _stop(x) if is_frozen else x
 

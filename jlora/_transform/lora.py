@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora._errors import OptionError
 from jlora._kernel.nodes import LowRank, is_node
+from jlora._kernel.quantized import Quantized
 from jlora._transform.forwarded import forwarded
 from jlora._transform.frozen import freeze
 from jlora._transform.replay import OnMissing, Replay
@@ -110,4 +111,6 @@ def _as_jax(x: Any) -> Any:
 
 
 def _dense(x: Any) -> Any:
-    return x.base if isinstance(x, LowRank) else x
+    x = x.base if isinstance(x, LowRank) else x
+    is_quantized = isinstance(x, Quantized)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized else x

@@ -17,7 +17,8 @@ from jlora._compat import Eqn, Jaxpr
 from jlora._errors import JloraWarning, UnsupportedOpError
 from jlora._kernel.bank import has_bank, picked
 from jlora._kernel.nodes import LowRank
-from jlora._transform._rules import RULES, TAKES_BANK
+from jlora._kernel.quantized import Quantized
+from jlora._transform._rules import RULES, TAKES_BANK, quantised
 from jlora._transform._rules._terms import is_scaled_later, scaled_now
 from jlora._transform._rules.hadamard import TAKES_HADAMARD, Hadamard, is_adapted
 from jlora._transform.facts import Facts
@@ -63,6 +64,8 @@ class Replay:
 
     def rebind(self, eqn: Eqn, args: Sequence[Any]) -> list[Any]:
         """Run an equation of the running program as it stands on other operands."""
+        if any(isinstance(x, Quantized) for x in args):
+            return quantised.rebind(eqn, args)
         return self._programs.running[-1].rebind(eqn, args)
 
     def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
@@ -92,7 +95,7 @@ class Replay:
                     "jlora.lora(fn, on_missing='materialize')."
                 )
         dense = [x.merged() if isinstance(x, Hadamard) else x for x in values]
-        return [scaled_now(x) for x in dense]
+        return [scaled_now(quantised.returned(x)) for x in dense]
 
     def _run(self, program: Program) -> list[Any]:
         number = 0
@@ -109,6 +112,7 @@ class Replay:
         return program.results()
 
     def _step(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
+        operands = quantised.for_rule(eqn, operands)
         if not any(is_adapted(x) for x in operands):
             return self.rebind(eqn, operands)
         if eqn.primitive.name not in TAKES_BANK:
@@ -119,6 +123,8 @@ class Replay:
         results = NotImplemented if rule is None else rule(self, eqn, operands)
         if results is NotImplemented and any(map(is_scaled_later, operands)):
             return self._step(eqn, [scaled_now(x) for x in operands])
+        if results is NotImplemented and any(map(quantised.is_quantised, operands)):
+            return self._step(eqn, [quantised.with_dense_base(x) for x in operands])
         if results is not NotImplemented:
             return list(results)
         return self._without_rule(eqn, operands)

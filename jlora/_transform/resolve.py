@@ -17,6 +17,7 @@ from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, accumulation_dtype, align, expand, pad_to
 from jlora._kernel.bank import pick
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
+from jlora._kernel.quantized import Quantized
 from jlora._paths import BIAS_NAMES, leaf_paths, module_of
 
 Tree = Any
@@ -41,6 +42,8 @@ def resolve(tree: Tree) -> Tree:
 def _plain(path: str, x: Any, bias: Array | None) -> Any:
     if is_node(x):
         x = dataclasses.replace(x, path=_in_argument(path) or x.path)
+    if isinstance(x, Quantized):
+        return LowRank(x, {}, x.path)
     if isinstance(x, LowRank):
         x = x.with_gains()
         return x.map(x.base, lambda t: dataclasses.replace(t, bias=None))

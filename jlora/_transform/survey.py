@@ -16,6 +16,7 @@ import jax
 
 from jlora._kernel.axes import Dims
 from jlora._kernel.nodes import is_array, is_node
+from jlora._kernel.quantized import Quantized
 from jlora._paths import leaves_by_path
 from jlora._text import table
 from jlora._transform.uses import LeafAxes, Use, Walk, one_to_one
@@ -121,6 +122,7 @@ def survey(fn: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> S
     bias      (2,)             bias
     kernel  (3, 2)  matmul [0]->[1]     60                  5
     """
+    params, args, kwargs = _as_dense((params, args, kwargs))
     leaves, treedef = jax.tree.flatten((params, args, kwargs), is_leaf=is_node)
     traced = [i for i, x in enumerate(leaves) if is_array(x)]
 
@@ -143,3 +145,13 @@ def survey(fn: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> S
             for path, x in arrays.items()
         }
     )
+
+
+def _as_dense(tree: Tree) -> Tree:
+    """The tree with the shapes of dense kernels in the place of quantised ones."""
+
+    def one(x: Any) -> Any:
+        is_quantized = isinstance(x, Quantized)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized else x
+
+    return jax.tree.map(one, tree, is_leaf=is_node)

@@ -18,6 +18,7 @@ from jlora._kernel.axes import Dims
 from jlora._kernel.dora import column_norm
 from jlora._kernel.nodes import Full, LowRank, is_array, is_node, with_origin
 from jlora._kernel.placement import placed_adapter
+from jlora._kernel.quantized import Quantized, is_abstract
 from jlora._paths import Tree, leaves_by_path
 from jlora._transform.resolve import bias_of
 from jlora._tree import conventions, initializers, options
@@ -64,8 +65,9 @@ def lorafy(
     """Put adapters on the chosen kernels.
 
     Args:
-      params: a tree of arrays, of `jax.ShapeDtypeStruct`s, or of sharded arrays. Other
-        leaves, activation functions say, stay as they are.
+      params: a tree of arrays, of `jax.ShapeDtypeStruct`s, of sharded arrays, or of
+        quantised kernels (`jlora.quantize`). Other leaves, activation functions say,
+        stay as they are.
       rank: r, the adapters' inner dimension, of any integer type.
       targets: which kernels. A list: each entry matches whole path segments (one, or a
         dotted or slashed run of them), or is a role that knows the spellings of the
@@ -223,10 +225,11 @@ def _make_adapter(
         role=choice.hit.role,
     )  # fmt: skip
     abstract = placed_adapter(adapter, leaf)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
+    if is_abstract(leaf):
         return abstract, leaf
     base, given = leaf, None
     if isinstance(init, FromKernel):
+        _refuse_codes(path, leaf, settings.init)
         scaled = dataclasses.replace(adapter, scale=jnp.full(batch, scale, jnp.float32))
         started, base = start_from_kernel(init, own_key, leaf, scaled, path)
         given = started.a, started.b
@@ -253,6 +256,15 @@ def _make_adapter(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     placed = jax.jit(make, out_shardings=shardings)
     return placed(own_key, kernel, given), base
+
+
+def _refuse_codes(path: str, leaf: Any, init: Any) -> None:
+    if isinstance(leaf, Quantized):
+        raise OptionError(
+            f"init={init!r} takes its product out of the kernel, and the codes of "
+            f"{path!r}, {leaf.layout.form}, cannot hold the rest.\nGive lorafy the "
+            "dense parameters, then call jlora.quantize on what it returns."
+        )
 
 
 def _with_defaults(own: Target, default: Target) -> Target:

@@ -14,6 +14,7 @@ import numpy as np
 from jlora._errors import NonFiniteError, OptionError, StructureError
 from jlora._kernel.bank import refuse_banks
 from jlora._kernel.nodes import LowRank, Rows, is_node
+from jlora._kernel.quantized import Quantized, dense
 from jlora._paths import leaf_paths, leaves_by_path
 from jlora._transform.resolve import bias_terms, plain_leaf
 from jlora._tree import options
@@ -42,12 +43,14 @@ class Undo:
 def merge(
     tree: Tree, *, report: bool = False, undo: bool = False, donate: bool = False,
     rounding: Rounding = "nearest", key: jax.Array | None = None,
+    requantize: bool = False,
 ) -> Any:  # fmt: skip
     """Fold every adapter into its kernel.
 
     Each kernel becomes `base + scale * a @ b`, with DoRA brought to its magnitude,
     accumulated in float32 and rounded once to the base's dtype. Biases of adapters go
-    into those of their layers. Fully trained leaves and rows become plain leaves.
+    into those of their layers. Fully trained leaves and rows become plain leaves, and
+    quantised kernels dense ones of the dtype that they were made of.
 
     Args:
       tree: a lorafied tree.
@@ -57,7 +60,7 @@ def merge(
       donate: write each merged kernel over its base, so that no second model needs
         room (nor, on a CPU, new pages, which take longer than merging does). The bases
         are deleted in `tree`, and in the parameters it was made of, even where merging
-        fails. A base that stands in the tree twice is kept.
+        fails. A base that stands in the tree twice, or is quantised, is kept.
       rounding: how a kernel's float32 sum becomes its dtype: to the `"nearest"` number
         there, or `"stochastic"`: to one of its two neighbours, at random, so that the
         merged weight is the exact one on average. A small update that nearest rounding
@@ -66,6 +69,9 @@ def merge(
         round to nearest.)
       key: of the random numbers, which a leaf's path is folded into; for `"stochastic"`
         alone.
+      requantize: quantise again what was quantised, in the same form. A report tells
+        what that and rounding together cost; of 4 bits it is often more than the
+        update, so prefer a dense kernel where quality counts.
 
     Returns:
       The dense tree; with `report` or `undo` a tuple of it, the report, the undo.
@@ -80,7 +86,9 @@ def merge(
     refuse_banks(tree, "jlora.merge")
     leaves = leaves_by_path(tree, is_leaf=is_node)
     structure = jax.tree.structure(tree, is_leaf=is_node)
-    nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank | Rows)}
+    nodes = {path: _as_node(x) for path, x in leaves.items() if _is_merged(x)}
+    if requantize:  # what has no adapter stays as it is, to the bit
+        nodes = {p: x for p, x in nodes.items() if not isinstance(leaves[p], Quantized)}
     tracing = _is_tracing(nodes)
     _refuse_options(tracing, report=report, undo=undo, donate=donate)
     keys = _rounding_keys(nodes, rounding, key)
@@ -90,11 +98,11 @@ def merge(
     given = _bases_of_their_own(leaves, nodes) if donate else ()
     if tracing:
         done = {
-            path: merge_node(x.base, without_base(x), keys.get(path))[0]
+            path: merge_node(x.base, without_base(x), keys.get(path), requantize)[0]
             for path, x in nodes.items()
         }
     else:
-        done, bad = merge_kernels(nodes, given, keys)
+        done, bad = merge_kernels(nodes, given, keys, requantize)
         if bad is not None:
             _refuse(bad, nodes[bad], donated=bool(given))
     plain = [
@@ -138,6 +146,14 @@ def unmerge(merged: Tree, undo: Undo) -> Tree:
             "merging, or make a new adapter on the merged tree with jlora.lorafy."
         )
     return undo.lorafied
+
+
+def _is_merged(x: Any) -> bool:
+    return isinstance(x, LowRank | Rows | Quantized)
+
+
+def _as_node(x: Any) -> LowRank | Rows:
+    return LowRank(x, {}, x.path) if isinstance(x, Quantized) else x
 
 
 def _refuse_options(tracing: bool, *, report: bool, undo: bool, donate: bool) -> None:
@@ -196,7 +212,8 @@ def _bases_of_their_own(
     places = {path: _memory_of(x.base) for path, x in nodes.items()}
     others = jax.tree.leaves([x for path, x in leaves.items() if path not in nodes])
     uses = collections.Counter([*places.values(), *map(_memory_of, others)])
-    return frozenset(path for path, place in places.items() if uses[place] == 1)
+    arrays = (p for p, x in nodes.items() if not isinstance(x.base, Quantized))
+    return frozenset(path for path in arrays if uses[places[path]] == 1)
 
 
 def _memory_of(x: Any) -> int:
@@ -213,7 +230,7 @@ def _refuse(path: str, w: LowRank | Rows, *, donated: bool) -> NoReturn:
         done = "The bases were donated and are gone: load them again."
     if isinstance(w.base, jax.Array) and w.base.is_deleted():
         where = "its base, its adapter or their sum"
-    elif jnp.all(jnp.isfinite(w.base)):
+    elif jnp.all(jnp.isfinite(dense(w.base))):
         where = "its adapter or their sum"
     else:
         where = "its base"

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._kernel.axes import Array, contract, rounded
+from jlora._kernel.encode import encode
 from jlora._kernel.nodes import LowRank, Rows
+from jlora._kernel.quantized import Quantized
 from jlora._kernel.rounding import rounded_at_random
 
 Node = LowRank | Rows
@@ -23,14 +25,16 @@ _FUSED = 16
 
 
 def merge_kernels(
-    nodes: Mapping[str, Node], onto: Collection[str], keys: Mapping[str, Array]
-) -> tuple[dict[str, Array], str | None]:
+    nodes: Mapping[str, Node], onto: Collection[str], keys: Mapping[str, Array],
+    requantize: bool = False,
+) -> tuple[dict[str, Any], str | None]:  # fmt: skip
     """Merge every node.
 
     Args:
       nodes: by path, with numbers in them.
       onto: the paths of those whose bases are written over.
       keys: of the random numbers of those that are rounded by them, by path.
+      requantize: quantise again what was quantised.
 
     Returns:
       The merged kernels by path, and the first path whose kernel is not finite.
@@ -38,28 +42,39 @@ def merge_kernels(
     done, finite = {}, {}
     for path, w in nodes.items():
         merge = _merge_onto if path in onto else merge_node
-        done[path], finite[path] = merge(w.base, without_base(w), keys.get(path))
+        base, rest = w.base, without_base(w)
+        if isinstance(base, Quantized):
+            base = dataclasses.replace(base, path="")
+        merged, finite[path] = merge(base, rest, keys.get(path), requantize)
+        if isinstance(merged, Quantized):
+            merged = dataclasses.replace(merged, path=path)
+        done[path] = merged
     # Read after the last program is called, so that none waits for it.
     flags = jax.device_get(finite)
     return done, next((path for path, ok in flags.items() if not ok), None)
 
 
-def _merge_node(base: Array, w: Node, key: Array | None = None) -> tuple[Array, Array]:
+def _merge_node(
+    base: Any, w: Node, key: Array | None = None, requantize: bool = False
+) -> tuple[Any, Array]:
     """The merged kernel or table of a base and its node, and whether it is finite.
 
     Of a small rank one pass reads the base and writes the merged kernel, over the base
     where that is donated: there is no dense update in memory. Only the check differs.
     """
-    return lax.platform_dependent(
+    merged, is_finite = lax.platform_dependent(
         dataclasses.replace(w, base=base),
         key,
         cpu=lambda w, key: _sum_and_check(w, _is_finite_on_cpu, _FUSED_ON_CPU, key),
         default=lambda w, key: _sum_and_check(w, _is_finite, _FUSED, key),
     )
+    if requantize and isinstance(base, Quantized):
+        merged = encode(merged, base.layout, double=base.has("nested_absmax"))
+    return merged, is_finite
 
 
-merge_node = jax.jit(_merge_node)
-_merge_onto = jax.jit(_merge_node, donate_argnums=0)
+merge_node = jax.jit(_merge_node, static_argnums=3)
+_merge_onto = jax.jit(_merge_node, donate_argnums=0, static_argnums=3)
 
 
 def _sum_and_check(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jlora._kernel.axes import Array, accumulation_dtype
 from jlora._kernel.nodes import LowRank, Rows
+from jlora._kernel.quantized import dense
 from jlora._kernel.rounding import steps_between
 from jlora._text import table
 from jlora._tree.merge_kernels import without_base
@@ -74,6 +75,7 @@ def merge_report(
 
 @jax.jit
 def _figures(base: Array, w: LowRank | Rows, merged: Array) -> dict[str, Array]:
+    base, merged = dense(base), dense(merged)
     w = dataclasses.replace(w, base=base)
     dtype = accumulation_dtype(w.dtype)
     wide, rounded = w.base.astype(dtype), merged.astype(dtype)

@@ -39,7 +39,7 @@ def labels(tree: Tree) -> Tree:
         if isinstance(node, Rows):
             base, rows = _label(node.base, "frozen"), _label(node.rows, "rows")
             return dataclasses.replace(node, base=base, rows=rows)
-        return "frozen"
+        return _label(node, "frozen")
 
     return map_with_path(label, tree, is_leaf=is_node)
 
@@ -52,8 +52,8 @@ def _label_adapter(t: Adapter) -> Adapter:
 
 
 def _label(x: Any, name: str) -> Any:
-    """The label of what is there; None and optax's masked places stay as they are."""
-    return name if jax.tree.leaves(x) else x
+    """The label of all arrays there; None and optax's masked places are none."""
+    return jax.tree.map(lambda _: name, x)
 
 
 def trainable_mask(tree: Tree) -> Tree:

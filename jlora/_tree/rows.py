@@ -14,6 +14,7 @@ from jlora._errors import ShapeError, TargetError
 from jlora._kernel.axes import RANK
 from jlora._kernel.nodes import Rows
 from jlora._kernel.placement import placed
+from jlora._kernel.quantized import dense, is_abstract
 from jlora._tree.targets import Leaves, check_float, matches
 
 
@@ -57,9 +58,9 @@ def _checked(path: str, leaf: Any, indices: Sequence[int]) -> tuple[int, ...]:
 
 def make_rows(path: str, leaf: Any, indices: tuple[int, ...], dtype: Any) -> Rows:
     """The node of a table; its rows start as they are."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
+    if is_abstract(leaf):
         return Rows(leaf, abstract_rows(leaf, len(indices), dtype), indices, path)
-    rows = _compat.take_rows(leaf, jnp.asarray(indices)).astype(dtype)
+    rows = _compat.take_rows(dense(leaf), jnp.asarray(indices)).astype(dtype)
     return Rows(leaf, rows, indices, path)
 
 

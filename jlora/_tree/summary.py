@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_array, is_node
+from jlora._kernel.quantized import Quantized
 from jlora._paths import Tree, generalise, leaf_paths
 from jlora._text import table
 
@@ -45,7 +46,8 @@ class Summary:
 
     Attributes:
       rows: one `Row` a trained kernel or leaf.
-      trainable, total: numbers of parameters; the base counts once.
+      trainable, total: numbers of parameters; the base counts once, a quantised one
+        with all of its weights.
       trainable_bytes, total_bytes: their sizes.
     """
 
@@ -108,6 +110,9 @@ def summary(tree: Tree) -> Summary:
             rows.append(Row(path, tuple(leaf.shape), None, math.nan, None, *size))
             continue
         count, size_bytes = _size([leaf])
+        if isinstance(leaf, Quantized):
+            held = jax.tree.leaves(leaf)
+            count, size_bytes = math.prod(leaf.shape), _size(held)[1]
         total, total_bytes = total + count, total_bytes + size_bytes
     trainable = sum(r.trainable for r in rows)
     trainable_bytes = sum(r.bytes for r in rows)

@@ -20,6 +20,7 @@ from jlora._errors import (
 )
 from jlora._kernel.axes import Dims
 from jlora._kernel.nodes import LowRank, is_array, is_node
+from jlora._kernel.quantized import Quantized
 from jlora._paths import BIAS_NAMES, module_of, name_of
 from jlora._text import count
 from jlora._tree import conventions, matching, options
@@ -160,6 +161,24 @@ def choose(
     for report in reports:
         warnings.warn(f"targets: {report}", JloraWarning, stacklevel=3)
     return chosen
+
+
+def kernels(
+    targets: Targets, leaves: Leaves, exclude: Sequence[str], survey: Survey | None,
+    stacked: Collection[str],
+) -> dict[str, Target]:  # fmt: skip
+    """The kernels that targets mean, each with the settings of the first that hits.
+
+    Raises:
+      TargetError: an entry hits nothing, or only leaves that are no kernels.
+    """
+    excluded = matches(exclude, leaves, "exclude")
+    found: dict[str, Target] = {}
+    for entry, target, hits in _entry_hits(targets, leaves, survey, stacked):
+        for hit in _kernels_of(entry, hits, leaves, survey, stacked):
+            if hit.path not in excluded:
+                found.setdefault(hit.path, target)
+    return found
 
 
 def _coverage_message(found: Coverage) -> str:
@@ -332,7 +351,17 @@ def trained(
         full |= biases
     for path in full:
         check_float(path, leaves[path])
+        _refuse_codes(path, leaves[path])
     return full
+
+
+def _refuse_codes(path: str, leaf: Any) -> None:
+    if isinstance(leaf, Quantized):
+        raise DtypeError(
+            f"train: {path!r} is {leaf.layout.form} of {leaf.dtype}{list(leaf.shape)}, "
+            "and codes cannot be trained.\nMake it dense, jlora.dequantize(params); "
+            "leave it out of jlora.quantize; or give it an adapter."
+        )
 
 
 def check_float(path: str, leaf: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 
 from jlora._errors import CheckpointError
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.nodes import Full, LowRank, Rows, with_origin
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node, with_origin
 from jlora._kernel.placement import placed_adapter
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.merge import merge
@@ -103,7 +103,7 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
         name: jax.ShapeDtypeStruct(x["shape"], x["dtype"])
         for name, x in config["arrays"].items()
     }
-    bases = leaves_by_path(base_params)
+    bases = leaves_by_path(base_params, is_leaf=is_node)
     template: dict[str, Any] = {}
     for entry in config["adapters"]:
         shape = make_adapter(place, entry, shapes)
@@ -153,7 +153,7 @@ def _lorafied(place: Path, config: Any, arrays: Mapping[str, Any], base: Tree) -
         full = arrays.get(f"{name}/full")
         return leaf if full is None else Full(full)
 
-    return with_origin(map_with_path(one, base))
+    return with_origin(map_with_path(one, base, is_leaf=is_node))
 
 
 # -- merged parameters -----------------------------------------------------------------

@@ -110,11 +110,8 @@ def _base_leaves(tree: Tree) -> Iterator[tuple[str, Any, bool]]:
     for name, x in leaves_by_path(tree, is_leaf=is_node).items():
         if isinstance(x, Full):
             yield name, x.value, True
-        elif isinstance(x, Rows):
-            yield name, x.base, False
-        elif isinstance(x, LowRank):
-            # A quantised base is itself a small tree.
-            for inner, leaf in leaves_by_path(x.base).items():
-                yield "/".join(filter(None, (name, inner))), leaf, False
-        else:
-            yield name, x, False
+            continue
+        base = x.base if isinstance(x, LowRank | Rows) else x
+        # A quantised base is itself a small tree.
+        for inner, leaf in leaves_by_path(base).items():
+            yield "/".join(filter(None, (name, inner))), leaf, False

@@ -12,6 +12,7 @@ import optax
 
 from jlora._errors import NonFiniteError, OptionError
 from jlora._kernel.nodes import Full, is_node
+from jlora._kernel.quantized import Quantized
 from jlora.train._callbacks import Log, ProgressBar, Save, Validate, save_best
 from jlora.train._evaluation import make_eval_step
 from jlora.train._gradients import LossFn
@@ -211,6 +212,8 @@ def _with_adapter(run: RunFolder, params: Tree) -> Tree:
 
     def base(x: Any) -> Any:
         if not is_node(x):
+            return x
+        if isinstance(x, Quantized):
             return x
         return x.value if isinstance(x, Full) else x.base
 

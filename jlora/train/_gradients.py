@@ -16,6 +16,7 @@ from jax import Array, lax
 from jlora._compat import varying
 from jlora._errors import OptionError, ShapeError
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
+from jlora._kernel.quantized import Quantized
 from jlora._paths import path_str
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine
@@ -221,14 +222,23 @@ def at_least_f32(x: Array) -> Array:
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:
-    """The tree with its floating arrays in that dtype; None leaves them."""
+    """The tree with its floating arrays in that dtype; None leaves them.
+
+    A quantised kernel has that dtype once it is dense.
+    """
 
     def one(x: Any) -> Any:
+        if isinstance(x, Quantized):
+            return x.with_dtype(dtype)
         is_float = isinstance(x, jax.Array | np.ndarray)
         is_float = is_float and jnp.issubdtype(x.dtype, jnp.floating)
         return x.astype(dtype) if is_float else x
 
-    return tree if dtype is None else jax.tree.map(one, tree)
+    return tree if dtype is None else jax.tree.map(one, tree, is_leaf=_is_quantized)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
 
 
 def cast_base(frozen: Tree, dtype: Any) -> Tree:

@@ -13,6 +13,7 @@ from jax import lax
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, align, expand, pad_to
 from jlora._kernel.nodes import LowRank
+from jlora._kernel.quantized import dense
 
 
 def rename(w: LowRank, base: Array, new_dim: dict[int, int]) -> LowRank:
@@ -241,7 +242,7 @@ def scaled_now(x: Any) -> Any:
         else:
             gain, dims = LowRank(x.base, {"": t}).gain() or (1, ())
             factor = expand(gain, dims, range(x.ndim))
-            base = (base.astype(factor.dtype) * factor).astype(base.dtype)
+            base = (dense(base).astype(factor.dtype) * factor).astype(base.dtype)
     return dataclasses.replace(x, base=base, adapters=adapters)
 
 

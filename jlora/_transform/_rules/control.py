@@ -22,11 +22,13 @@ from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._errors import UnsupportedOpError
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import Array, Dims
+from jlora._kernel.axes import Array
 from jlora._kernel.nodes import LowRank, is_node, same_structure
 from jlora._kernel.placement import place_spec
+from jlora._kernel.stacked import rebuild, take_apart
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules.hadamard import Hadamard, is_adapted
+from jlora._transform._rules.quantised import for_shards
 from jlora._transform.masks import fold, has_masks, restore
 
 
@@ -291,12 +293,13 @@ class StackedKernel:
     """A kernel taken apart for a scan over its first dimension.
 
     Attributes:
-      arrays: the base and every factor that spans the dimension, it first.
+      node: the kernel.
+      arrays: the base, of codes perhaps, and of every adapter what spans the dimension.
       whole: whether every term spans all of it (a window cannot be scanned).
     """
 
     node: LowRank
-    arrays: list[Array]
+    arrays: tuple[Any, list[list[Array]]]
     whole: bool
 
     @property
@@ -307,29 +310,15 @@ class StackedKernel:
     @classmethod
     def of(cls, w: LowRank) -> StackedKernel:
         """Take w apart."""
-        arrays = [w.base]
+        terms = list(w.adapters.values())
+        whole = all(t.full(0, w.shape[0]) for t in terms)
+        return cls(w, (w.base, list(map(take_apart, terms))), whole)
 
-        def collect(x: Array, dims: Dims) -> tuple[Array, Dims]:
-            if 0 in dims:
-                arrays.append(jnp.moveaxis(x, dims.index(0), 0))
-            return x, dims
-
-        w.map(w.base, lambda t: t.map(collect))
-        return cls(w, arrays, all(t.full(0, w.shape[0]) for t in w.adapters.values()))
-
-    def rebuild(self, slices: Sequence[Array]) -> LowRank:
+    def rebuild(self, slices: tuple[Any, list[list[Array]]]) -> LowRank:
         """The kernel of one step; factors that do not span the stack are shared."""
-        feed = iter(slices)
-        base = next(feed)
-
-        def pick(x: Array, dims: Dims) -> tuple[Array, Dims]:
-            x = next(feed) if 0 in dims else x
-            return x, tuple(d - 1 if d > 0 else d for d in dims if d != 0)
-
-        def one(t: Adapter) -> Adapter:
-            return dataclasses.replace(t.map(pick), starts=t.starts[1:])
-
-        return self.node.map(base, one)
+        base, each = slices
+        feed = iter(each)
+        return self.node.map(base, lambda t: rebuild(t, next(feed)))
 
 
 @rule("shard_map")
@@ -338,6 +327,7 @@ def shard_map(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     parts = _compat.shard_map_parts(eqn)
     if any(not _shardable(a, s) for a, s in zip(args, parts.in_specs, strict=True)):
         return NotImplemented
+    args = [for_shards(a, s) for a, s in zip(args, parts.in_specs, strict=True)]
     in_specs = tuple(
         place_spec(arg, spec) if isinstance(arg, LowRank) else spec
         for arg, spec in zip(args, parts.in_specs, strict=True)

@@ -12,13 +12,14 @@ from typing import Any
 
 from jax import lax
 
-from jlora._compat import Eqn, rebind
+from jlora._compat import Eqn
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, align
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules._terms import cover
 from jlora._transform._rules.matmul import check_axes, drop_inputs, gained
+from jlora._transform._rules.quantised import rebind
 
 
 @rule("conv_general_dilated")

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,6 +16,7 @@ from jlora._compat import Eqn, rebind
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array
 from jlora._kernel.nodes import LowRank
+from jlora._transform._rules import quantised
 from jlora._transform._rules._table import RULES, Run, rule
 from jlora._transform._rules._terms import (
     bases,
@@ -33,7 +35,7 @@ def convert(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     (w,) = args
     if isinstance(w, Hadamard):
         return _of_left(run, eqn, args, both=True)
-    (base,) = rebind(eqn, [w.base])
+    (base,) = quantised.rebind(eqn, [w.base])
     if not jnp.issubdtype(base.dtype, jnp.inexact):
         return NotImplemented
     return [w.map(base, lambda t: t)]
@@ -44,7 +46,8 @@ def each_array(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """The same operation on the base and on each factor."""
     (w,) = args
     apply = lambda x: _bind_if_needed(eqn, x)  # noqa: E731
-    return [w.map(apply(w.base), lambda t: t.map(lambda x, d: (apply(x), d)))]
+    base = jax.tree.map(apply, w.base)  # of a quantised one each array
+    return [w.map(base, lambda t: t.map(lambda x, d: (apply(x), d)))]
 
 
 def _bind_if_needed(eqn: Eqn, x: Array) -> Array:

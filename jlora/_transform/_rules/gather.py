@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from jlora._compat import Eqn, rebind
+from jlora._compat import Eqn
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, Dims, contract, expand
 from jlora._kernel.bank import has_bank, pick_axis, picked, scale_of
@@ -23,6 +23,7 @@ from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules._terms import cover, has_gain
 from jlora._transform._rules.matmul import gained
+from jlora._transform._rules.quantised import rebind
 
 Label = Any  # an int names a kernel dimension, ("i", k) the k-th axis of the indices
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jlora._compat import Eqn, rebind
+from jlora._compat import Eqn
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, align
 from jlora._transform._rules._table import Run, rule
@@ -27,6 +27,7 @@ from jlora._transform._rules._terms import (
     rename,
     to_one_side,
 )
+from jlora._transform._rules.quantised import rebind
 
 
 @rule("transpose")

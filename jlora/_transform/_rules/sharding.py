@@ -13,18 +13,20 @@ from jlora._compat import Eqn, rebind
 from jlora._kernel.axes import Array, Dims
 from jlora._kernel.nodes import LowRank
 from jlora._kernel.placement import factor_spec
+from jlora._kernel.quantized import Quantized, dense
 from jlora._transform._rules._table import Run, rule
+from jlora._transform._rules.quantised import placed_base
 
 
 @rule("sharding_constraint", *_compat.RESHARD)
 def sharding_constraint(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     """The kernel's sharding for the base, its part of each axis for the factors."""
     (w,) = args
-    (base,) = rebind(eqn, [w.base])
     sharding = next(
         v for k, v in eqn.params.items() if k in ("sharding", "dst_sharding")
     )
     if not isinstance(sharding, NamedSharding):
+        (base,) = rebind(eqn, [dense(w.base)])
         return [w.map(base, lambda t: t)]
     place = (
         lax.with_sharding_constraint
@@ -36,6 +38,10 @@ def sharding_constraint(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         spec = factor_spec(sharding.spec, dims)
         return place(x, NamedSharding(sharding.mesh, spec)), dims
 
+    if isinstance(w.base, Quantized):
+        base = placed_base(w.base, sharding, place)
+    else:
+        (base,) = rebind(eqn, [w.base])
     return [w.map(base, lambda t: t.map(constrain))]
 
 
@@ -77,4 +83,4 @@ def _put(w: LowRank, target: Any) -> LowRank:
             where = NamedSharding(target.mesh, spec, memory_kind=kind)
         return jax.device_put(x, where), dims
 
-    return w.map(jax.device_put(w.base, target), lambda t: t.map(one))
+    return w.map(placed_base(w.base, target, jax.device_put), lambda t: t.map(one))

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._compat import Eqn, rebind
+from jlora._compat import Eqn
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims
 from jlora._kernel.nodes import LowRank
@@ -25,6 +25,7 @@ from jlora._transform._rules._terms import (
     union,
     with_factor,
 )
+from jlora._transform._rules.quantised import rebind
 
 
 @rule("slice")

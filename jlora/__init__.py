@@ -7,6 +7,7 @@
     merge  unmerge            adapters folded into their kernels, and undone bit for bit
     with_dropout              dropout on for a step
     quantize  dequantize      frozen kernels in 8 or 4 bits, and back
+    quantizer                 the same while `models.load` reads, leaf by leaf
     survey                    how a function uses each parameter: exact targets and axes
     summary                   what is trained, as a table
     stack_layers  unstack_layers    numbered layers as one stack, and back
@@ -98,6 +99,8 @@ if TYPE_CHECKING:
     from jlora.adapters._set import AdapterSet as AdapterSet
     from jlora.adapters._weighted import WeightedReport as WeightedReport
     from jlora.adapters._weighted import weighted as weighted
+    from jlora.quant._loading import Quantizer as Quantizer
+    from jlora.quant._loading import quantizer as quantizer
     from jlora.quant._quantize import dequantize as dequantize
     from jlora.quant._quantize import quantize as quantize
 
@@ -130,6 +133,7 @@ _MODULE_OF = {
     "NonFiniteError": "_errors",
     "OptionError": "_errors",
     "Quantized": "_kernel.quantized",
+    "Quantizer": "quant._loading",
     "Rows": "_kernel.nodes",
     "ShapeError": "_errors",
     "StructureError": "_errors",
@@ -156,6 +160,7 @@ _MODULE_OF = {
     "remove": "adapters._edit",
     "rename": "adapters._edit",
     "quantize": "quant._quantize",
+    "quantizer": "quant._loading",
     "split": "_tree.partition",
     "stack_layers": "_tree.stack",
     "summary": "_tree.summary",

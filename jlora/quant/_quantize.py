@@ -82,6 +82,26 @@ def quantize(
     options.refuse_unknown("jlora.quantize", unknown, _ARGUMENTS)
     options.one_of("form", form, FORMS)
     options.flags(double=double)
+    layouts = layouts_of(params, form, block, targets, exclude, survey)
+
+    def one(path: str, node: Any) -> Any:
+        if path not in layouts:
+            return node
+        q = quantized(path, _kernel_of(node), layouts[path], double)
+        is_base = isinstance(node, LowRank | Rows)
+        return dataclasses.replace(node, base=q) if is_base else q
+
+    return map_with_path(one, params, is_leaf=is_node)
+
+
+_ARGUMENTS = [n for n in inspect.signature(quantize).parameters if n != "unknown"]
+
+
+def layouts_of(
+    params: Tree, form: str, block: int | None, targets: Targets,
+    exclude: Sequence[str], survey: Survey | None,
+) -> dict[str, Layout]:  # fmt: skip
+    """How the codes of each kernel to quantise lie, by path; as of `quantize`."""
     block = checked_block(form, block)
     nodes = leaves_by_path(params, is_leaf=is_node)
     leaves = {path: _kernel_of(x) for path, x in nodes.items()}
@@ -95,18 +115,7 @@ def quantize(
         check_float(path, kernel)
         axes = axes_of(path, nodes[path], leaves, target, survey, stacked)
         layouts[path] = layout_of(path, kernel.shape, kernel.dtype, axes, form, block)
-
-    def one(path: str, node: Any) -> Any:
-        if path not in layouts:
-            return node
-        q = quantized(path, leaves[path], layouts[path], double)
-        is_base = isinstance(node, LowRank | Rows)
-        return dataclasses.replace(node, base=q) if is_base else q
-
-    return map_with_path(one, params, is_leaf=is_node)
-
-
-_ARGUMENTS = [n for n in inspect.signature(quantize).parameters if n != "unknown"]
+    return layouts
 
 
 def dequantize(tree: Tree) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from jlora._text import listed
 from jlora.models._generate.settings import said_in_config
 from jlora.models._hf import heads, reading
 from jlora.models._hf.families import Family, family_of
+from jlora.models._hf.quantised import (
+    CONFIG,
+    QuantisedWeights,
+    Quantizer,
+    check_quantizer,
+)
 from jlora.models._hf.sources import Source, names, places
 from jlora.models._hf.tables import check_untying
 from jlora.models._hf.tensors import TensorFolder
@@ -54,6 +60,7 @@ def load(
     num_labels: int | None = None,
     untie: bool = False,
     key: jax.Array | None = None,
+    quantize: Quantizer | None = None,
 ) -> tuple[Any, Params]:
     """Return the model and the parameters of a Hugging Face checkpoint.
 
@@ -92,6 +99,9 @@ def load(
         begins as a copy: adapters then change one and not the other. `models.untie`
         does it to a model that is loaded.
       key: for what is newly initialised; `None` is `jax.random.key(0)`.
+      quantize: what makes of each kernel something else as soon as it is read,
+        `jlora.quantizer("nf4")` say; `jlora.quantizer()` takes the codes of a
+        checkpoint that bitsandbytes quantised. `jlora.lora` is for such parameters.
 
     Returns:
       A Flax module, and its parameters for `model.apply({"params": params}, ...)`.
@@ -100,6 +110,7 @@ def load(
       CheckpointError: files missing or damaged, tensors that are missing, unknown or
         of another shape, or a configuration that no model here honours.
       ShapeError: a sharding that does not divide its leaf.
+      OptionError: a `quantize` that does not fit the checkpoint.
       StructureError: shardings that are not those of the parameters, blocks that are
         not alike and shall be scanned, or an encoder that shall be untied.
 
@@ -108,10 +119,13 @@ def load(
     """
     folder = _folder(source)
     raw = read_json(folder / "config.json")
+    is_quantised = check_quantizer(quantize, raw)
+    raw = {name: value for name, value in raw.items() if name != CONFIG or not value}
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
     given_head = head is not None or num_labels is not None
     raw = heads.chosen(family, raw, head, num_labels)
     tensors = TensorFolder(folder)
+    codes = QuantisedWeights(tensors, raw) if is_quantised else None
     config = family.config.from_dict(raw)
     tensors.rename(family.names_here(config, tensors.names))
     _rename_aliases(tensors, family, config)
@@ -130,13 +144,17 @@ def load(
     new: dict[str, jax.Array] = {}
     if given_head:
         new = _new_leaves(tensors, family, model, abstract, key)
-    params = _fill(tensors, family, config, abstract, dtype, shardings, new)
+    plan = quantize.plan(abstract) if quantize is not None and codes is None else {}
+    quantise = _Quantise(quantize, codes, plan)
+    params, dtypes_read = _fill(
+        tensors, family, config, abstract, dtype, shardings, new, quantise
+    )
     if new:
         heads.report(folder, {path: leaf.shape for path, leaf in new.items()})
     if compute_dtype is None:
-        bf16 = all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+        bf16 = all(x == jnp.bfloat16 for x in dtypes_read)
         compute_dtype = jnp.bfloat16 if bf16 else jnp.float32
-    param_dtype = jax.tree.leaves(params)[0].dtype
+    param_dtype = dtypes_read[0]
     dtypes = {"dtype": compute_dtype, "param_dtype": param_dtype}
     model = family.model(config=config, **dtypes, **form)
     return model, params
@@ -213,6 +231,21 @@ def _new_leaves(
     return heads.initial(family, model, absent, key) if absent else {}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Quantise:
+    """How leaves are quantised.
+
+    Attributes:
+      by: what was asked for, if anything.
+      codes: the weights that the file holds quantised, if any.
+      plan: what to do with leaves that it holds dense.
+    """
+
+    by: Quantizer | None
+    codes: QuantisedWeights | None
+    plan: Mapping[str, Callable[[jax.Array], Any]]
+
+
 def _fill(
     tensors: TensorFolder,
     family: Family,
@@ -221,20 +254,30 @@ def _fill(
     dtype: Any,
     shardings: list[Sharding | None],
     new: Mapping[str, jax.Array],
-) -> Params:
+    quantise: _Quantise,
+) -> tuple[Params, list[Any]]:
     """Return `abstract` with every leaf taken from `new` or read from `tensors`.
 
-    Nothing is left over.
+    Nothing is left over. With it go the leaves' dtypes, those of quantised ones dense.
     """
     sources = sources_of(family, config, abstract, tensors.names)
     read = {path: source for path, source in sources.items() if path not in new}
     _check_names(tensors, family, config, sources, read)
     leaves, treedef = jax.tree.flatten(abstract)
     shapes = {path: leaf.shape for path, leaf in zip(sources, leaves, strict=True)}
+    held = quantise.codes
+    coded = {
+        path: held.dtype(source)
+        for path, source in read.items()
+        if held is not None and held.holds(source)
+    }
     for path, source in read.items():
-        _check_shapes(tensors, path, source, shapes[path])
+        if path not in coded:
+            _check_shapes(tensors, path, source, shapes[path])
     dtypes = {
-        path: jax.dtypes.canonicalize_dtype(dtype or _dtype_of(tensors, source))
+        path: jax.dtypes.canonicalize_dtype(
+            dtype or coded.get(path) or _dtype_of(tensors, source)
+        )
         for path, source in read.items()
     }
     like = next(iter(dtypes.values()))
@@ -243,12 +286,18 @@ def _fill(
         if path in new:
             leaf = new[path].astype(like)
             leaf = leaf if sharding is None else jax.device_put(leaf, sharding)
+        elif held is not None and path in coded and quantise.by is not None:
+            codes = held.read(path, read[path], shapes[path])
+            codes = dataclasses.replace(codes, dtype=str(dtypes[path]))
+            leaf = quantise.by.from_codes(path, codes, sharding)
         else:
             leaf = reading.read(
                 tensors, read[path], shapes[path], dtypes[path], sharding
             )
+        if path in quantise.plan:
+            leaf = jax.block_until_ready(quantise.plan[path](leaf))
         filled.append(leaf)
-    return jax.tree.unflatten(treedef, filled)
+    return jax.tree.unflatten(treedef, filled), list(dtypes.values())
 
 
 def _dtype_of(tensors: TensorFolder, source: Source) -> Any:

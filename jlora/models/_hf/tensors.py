@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ _FLOATS: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+_BITS: dict[str, Any] = {"I8": np.int8, "U8": np.uint8}
 _AT_ONCE = 2**24  # bytes
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -39,6 +40,7 @@ class TensorFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._held: dict[str, _Held] = {}
+        self._hidden: dict[str, _Held] = {}
         for file, names in self._shards().items():
             self._held.update(_contents(folder / file, names))
 
@@ -101,6 +103,25 @@ class TensorFolder:
         dtype, held = self.dtype(name), self._held[name]
         if 0 in held.shape:
             return np.empty(held.shape, dtype)  # an empty file region has no mapping
+        return np.memmap(held.file, dtype, "r", held.offset, held.shape)
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Leave tensors out of `names`; `raw` still finds them."""
+        self._hidden.update({name: self._held.pop(name) for name in names})
+
+    def raw(self, name: str) -> np.ndarray:
+        """Return a tensor of any dtype, hidden or not, mapped into memory.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        held = self._held.get(name) or self._hidden.get(name)
+        dtype = None if held is None else {**_FLOATS, **_BITS}.get(held.dtype)
+        if held is None or dtype is None:
+            kind = "is missing" if held is None else f"is of dtype {held.dtype}"
+            raise CheckpointError(f"{self.folder}: {name} {kind}.")
+        if 0 in held.shape:
+            return np.empty(held.shape, dtype)
         return np.memmap(held.file, dtype, "r", held.offset, held.shape)
 
     def same(self, name: str, other: str) -> bool:

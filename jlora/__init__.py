@@ -16,6 +16,7 @@
     weighted                  one adapter of several: sums, TIES, DARE, compression
     bank  pick  with_ids  mixed    an adapter for each example of a batch
     Target                    settings of some kernels: rank, alpha, axes
+    VeRA  LoHa  LoKr          other forms of the update, with their settings
     LowRank  Full  Rows  Quantized    stand in the place of leaves; `is_node` tells
 
     jlora.train               states, steps, losses, evaluation, whole runs
@@ -85,6 +86,9 @@ if TYPE_CHECKING:
     from jlora._tree.summary import Summary as Summary
     from jlora._tree.summary import summary as summary
     from jlora._tree.targets import Target as Target
+    from jlora._tree.variants import LoHa as LoHa
+    from jlora._tree.variants import LoKr as LoKr
+    from jlora._tree.variants import VeRA as VeRA
     from jlora.adapters._bank import bank as bank
     from jlora.adapters._bank import pick as pick
     from jlora.adapters._edit import activate as activate
@@ -127,6 +131,8 @@ _MODULE_OF = {
     "DtypeError": "_errors",
     "Full": "_kernel.nodes",
     "JloraWarning": "_errors",
+    "LoHa": "_tree.variants",
+    "LoKr": "_tree.variants",
     "LoraError": "_errors",
     "LowRank": "_kernel.nodes",
     "Mixture": "adapters._mixed",
@@ -147,6 +153,7 @@ _MODULE_OF = {
     "activate": "adapters._edit",
     "add": "adapters._edit",
     "bank": "adapters._bank",
+    "VeRA": "_tree.variants",
     "combine": "_tree.partition",
     "disable": "adapters._edit",
     "dequantize": "quant._quantize",

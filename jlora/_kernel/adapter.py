@@ -43,6 +43,8 @@ class Adapter:
         the key and not `1 - dropout`: adapters of unlike rates in one program.
       which: of a bank, whose arrays have an axis `BANK` more, the number of the adapter
         that acts, int32; a negative one is none. In no tree of parameters.
+      parts: what `a` and `b` are made of, by name, where the update has another form;
+        `a` and `b` are None then, until `forms.formed` makes them. None without.
       a_dims, b_dims, s_dims, o_dims: the kernel dimension along each axis of `a`, `b`,
         of `scale`, `key` and `keep`, and of `magnitude`, `bias` and `gain`.
       starts: where the term's window begins in each kernel dimension; its size is that
@@ -51,6 +53,9 @@ class Adapter:
       rslora: whether scale is alpha/sqrt(r); kept for files.
       shifted: whether `scale * a @ b` as it started was taken out of the kernel
         (PiSSA), so that the adapter belongs to that base and to no other.
+      form: how `a` and `b` are made of `parts`, a name in `forms`; None without.
+      p_dims: the dimension along each axis of each part, by its name. Axes along none,
+        of which `RANK` is one, have negative numbers.
       role: the role name that chose this kernel, if any.
     """
 
@@ -63,6 +68,7 @@ class Adapter:
     gain: Array | None
     keep: Array | None
     which: Array | None
+    parts: Mapping[str, Array] | None
     a_dims: Dims
     b_dims: Dims
     s_dims: Dims
@@ -71,43 +77,73 @@ class Adapter:
     dropout: float = 0.0
     rslora: bool = False
     shifted: bool = False
+    form: str | None = None
+    p_dims: tuple[tuple[str, Dims], ...] = ()
     role: str | None = None
 
     @property
     def rank(self) -> int:
-        """The inner dimension r."""
-        return self.a.shape[self.a_dims.index(RANK)]
+        """The inner dimension r; of parts theirs."""
+        for array, dims in self._factors():
+            if RANK in dims:
+                return array.shape[dims.index(RANK)]
+        raise AssertionError("an adapter without a rank")
 
     @property
     def in_axes(self) -> tuple[int, ...]:
         """Kernel dimensions that only `a` spans: the inputs of an ordinary kernel."""
-        return tuple(d for d in self.a_dims if d != RANK and d not in self.b_dims)
+        others = {RANK, *self.b_dims, *self.batch_axes}
+        return tuple(d for d in self.a_dims if d not in others)
 
     @property
     def out_axes(self) -> tuple[int, ...]:
         """Kernel dimensions that only `b` spans: the outputs of an ordinary kernel."""
-        return tuple(d for d in self.b_dims if d != RANK and d not in self.a_dims)
+        others = {RANK, *self.a_dims, *self.batch_axes}
+        return tuple(d for d in self.b_dims if d not in others)
 
     @property
     def batch_axes(self) -> tuple[int, ...]:
-        """Kernel dimensions with an adapter of their own at each index."""
-        return tuple(d for d in self.a_dims if d >= 0 and d in self.b_dims)
+        """Kernel dimensions with an adapter of their own at each index.
+
+        Both factors span them, or one does and the other is the same at each.
+        """
+        both = {*self.a_dims} & {*self.b_dims}
+        dims = dict.fromkeys((*self.a_dims, *self.b_dims))
+        return tuple(d for d in dims if d >= 0 and (d in both or d in self.s_dims))
 
     @property
     def is_bank(self) -> bool:
         """Whether this is several adapters, of which at most one acts."""
         return BANK in self.a_dims
 
+    def _factors(self) -> list[tuple[Array, Dims]]:
+        """The factors, or the parts that they are made of, with their dims."""
+        if self.parts is None:
+            return [(self.a, self.a_dims), (self.b, self.b_dims)]
+        return [(self.parts[name], dims) for name, dims in self.p_dims]
+
+    def trained(self) -> dict[str, Array]:
+        """The arrays that are trained, by name."""
+        own = {n: getattr(self, n) for n in ("a", "b", "magnitude", "bias")}
+        parts = {n: x for n, x in (self.parts or {}).items() if PARTS[n] != "frozen"}
+        return {n: x for n, x in (own | parts).items() if x is not None}
+
     def size(self, dim: int) -> int | None:
         """The window's size along a kernel dimension; None if no factor spans it."""
-        for array, dims in ((self.a, self.a_dims), (self.b, self.b_dims)):
+        for array, dims in self._factors():
             if dim in dims:
                 return array.shape[dims.index(dim)]
         return None
 
     def map(self, f: Callable[[Array, Dims], tuple[Array, Dims]]) -> Adapter:
-        """Apply `f(array, dims) -> (array, dims)` to every factor."""
+        """Apply `f(array, dims) -> (array, dims)` to every factor and part."""
         changed: dict[str, Any] = {}
+        if self.parts is not None:
+            parts, dims_of = dict(self.parts), dict(self.p_dims)
+            for name, array in self.parts.items():
+                if array is not None:  # as in a half of a split tree
+                    parts[name], dims_of[name] = f(array, dims_of[name])
+            changed = {"parts": parts, "p_dims": tuple(dims_of.items())}
         for name, dims in DIMS_OF.items():
             array = getattr(self, name)
             if array is not None:
@@ -116,11 +152,11 @@ class Adapter:
 
     def rename(self, new_dim: Mapping[int, int], ndim: int) -> Adapter:
         """The same term on a kernel whose dimension d is now `new_dim[d]` of `ndim`."""
-        names = {**new_dim, RANK: RANK, BANK: BANK}
         starts = [0] * ndim
         for dim, new in new_dim.items():
             starts[new] = self.starts[dim]
-        out = self.map(lambda x, dims: (x, tuple(names[d] for d in dims)))
+        renamed = lambda dims: tuple(new_dim.get(d, d) for d in dims)  # noqa: E731
+        out = self.map(lambda x, dims: (x, renamed(dims)))
         return dataclasses.replace(out, starts=tuple(starts))
 
     def covers(self, shape: Sequence[int]) -> bool:
@@ -144,7 +180,10 @@ class Adapter:
         """
         dims = tuple(range(len(shape)))
         a, b = self.a.astype(dtype), self.b.astype(dtype)
-        a = a * expand(self.scale, self.s_dims, self.a_dims)
+        if {*self.s_dims} <= {*self.a_dims}:
+            a = a * expand(self.scale, self.s_dims, self.a_dims)
+        else:  # of a stack whose layers share it
+            b = b * expand(self.scale, self.s_dims, self.b_dims)
         explicit = is_explicit(a) or is_explicit(b)
         if self.rank <= fuse_up_to and not explicit:
             out, labels = outer_sum(a, self.a_dims, b, self.b_dims)
@@ -166,7 +205,7 @@ class Adapter:
         """Children; the rest is static."""
         children = (
             self.a, self.b, self.scale, self.key, self.magnitude, self.bias, self.gain,
-            self.keep, self.which,
+            self.keep, self.which, self.parts,
         )  # fmt: skip
         return children, self.static
 
@@ -186,13 +225,18 @@ class Adapter:
         return adapter
 
 
+# What the parts of other forms are to optimisers: like the factor of their side.
+PARTS = {
+    "proj_a": "frozen", "proj_b": "frozen", "lambda_d": "a", "lambda_b": "b",
+    "a1": "a", "a2": "a", "b1": "b", "b2": "b", "w1": "b",
+}  # fmt: skip
 # Each array, and the field that says which dimensions its axes lie along.
 DIMS_OF = {
     "a": "a_dims", "b": "b_dims", "scale": "s_dims", "key": "s_dims",
     "magnitude": "o_dims", "bias": "o_dims", "gain": "o_dims",
     "keep": "s_dims",
 }  # fmt: skip
-_CHILDREN = (*DIMS_OF, "which")
+_CHILDREN = (*DIMS_OF, "which", "parts")
 KEYS = tuple(jax.tree_util.GetAttrKey(n) for n in _CHILDREN)
 _FIELDS = tuple(f.name for f in dataclasses.fields(Adapter))
 _STATIC = _FIELDS[len(_CHILDREN) :]
@@ -219,7 +263,20 @@ def new_adapter(
     starts = starts or (0,) * (len(batch) + len(ins) + len(outs))
     wide = magnitude is not None or bias is not None
     return Adapter(
-        a, b, scale, None, magnitude, bias, None, None, None,
+        a, b, scale, None, magnitude, bias, None, None, None, None,
         (*batch, *ins, RANK), (*batch, RANK, *outs), batch,
         (*batch, *outs) if wide else (), starts, **static,
+    )  # fmt: skip
+
+
+def adapter_of_parts(
+    form: str, parts: Mapping[str, Array], dims: Mapping[str, Dims], scale: Array, *,
+    batch: Dims, ins: Dims, outs: Dims, starts: Dims | None = None, **static: Any,
+) -> Adapter:  # fmt: skip
+    """An adapter of another form, whose parts lie along the dimensions `dims`."""
+    starts = starts or (0,) * (len(batch) + len(ins) + len(outs))
+    return Adapter(
+        None, None, scale, None, None, None, None, None, None, dict(parts),
+        (*batch, *ins, RANK), (*batch, RANK, *outs), batch, (), starts,
+        form=form, p_dims=tuple(dims.items()), **static,
     )  # fmt: skip

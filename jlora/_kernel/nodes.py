@@ -8,6 +8,7 @@
       magnitude  [*batch, *out]               /magnitude  trained, of DoRA
       bias       [*batch, *out]               /bias       trained, with lora_bias
       key        [*batch] PRNG keys           /key        only while dropout is on
+      parts      what a and b are made of     /parts/...  of VeRA, LoHa, LoKr
 
 The base may be a `Quantized`, which also stands alone in a tree: a kernel without
 adapters, to all that reads one.
@@ -29,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _compat
-from jlora._kernel import dora
+from jlora._kernel import dora, forms
 from jlora._kernel.adapter import KEYS, Adapter, new_adapter
 from jlora._kernel.axes import Array, Dims, accumulation_dtype, expand, rounded
 from jlora._kernel.opaque import Note, Opaque, Origin
@@ -81,7 +82,7 @@ class LowRank(_OnBase):
         return dataclasses.replace(self, base=base, adapters=kept)
 
     def with_gains(self) -> LowRank:
-        """The same kernel with a gain in the place of each magnitude.
+        """The same kernel with factors for parts, and a gain for each magnitude.
 
         The factors of a float64 kernel are float64 then, as all that is made of them.
         """
@@ -90,7 +91,7 @@ class LowRank(_OnBase):
         def one(t: Adapter) -> Adapter:
             if dtype == jnp.float64:
                 t = t.map(lambda x, dims: (_cast(x, dtype), dims))
-            return dora.with_gain(self.base, t)
+            return dora.with_gain(self.base, forms.formed(t, self.shape))
 
         return self.map(self.base, one)
 
@@ -146,9 +147,9 @@ class LowRank(_OnBase):
         if not hasattr(self.base, "shape"):
             return f"LowRank({self.path!r}, base={self.base!r}, {self.adapters!r})"
         terms = [
-            f", {name or 'rank'} {t.rank}, scale {_brief(t.scale)}"
+            f", {name or t.form or 'rank'} {t.rank}, scale {_brief(t.scale)}"
             for name, t in self.adapters.items()
-            if hasattr(t.a, "shape")
+            if any(hasattr(x, "shape") for x in t.trained().values())
         ]
         shape = f"{self.dtype}{list(self.shape)}"
         if isinstance(self.base, Quantized):

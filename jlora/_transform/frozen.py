@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora._kernel.adapter import PARTS, Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._kernel.opaque import Origin
 from jlora._kernel.quantized import Quantized
@@ -91,11 +92,15 @@ def _stopped(x: Any, is_frozen: bool) -> Any:
     if isinstance(x, Rows):
         return dataclasses.replace(x, base=_stopped(x.base, True))
     if isinstance(x, LowRank):
-        return x.map(
-            _stopped(x.base, True),
-            lambda t: dataclasses.replace(t, scale=_stop(t.scale)),
-        )
+        return x.map(_stopped(x.base, True), _stopped_adapter)
     return _stop(x) if is_frozen else x
+
+
+def _stopped_adapter(t: Adapter) -> Adapter:
+    parts = t.parts
+    if parts is not None:
+        parts = {n: _stop(x) if PARTS[n] == "frozen" else x for n, x in parts.items()}
+    return dataclasses.replace(t, scale=_stop(t.scale), parts=parts)
 
 
 def _stop(x: Any) -> Any:

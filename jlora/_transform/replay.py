@@ -19,7 +19,12 @@ from jlora._kernel.bank import has_bank, picked
 from jlora._kernel.nodes import LowRank
 from jlora._kernel.quantized import Quantized
 from jlora._transform._rules import RULES, TAKES_BANK, quantised
-from jlora._transform._rules._terms import is_scaled_later, scaled_now
+from jlora._transform._rules._terms import (
+    KEEPS_SHARED,
+    is_scaled_later,
+    scaled_now,
+    spanning,
+)
 from jlora._transform._rules.hadamard import TAKES_HADAMARD, Hadamard, is_adapted
 from jlora._transform.facts import Facts
 from jlora._transform.program import Program
@@ -118,6 +123,8 @@ class Replay:
         if eqn.primitive.name not in TAKES_BANK:
             operands = [picked(x) if has_bank(x) else x for x in operands]
         rule = RULES.get(eqn.primitive.name)
+        if eqn.primitive.name not in KEEPS_SHARED:
+            operands = [spanning(x) for x in operands]
         if any(isinstance(x, Hadamard) for x in operands):
             rule = rule if eqn.primitive.name in TAKES_HADAMARD else None
         results = NotImplemented if rule is None else rule(self, eqn, operands)

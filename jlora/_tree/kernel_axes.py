@@ -25,12 +25,14 @@ class KernelAxes:
       outs: those of the result.
       batch: those with a kernel for each index, layers or experts.
       is_embedding: whether it is a table that is looked up.
+      is_convolution: whether it is known to be convolved with an input.
     """
 
     ins: Dims
     outs: Dims
     batch: Dims = ()
     is_embedding: bool = False
+    is_convolution: bool = False
 
 
 def kernel_axes(

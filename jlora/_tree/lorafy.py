@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Never
 
 import jax
@@ -37,6 +37,8 @@ from jlora._tree.targets import (
     choose,
     trained,
 )
+from jlora._tree.variant_parts import Projections, check_settings, variant_adapter
+from jlora._tree.variants import Variant, VeRA, is_form
 
 if TYPE_CHECKING:
     from jlora._transform.survey import Survey
@@ -56,6 +58,7 @@ def lorafy(
     rslora: bool = False,
     dora: bool = False,
     lora_bias: bool = False,
+    variant: Variant | None = None,
     trainable_tokens: Mapping[str, Sequence[int]] | None = None,
     init: str | Initializer | FromKernel = "default",
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -90,6 +93,8 @@ def lorafy(
         dropout acts on the low-rank term only.
       lora_bias: give each adapter a bias of its own, which starts at zero. It counts
         alpha/r times and needs layers that have a bias.
+      variant: another form of the update, `"vera"`, `"loha"` or `"lokr"`, or one with
+        its settings, `VeRA(...)`, `LoHa()`, `LoKr(...)`. None and `"lora"` are LoRA.
       trainable_tokens: entries of tables `[V, d]` and the rows of each to train as they
         are, `{"shared/embedding": [32100, 32101]}`; the table's other rows stay.
       init: how factors start: `"default"`, `"gaussian"` (embeddings start as PEFT's
@@ -108,7 +113,8 @@ def lorafy(
     Raises:
       TargetError: an entry hits nothing, or only leaves that are no kernels; a leaf
         has an adapter already.
-      ShapeError: a rank that is not within 1..min(in, out), or unknown axes.
+      ShapeError: a rank that is not within 1..min(in, out), or unknown axes; a kernel
+        of which a variant's update has no low-rank form.
       DtypeError: a kernel, or a `dtype`, that is not of floating point.
       StructureError: `lora_bias` for a layer without bias; two leaves with one path.
       OptionError: another argument that cannot be, or an unknown one.
@@ -127,9 +133,10 @@ def lorafy(
     shared = _Shared(
         Target(
             rank=options.whole_rank(rank), alpha=alpha,
-            dropout=options.probability(dropout), init=init,
+            dropout=options.probability(dropout), init=init, variant=variant,
         ),
         options.single_key(key), rslora, dora, lora_bias, options.factor_dtype(dtype),
+        Projections(),
     )  # fmt: skip
     leaves = leaves_by_path(params, is_leaf=is_node)
     check_survey(survey, leaves)
@@ -151,12 +158,12 @@ def lorafy(
         for path in chosen:
             bias_of(path, leaves[path], leaves)
 
+    plans = _plans(chosen, leaves, shared, survey, stacked)
+
     def place(path: str, leaf: Any) -> Any:
-        if path in chosen:
+        if path in plans:
             adapters, base = {}, leaf
-            for choice in chosen[path]:
-                check_float(path, leaf)
-                axes = kernel_axes(path, leaves, choice.target, survey, stacked)
+            for choice, axes in plans[path]:
                 name = _adapter_name(choice.hit)
                 adapters[name], base = _make_adapter(path, base, choice, axes, shared)
             return LowRank(base, adapters, path)
@@ -195,6 +202,28 @@ class _Shared:
     dora: bool
     bias: bool
     dtype: np.dtype
+    projections: Projections
+
+
+def _plans(
+    chosen: Mapping[str, list[Choice]], leaves: Mapping[str, Any], shared: _Shared,
+    survey: Survey | None, stacked: Collection[str],
+) -> dict[str, list[tuple[Choice, KernelAxes]]]:  # fmt: skip
+    """The adapters to make, with their kernels' axes; makes room for VeRA's."""
+    plans: dict[str, list[tuple[Choice, KernelAxes]]] = {}
+    convolutions = set() if survey is None else {*survey.convolutions()}
+    for path, choices in chosen.items():
+        check_float(path, leaves[path])
+        for choice in choices:
+            axes = kernel_axes(path, leaves, choice.target, survey, stacked)
+            if path in convolutions:
+                axes = dataclasses.replace(axes, is_convolution=True)
+            plans.setdefault(path, []).append((choice, axes))
+            settings = _with_defaults(choice.target, shared.target)
+            if isinstance(settings.variant, VeRA):
+                _, shape = _part_window(path, leaves[path], choice.hit, axes)
+                shared.projections.widen(settings.variant, settings.rank, axes, shape)
+    return plans
 
 
 def _make_adapter(
@@ -206,14 +235,24 @@ def _make_adapter(
     ins, outs, batch = (
         tuple(shape[d] for d in dims) for dims in (axes.ins, axes.outs, axes.batch)
     )
+    name = f"{path}/{choice.hit.role}" if choice.hit.part else path
+    own_key = initializers.leaf_key(shared.key, name)
+    if is_form(form := settings.variant):
+        check_settings(
+            path, form, settings.init, settings.alpha, rslora=shared.rslora,
+            dora=shared.dora, lora_bias=shared.bias,
+        )  # fmt: skip
+        return variant_adapter(
+            path, leaf, axes, shape, form, settings.rank, settings.alpha, own_key,
+            dtype, shared.projections, starts=starts, dropout=settings.dropout,
+            role=choice.hit.role,
+        ), leaf  # fmt: skip
     rank = _fitting_rank(path, settings.rank, ins, outs)
     alpha = rank if settings.alpha is None else settings.alpha
     scale = alpha / (math.sqrt(rank) if shared.rslora else rank)
     per_output = jax.ShapeDtypeStruct((*batch, *outs), dtype)
     init = initializers.initializer(settings.init, is_embedding=axes.is_embedding)
     of_kernel = isinstance(init, FromKernel)
-    name = f"{path}/{choice.hit.role}" if choice.hit.part else path
-    own_key = initializers.leaf_key(shared.key, name)
     adapter = new_adapter(
         jax.ShapeDtypeStruct((*batch, *ins, rank), dtype),
         jax.ShapeDtypeStruct((*batch, rank, *outs), dtype),
@@ -269,7 +308,7 @@ def _refuse_codes(path: str, leaf: Any, init: Any) -> None:
 
 def _with_defaults(own: Target, default: Target) -> Target:
     """A target's settings, those it leaves open from the default."""
-    names = ("rank", "alpha", "dropout", "init")
+    names = ("rank", "alpha", "dropout", "init", "variant")
     given = {n: getattr(own, n) for n in names if getattr(own, n) is not None}
     return dataclasses.replace(default, **given)
 

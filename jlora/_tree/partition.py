@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jlora._errors import JloraWarning, StructureError
-from jlora._kernel.adapter import DIMS_OF, Adapter
+from jlora._kernel.adapter import DIMS_OF, PARTS, Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node, same_structure
 from jlora._paths import BIAS_NAMES, leaf_paths, map_with_path, name_of
 from jlora._text import listed
@@ -21,7 +21,8 @@ Tree = Any
 def labels(tree: Tree) -> Tree:
     """A label for every leaf of a tree, or of a half of one, for `optax.partition`.
 
-    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), `"magnitude"`
+    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), and
+    what is trained on their sides in VeRA, LoHa and LoKr, `"magnitude"`
     DoRA's, `"full"` a fully trained leaf, `"bias"` one that is named bias or an
     adapter's own, `"rows"` the trained rows of a table, `"frozen"` the rest.
 
@@ -48,6 +49,8 @@ def _label_adapter(t: Adapter) -> Adapter:
     frozen = ("scale", "key", "gain", "keep")
     named = {n: "frozen" if n in frozen else n for n in DIMS_OF}
     found = {n: _label(getattr(t, n), name) for n, name in named.items()}
+    if t.parts is not None:
+        found["parts"] = {n: _label(x, PARTS[n]) for n, x in t.parts.items()}
     return dataclasses.replace(t, **found)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._errors import ShapeError, StructureError
-from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import RANK, Dims
+from jlora._kernel.adapter import DIMS_OF, PARTS, Adapter
+from jlora._kernel.axes import Dims
 from jlora._kernel.nodes import Full, LowRank, Rows, is_array, is_node
 from jlora._paths import module_of
 
@@ -71,11 +71,25 @@ def _stack_adapters(layers: list[Adapter], where: str) -> Adapter:
     _alike(where, [_settings(t) for t in layers])
     _alike(where, [f"rank {t.rank}" for t in layers if hasattr(t.a, "shape")])
     # All but the arrays is alike, so each array gains the axis that its dims gain.
-    arrays = [t.tree_flatten()[0] for t in layers]
+    arrays = [t.tree_flatten()[0][:-1] for t in layers]
     stacked = [_stack_arrays(list(xs), where) for xs in zip(*arrays, strict=True)]
+    stacked.append(_stack_parts([t.parts for t in layers], where))
     static = _with_dims(layers[0], lambda dims: (0, *(_moved(d, 1) for d in dims)))
-    static = dataclasses.replace(static, starts=(0, *static.starts))
+    dims = tuple((n, d[PARTS[n] == "frozen" :]) for n, d in static.p_dims)
+    static = dataclasses.replace(static, starts=(0, *static.starts), p_dims=dims)
     return Adapter.tree_unflatten(static.tree_flatten()[1], stacked)
+
+
+def _stack_parts(layers: list[Any], where: str) -> Any:
+    """The stack of what other forms are made of; all layers share the projections."""
+    if layers[0] is None:
+        return None
+    return {
+        n: (_same if PARTS[n] == "frozen" else _stack_arrays)(
+            [parts[n] for parts in layers], where
+        )
+        for n in layers[0]
+    }
 
 
 def _with_dims(t: Adapter, change: Callable[[Dims], Dims]) -> Adapter:
@@ -85,13 +99,14 @@ def _with_dims(t: Adapter, change: Callable[[Dims], Dims]) -> Adapter:
     changed: dict[str, Any] = {
         name: change(held)
         for name, held in dims.items()
-        if name == "s_dims" or (name.endswith("_dims") and held)
+        if name == "s_dims" or (name in DIMS_OF.values() and held)
     }
-    return dataclasses.replace(t, **changed)
+    parts = tuple((name, change(held)) for name, held in t.p_dims)
+    return dataclasses.replace(t, **changed, p_dims=parts)
 
 
 def _moved(dim: int, by: int) -> int:
-    return dim if dim == RANK else dim + by
+    return dim if dim < 0 else dim + by
 
 
 def _settings(t: Adapter) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def summary(tree: Tree) -> Summary:
 def _adapter_rows(kernel: str, w: LowRank) -> Iterable[Row]:
     for name, t in w.adapters.items():
         path = f"{kernel}/{name}" if name else kernel
-        trained = _size([t.a, t.b, t.magnitude, t.bias])
+        trained = _size(t.trained().values())
         yield Row(path, w.shape, t.rank, _scale(t), t.role, *trained)
 
 

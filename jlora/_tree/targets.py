@@ -26,6 +26,7 @@ from jlora._text import count
 from jlora._tree import conventions, matching, options
 from jlora._tree.initializers import FromKernel, Initializer
 from jlora._tree.matching import Coverage, Hit, coverage
+from jlora._tree.variants import Variant, variant_of
 
 if TYPE_CHECKING:
     from jlora._transform.survey import Survey
@@ -47,6 +48,7 @@ class Target:
       init: a name, `"default"`, `"gaussian"`, `"embedding"` or one of `jlora.init`; an
         object of that; or a function `(key, a_shape, b_shape, fan_in, dtype) -> (a,
         b)`.
+      variant: the update's form, as `lorafy` takes it; `"lora"` where others have one.
       in_axes, out_axes, batch_axes: the kernel's axes, where neither a survey nor the
         naming conventions tell them. Give `in_axes` and the rest follow: axes named
         nowhere are outputs.
@@ -60,6 +62,7 @@ class Target:
     alpha: float | None = None
     dropout: float | None = None
     init: str | Initializer | FromKernel | None = None
+    variant: Variant | None = None
     in_axes: Dims | None = None
     out_axes: Dims | None = None
     batch_axes: Dims = ()
@@ -82,6 +85,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "rank": options.whole_rank,
     "alpha": options.positive_alpha,
     "dropout": options.probability,
+    "variant": variant_of,
     "in_axes": functools.partial(options.axis_tuple, "in_axes"),
     "out_axes": functools.partial(options.axis_tuple, "out_axes"),
     "batch_axes": functools.partial(options.axis_tuple, "batch_axes"),

@@ -14,6 +14,7 @@ from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array
 from jlora._kernel.bank import has_bank, size_of, stack_terms
 from jlora._kernel.bank import pick as pick_term
+from jlora._kernel.forms import as_lora
 from jlora._kernel.nodes import LowRank, is_node
 from jlora._paths import Tree, leaf_paths
 from jlora.adapters._pad import padded
@@ -26,10 +27,10 @@ _ALIKE = ("a_dims", "b_dims", "s_dims", "starts")
 def bank(trees: Sequence[Tree]) -> Tree:
     """Several adapters on one base as one tree, for batches in which each has its own.
 
-    Every factor has an axis of K adapters more, the first: `a [K, *in, r]`. Ranks are
-    padded with zeros to the largest one. A kernel that a tree leaves alone has an
-    adapter of zeros there. The result is a lorafied tree: it can be split, trained and
-    saved by Orbax; `jlora.mixed` uses it.
+    Every factor has an axis of K adapters more, the first: `a [K, *in, r]`. Other
+    forms of the update are made LoRA's, and ranks are padded with zeros to the largest
+    one. A kernel that a tree leaves alone has an adapter of zeros there. The result is
+    a lorafied tree: it can be split, trained and saved by Orbax; `jlora.mixed` uses it.
 
     Args:
       trees: K lorafied trees on the same base; their order is the adapters' numbers.
@@ -132,7 +133,10 @@ def _stacked(path: str, column: Sequence[Any]) -> Any:
     adapters = {}
     for name in names:
         terms = [
-            x.adapters.get(name) if isinstance(x, LowRank) else None for x in column
+            as_lora(x.adapters[name], x.shape)
+            if isinstance(x, LowRank) and name in x.adapters
+            else None
+            for x in column
         ]
         adapters[name] = stack_terms(_alike(f"{path}/{name}".rstrip("/"), terms))
     return dataclasses.replace(kernels[0], adapters=adapters)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora._errors import OptionError, ShapeError, StructureError
 from jlora._kernel.adapter import Adapter
+from jlora._kernel.forms import as_lora
 from jlora._kernel.nodes import Full, LowRank, Rows
 from jlora._paths import leaf_paths
 from jlora._text import table
@@ -175,7 +176,8 @@ class _Sums:
     def _of_kernels(self, path: str, base: Any, held: Mapping[str, LowRank]) -> LowRank:
         groups: dict[Any, list[tuple[str, str, Adapter]]] = {}
         for name, node in held.items():
-            for role, t in node.adapters.items():
+            for role, held_t in node.adapters.items():
+                t = as_lora(held_t, base.shape)
                 groups.setdefault(_axes(t), []).append((name, role, t))
         adapters: dict[str, Adapter] = {}
         for members in groups.values():

@@ -25,6 +25,7 @@ from jlora.checkpoint._entries import (
     adapter_entries,
     as_json,
     base_of,
+    borrowed,
     check_base,
     check_is_plain,
     make_adapter,
@@ -109,6 +110,8 @@ def load_adapter(path: PathLike, base_params: Tree, *, check: Check = "values") 
         shape = make_adapter(place, entry, shapes)
         adapter = placed_adapter(shape, bases.get(entry["path"]))
         template.update(named_factors(entry["path"], entry["name"], adapter))
+        for name in borrowed(entry):
+            del template[name]
     for name in config["full"]:
         own = shapes[f"{name}/full"]
         sharding = getattr(bases[name], "sharding", None)

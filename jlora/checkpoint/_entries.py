@@ -12,7 +12,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jlora._errors import CheckpointError
-from jlora._kernel.adapter import Adapter
+from jlora._kernel.adapter import PARTS, Adapter
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._kernel.quantized import Quantized
 from jlora._paths import leaves_by_path
@@ -44,7 +44,10 @@ def nodes(params: Tree) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_arrays(params: Tree) -> dict[str, Any]:
-    """What an adapter checkpoint holds: all that is trained, by name."""
+    """What an adapter checkpoint holds, by name: all that is trained, and scales.
+
+    Projections that several adapters have are held once.
+    """
     arrays: dict[str, Any] = {}
     for name, x in nodes(params):
         if isinstance(x, Full):
@@ -54,13 +57,24 @@ def adapter_arrays(params: Tree) -> dict[str, Any]:
         else:
             for own, adapter in x.adapters.items():
                 arrays.update(named_factors(name, own, adapter))
-    return arrays
+    elsewhere = {x for entry in adapter_entries(params) for x in borrowed(entry)}
+    return {name: x for name, x in arrays.items() if name not in elsewhere}
+
+
+def borrowed(entry: Mapping[str, Any]) -> list[str]:
+    """The names that arrays of an adapter would have, were they not another's too."""
+    shared = entry.get("shared", {})
+    return [_factor_name(entry["path"], entry["name"], f) for f in shared]
+
+
+_PARTS = "parts/"
 
 
 def _factors(adapter: Adapter) -> dict[str, Any]:
     """The arrays of an adapter by name; a dropout key belongs to one step only."""
     children, _ = adapter.tree_flatten_with_keys()
-    return {key.name: x for key, x in children if key.name != "key"}
+    own = {key.name: x for key, x in children if key.name not in ("key", "parts")}
+    return own | {f"{_PARTS}{n}": x for n, x in (adapter.parts or {}).items()}
 
 
 def named_factors(path: str, name: str, adapter: Adapter) -> dict[str, Any]:
@@ -76,22 +90,32 @@ def _factor_name(path: str, name: str, factor: str) -> str:
 def adapter_entries(params: Tree) -> list[dict[str, Any]]:
     """The configuration of each adapter: all that is not an array."""
     entries: list[dict[str, Any]] = []
+    first: dict[int, str] = {}
     for path, x in nodes(params):
         if not isinstance(x, LowRank):
             continue
         for name, adapter in x.adapters.items():
             factors = _factors(adapter)
-            static = {
+            static: dict[str, Any] = {
                 field.name: getattr(adapter, field.name)
                 for field in dataclasses.fields(adapter)
-                if field.name not in factors and field.name != "key"
+                if field.name not in factors and field.name not in ("key", "parts")
             }
             kept = [f for f, value in factors.items() if value is not None]
+            for part, array in projections(adapter).items():
+                own = _factor_name(path, name, f"{_PARTS}{part}")
+                if (holder := first.setdefault(id(array), own)) != own:
+                    static.setdefault("shared", {})[f"{_PARTS}{part}"] = holder
             rank = adapter.rank
             entries.append(
                 {"path": path, "name": name, "rank": rank, "factors": kept, **static}
             )
     return json.loads(json.dumps(entries))  # as it will be read again
+
+
+def projections(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter has that is not trained, and that others may have too."""
+    return {n: x for n, x in (adapter.parts or {}).items() if PARTS[n] == "frozen"}
 
 
 def make_adapter(
@@ -102,7 +126,9 @@ def make_adapter(
     path, name = settings.pop("path"), settings.pop("name")
     del settings["rank"]
     names = {f: _factor_name(path, name, f) for f in settings.pop("factors")}
+    names |= settings.pop("shared", {})
     known = {field.name for field in dataclasses.fields(Adapter)}
+    known |= {f"{_PARTS}{n}" for n in PARTS}
     strange = sorted((set(settings) | set(names)) - known)
     if strange:
         raise CheckpointError(
@@ -110,7 +136,11 @@ def make_adapter(
             "jlora does not know.\nUpgrade jlora."
         )
     factors = {f: arrays[full] for f, full in names.items()}
-    given: dict[str, Any] = {**factors, **settings}
+    parts = {f: x for f, x in factors.items() if f.startswith(_PARTS)}
+    given: dict[str, Any] = {f: x for f, x in factors.items() if f not in parts}
+    given |= settings
+    if parts:
+        given["parts"] = {f.removeprefix(_PARTS): x for f, x in parts.items()}
     fields = dataclasses.fields(Adapter)
     absent = [f.name for f in fields if f.default is dataclasses.MISSING]
     return Adapter(**{**dict.fromkeys(absent), **given})
@@ -150,16 +180,23 @@ def check_adapters(place: Path, saved: Any, own: Any) -> None:
 def scale_entries(params: Tree) -> list[dict[str, Any]]:
     """`adapter_entries` with what a training state takes from its base.
 
-    These are the scales, and which rows of a table are trained.
+    These are the scales, the projections, and which rows of a table are trained.
     """
     entries = iter(adapter_entries(params))
+    prints: dict[int, str | None] = {}
     out: list[dict[str, Any]] = []
     for path, x in nodes(params):
         if isinstance(x, Rows):
             out.append({"path": path, "name": "rows", "indices": list(x.indices)})
         for adapter in x.adapters.values() if isinstance(x, LowRank) else ():
             scale = leaf_print(adapter.scale)
-            out.append({**next(entries), "scale": _brief_scale(adapter, scale.digest)})
+            entry = {**next(entries), "scale": _brief_scale(adapter, scale.digest)}
+            for name, held in projections(adapter).items():
+                if id(held) not in prints:
+                    prints[id(held)] = leaf_print(held).digest
+                entry[name] = prints[id(held)]
+            entry.pop("shared", None)
+            out.append(entry)
     return out
 
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _compat
+from jlora._kernel import forms
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, align, expand, pad_to
 from jlora._kernel.nodes import LowRank
@@ -52,6 +54,27 @@ def span_both(t: Adapter, dim: int, size: int) -> Adapter:
     if t.size(dim) is not None:
         return t
     return t.map(lambda x, dims: (lax.broadcast(x, (size,)), (dim, *dims)))
+
+
+# The primitives whose rules take terms of which a stack has one factor for all.
+KEEPS_SHARED = frozenset(
+    [
+        "scan", "while", "cond", "closed_call", "core_call", "call", "name", "copy",
+        "copy_p", "convert_element_type", "reduce_precision", "stop_gradient",
+        "optimization_barrier", *_compat.JIT, *_compat.REMAT, *_compat.PVARY,
+    ]
+)  # fmt: skip
+
+
+def spanning(x: Any) -> Any:
+    """A value with every factor along the stacks that its term has an index for.
+
+    Layers of a stack may share a factor (VeRA's projection). A scan hands it to each
+    as it is; other rules are told of a term that differs from index to index.
+    """
+    if not isinstance(x, LowRank):
+        return x
+    return x.map(x.base, lambda t: forms.spanning(t, x.shape))
 
 
 def cover(w: LowRank) -> LowRank | None:

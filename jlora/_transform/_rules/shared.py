@@ -68,7 +68,8 @@ def _takes_x(t: Adapter, w: LowRank, contracted: Sequence[int]) -> bool:
     """Whether the term is x·A·B with x as it is, all of it summed over with A."""
     whole = all(t.full(d, w.shape[d]) for d in contracted)
     first = {*t.a_dims} == {*contracted, RANK} and not {*t.b_dims} & {*contracted}
-    return whole and first and t.key is None and t.rank > 0
+    scaled = {*t.s_dims} <= {*t.a_dims}
+    return whole and first and scaled and t.key is None and t.rank > 0
 
 
 def _factor(t: Adapter) -> tuple[int, int]:

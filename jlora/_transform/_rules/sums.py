@@ -96,7 +96,8 @@ def _vector_term(
     factors[side] = v, (RANK, *order)
     return Adapter(
         factors["a"][0], factors["b"][0], jnp.ones((), jnp.float32), None, None, None,
-        None, None, None, factors["a"][1], factors["b"][1], (), (), (0,) * len(shape),
+        None, None, None, None, factors["a"][1], factors["b"][1], (), (),
+        (0,) * len(shape),
     )  # fmt: skip
 
 

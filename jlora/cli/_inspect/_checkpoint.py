@@ -17,6 +17,7 @@ from jlora.cli._inspect._report import Report, Row
 Config = dict[str, Any]
 
 _FEATURES = {"magnitude": "DoRA", "bias": "bias of B"}
+_FORMS = {"vera": "VeRA", "loha": "LoHa", "lokr": "LoKr"}
 _WHOLE = {"full": "fully trained", "rows": "trained tokens"}
 
 
@@ -110,6 +111,7 @@ def _adapter_rows(config: Config, prefix: str, scale_of: Any) -> list[Row]:
         shapes = {factor: x["shape"] for factor, x in found.items() if x["shape"]}
         features = [name for factor, name in _FEATURES.items() if factor in found]
         features += ["rsLoRA"] if entry["rslora"] else []
+        features += [_FORMS[form]] if (form := entry.get("form")) else []
         features += [f"dropout {entry['dropout']:g}"] if entry["dropout"] else []
         rows.append(
             {
@@ -117,7 +119,7 @@ def _adapter_rows(config: Config, prefix: str, scale_of: Any) -> list[Row]:
                 "rank": entry["rank"],
                 "scale": scale_of(entry),
                 "factors": shapes,
-                "dtype": found["a"]["dtype"] if "a" in found else None,
+                "dtype": next((found[n]["dtype"] for n in found if n != "scale"), None),
                 "features": features,
                 "bytes": sum(map(_bytes, found.values())),
             }

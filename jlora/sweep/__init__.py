@@ -29,8 +29,16 @@ from jlora.sweep._jobs import Job as Job
 from jlora.sweep._jobs import grid as grid
 from jlora.sweep._jobs import paired as paired
 from jlora.sweep._jobs import read_jobs as read_jobs
+from jlora.sweep._memory import Account as Account
+from jlora.sweep._memory import account as account
 from jlora.sweep._plan import Plan as Plan
 from jlora.sweep._plan import adamw as adamw
+from jlora.sweep._results import Result as Result
+from jlora.sweep._results import Results as Results
+from jlora.sweep._rules import Halving as Halving
+from jlora.sweep._rules import Plateau as Plateau
+from jlora.sweep._rules import Rising as Rising
+from jlora.sweep._run import run as run
 from jlora.sweep._step import SweepEval as SweepEval
 from jlora.sweep._step import SweepStep as SweepStep
 from jlora.sweep._step import sweep_step as sweep_step

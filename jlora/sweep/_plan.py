@@ -81,12 +81,13 @@ class Plan:
             raise OptionError(f"adapt= and {sorted(shared)}: pass one of the two.")
         # On the device once: else each job's state would take a copy of its own.
         self.params = jax.tree.map(_on_device, params)
+        self._base = {id(x) for x in jax.tree.leaves(self.params)}
         self.optimizer = optimizer
         self._adapt = adapt or (lambda params, job: job.lorafy(params, **shared))
         self._by_fields = adapt is None
         self._own: dict[Any, TrainState] = {}
         self._frozen: dict[str, Tree] = {}  # the frozen half of each job's tree
-        shapes = [self._shapes(job) for job in self.jobs]
+        shapes = [self.shapes(job) for job in self.jobs]
         self._check_alike(shapes)
         self._drops = any(t.dropout for s in self._own.values() for t in _adapters(s))
         self._sizes = [
@@ -119,11 +120,10 @@ class Plan:
           OptionError: an initialisation that changes the base.
         """
         tree = self._adapt(self.params, job)
-        ours = {id(x) for x in jax.tree.leaves(self.params)}
         for node in jax.tree.leaves(tree, is_leaf=is_node):
             base = getattr(node, "base", None)
             if base is not None and any(
-                id(x) not in ours for x in jax.tree.leaves(base)
+                id(x) not in self._base for x in jax.tree.leaves(base)
             ):
                 raise OptionError(
                     f"the job {job.name!r} changes the kernel {node.path!r}: its init "
@@ -140,7 +140,7 @@ class Plan:
             self.start(job)
         return self._frozen[job.name]
 
-    def _shapes(self, job: Job) -> TrainState:
+    def shapes(self, job: Job) -> TrainState:
         """A job's state without values; made once for jobs that look alike."""
         alike = tuple(getattr(job, name) for name in ADAPTER_FIELDS)
         known: Any = (alike, tuple(sorted(job.hyper))) if self._by_fields else job.name
@@ -192,7 +192,7 @@ class Plan:
 
     def state(self, bank: Bank, slot: int, job: Job) -> TrainState:
         """A slot's state, cut to the job's own rank: that of a run of its own."""
-        own = self._shapes(job)
+        own = self.shapes(job)
         leaves = take([bank.step, *_moving(bank)], slot)
         step, *moving = (np.asarray(x) if not _is_key(x) else x for x in leaves)
         wanted = _moving(own)
@@ -274,9 +274,8 @@ class Plan:
 
     def _own_and_shared(self, frozen: Tree) -> tuple[Tree, Tree]:
         """What each slot has of the frozen half, and what is the base's."""
-        ours = {id(x) for x in jax.tree.leaves(self.params)}
-        own = jax.tree.map(lambda x: None if id(x) in ours else x, frozen)
-        shared = jax.tree.map(lambda x: x if id(x) in ours else None, frozen)
+        own = jax.tree.map(lambda x: None if id(x) in self._base else x, frozen)
+        shared = jax.tree.map(lambda x: x if id(x) in self._base else None, frozen)
         return own, shared
 
 

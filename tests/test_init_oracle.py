@@ -5,6 +5,8 @@ import warnings
 import numpy as np
 import peft_nets
 import pytest
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft_live import (
     config_of,
     logits_of,
@@ -162,3 +164,109 @@ def bare(model):
 def _under(name):
     module, _, last = name.rpartition(".")
     return f"{module}.base_layer.{last}"
+
+
+# -- from data -------------------------------------------------------------------------
+
+IDS = np.random.default_rng(0).integers(0, peft_nets.V, (1, 40))
+
+
+def test_eva(record_property):
+    """The same ranks, the same subspaces, the same scales."""
+    modules = ["q", "v", "c_attn"]
+    config = peft.LoraConfig(
+        r=2, lora_alpha=5.0, target_modules=modules, init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.5),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(narrow(), config)
+        peft.initialize_lora_eva_weights(
+            model, [torch.tensor(IDS)], forward_fn=lambda model, ids: model(ids),
+            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
+            show_progress_bar=False,
+        )  # fmt: skip
+    tree = jlora.lorafy(tree_of(narrow()), 2, modules, alpha=5.0)
+    out = jlora.init.eva(peft_nets.apply, tree, [IDS], rho=1.5)
+    ranks = []
+    for name in modules:
+        layer = model.base_model.model.get_submodule(name)
+        a = layer.lora_A["default"].weight.detach().numpy().T
+        t = out[name]["kernel"].adapters[""]
+        ranks.append(t.rank)
+        assert t.a.shape == a.shape
+        note(record_property, f"{name} span", projection(t.a), projection(a))
+        note(record_property, f"{name} lengths", np.asarray(t.a).T @ t.a, a.T @ a)
+        assert float(t.scale) == pytest.approx(layer.scaling["default"])
+    assert sum(ranks) == 6
+    assert len({*ranks}) > 1  # they were shared out
+
+
+def narrow():
+    """A net whose first layers see little but one direction."""
+    model = net()
+    model.emb.weight.data[:, 1:] *= 0.02
+    model.q.weight.data *= 9
+    model.v.weight.data *= 30
+    return model
+
+
+def projection(a):
+    q, _ = np.linalg.qr(np.asarray(a, np.float64))
+    return q @ q.T
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda(mode, record_property):
+    pytest.importorskip("attr")  # PEFT's module imports it and does not ask for it
+    from peft.tuners.lora.corda import preprocess_corda
+
+    modules = ["q", "v", "c_attn"]
+    model = net()
+    config = peft.LoraConfig(
+        **SETTINGS, target_modules=modules, init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=mode),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = lambda: model(torch.tensor(IDS))
+        preprocess_corda(model, config, run_model=run)
+        model = peft.get_peft_model(model, config)
+    tree = jlora.lorafy(tree_of(net()), 2, modules, alpha=5.0)
+    out = jlora.init.corda(peft_nets.apply, tree, [IDS], mode=mode)
+    assert_starts_alike(model, out, modules, record_property)
+
+
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+def test_lora_ga(direction, record_property):
+    """Each factor up to the signs of singular vectors, which say nothing."""
+    modules = ["q", "v"]
+    model = net()
+    config = peft.LoraConfig(
+        **SETTINGS, target_modules=modules, init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(
+            direction=direction, scale="stable", stable_gamma=16
+        ),
+    )  # fmt: skip
+    step = lambda: model(torch.tensor(IDS)).square().mean().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        preprocess_loraga(model, config, step)
+        model = peft.get_peft_model(model, config)
+    loss = lambda p, ids: (peft_nets.apply(p, ids) ** 2).mean()
+    tree = jlora.lorafy(tree_of(net()), 2, modules, alpha=5.0)
+    out = jlora.init.lora_ga(loss, tree, [IDS], direction=direction, scale="peft")
+    for name in modules:
+        node = out[name]["kernel"]
+        layer = model.base_model.model.get_submodule(name)
+        a, b = (getattr(layer, f"lora_{x}")["default"].weight.detach().numpy().T
+                for x in "AB")  # fmt: skip
+        ours = [np.asarray(x) for x in (node.adapters[""].a, node.adapters[""].b)]
+        signs = [np.sign(np.sum(ours[0] * a, 0)), np.sign(np.sum(ours[1] * b, 1))]
+        note(record_property, f"{name} a", ours[0] * signs[0], a)
+        size = np.max(np.abs(b))
+        note(record_property, f"{name} b", ours[1] * signs[1][:, None] / size, b / size)
+        base = layer.base_layer.weight.detach().numpy().T
+        update = 2.5 * (ours[0] * signs[0] * signs[1]) @ ours[1]
+        shifted = np.asarray(node.merged()) - update
+        note(record_property, f"{name} base", shifted, base)

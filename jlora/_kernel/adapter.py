@@ -17,6 +17,7 @@ from jlora._kernel.axes import (
     RANK,
     Array,
     Dims,
+    Label,
     contract,
     expand,
     outer_sum,
@@ -166,6 +167,16 @@ class Adapter:
     def full(self, dim: int, size: int) -> bool:
         """Whether the window spans all of one dimension."""
         return self.size(dim) in (None, size)
+
+    def watched(self, x: Array, labels: Sequence[Label], contracted: Dims) -> Array:
+        """An input as a product takes it; a subclass may note what it is.
+
+        Args:
+          x: the input.
+          labels: of its axes, the kernel dimension each of them meets or another label.
+          contracted: the kernel dimensions that are summed over.
+        """
+        return x
 
     def delta(
         self, shape: Sequence[int], dtype: Any = jnp.float32, *, fuse_up_to: int = 0

@@ -50,6 +50,7 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     w = for_product(w, math.prod(x.shape[labels.index(n)] for n in x_free))
     for adapter in w.adapters.values():
         check_axes(w, adapter, wc, wb)
+        x = adapter.watched(x, labels, tuple(wc))
     gain = w.gain()
     out = _base_product(run, eqn, w, x, w_left, gain, labels, order)
     if out is NotImplemented:

@@ -346,6 +346,22 @@ def test_kernels_whose_inputs_cannot_be_seen():
         call("eva", lambda p, x: jnp.argmax(both(p, x), -1))
 
 
+def test_quantised_kernels():
+    """Their inputs are seen like others; what would change them is refused."""
+    params = {"w": normal(4, 7, 5), "v": normal(5, 7, 5)}
+    codes = jlora.quantize(params, "int8", targets=["w"])
+    tree = jlora.lorafy(codes, 2, ["w", "v"])
+    out = jlora.init.eva(both, tree, [X], rho=1.0, centered=False)
+    vt = np.linalg.svd(np.reshape(X, (-1, 7)), full_matrices=False)[2]
+    np.testing.assert_allclose(span(out["w"].adapters[""].a), span(vt[:2].T), **CLOSE)
+    assert out["w"].base is tree["w"].base
+    for name in ("corda", "lora_ga"):
+        with pytest.raises(StructureError, match=r"codes of 'w'.*int8.*\n.*quantize"):
+            call(name, tree=tree)
+    with pytest.raises(StructureError, match=r"'v'.*another form than LoRA"):
+        call("eva", tree=jlora.lorafy(params, 2, ["v"], variant="loha"))
+
+
 def test_settings_that_cannot_be():
     for options, says in (({"rho": 0.5}, "rho=0.5"), ({"tau": 2}, "tau=2")):
         with pytest.raises(OptionError, match=says):

@@ -65,7 +65,7 @@ def corda(
     options.one_of("mode", mode, ("ipm", "kpm"))
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not damp > 0:
         raise OptionError(f"damp={damp!r}: expected a number above 0.")
-    nodes = fresh_nodes("corda", tree)
+    nodes = fresh_nodes("corda", tree, shifts=True)
     each = enumerate(input_sums("corda", fn, tree, nodes, batches), 1)
     ((number, sums),) = collections.deque(each, maxlen=1)
     check_finite("corda", sums, number)

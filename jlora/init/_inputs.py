@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jlora._errors import NonFiniteError, OptionError, StructureError, TargetError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array
-from jlora._kernel.nodes import Full, LowRank, is_node
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node
+from jlora._kernel.quantized import Quantized, is_abstract
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._text import listed
 from jlora._transform.lora import lora
@@ -54,11 +55,17 @@ class Sums(NamedTuple):
         return self.both.reshape(-1, size - 1, size)
 
 
-def fresh_nodes(name: str, tree: Tree) -> dict[str, LowRank]:
+def fresh_nodes(name: str, tree: Tree, *, shifts: bool = False) -> dict[str, LowRank]:
     """The adapted kernels of a tree that computes what its base does.
 
+    Args:
+      name: of the caller, for messages.
+      tree: fresh from lorafy.
+      shifts: whether the kernels are to be changed, which quantised ones cannot be.
+
     Raises:
-      StructureError: it holds no adapter, one that is trained already, or no values.
+      StructureError: it holds no adapter, one that is trained already or of another
+        form, no values, or codes that cannot be shifted.
     """
     leaves = leaves_by_path(tree, is_leaf=is_node)
     nodes = {path: x for path, x in leaves.items() if isinstance(x, LowRank)}
@@ -68,11 +75,23 @@ def fresh_nodes(name: str, tree: Tree) -> dict[str, LowRank]:
             "and this one has none.\nCall jlora.lorafy(params, ...) first."
         )
     for path, x in nodes.items():
-        if isinstance(x.base, jax.ShapeDtypeStruct | jax.core.Tracer):
+        if is_abstract(x.base) or isinstance(x.base, jax.core.Tracer):
             raise StructureError(
                 f"the kernel {path!r} {x.shape} has no values, and jlora.init.{name} "
                 "decomposes what flows into it.\nCall it on a tree of arrays, outside "
                 "of jax.jit."
+            )
+        if shifts and isinstance(x.base, Quantized):
+            raise StructureError(
+                f"jlora.init.{name} takes a product out of the kernel, and the codes "
+                f"of {path!r} {x.shape}, {x.base.layout.form}, cannot hold the rest.\n"
+                "Start from the dense parameters, then call jlora.quantize."
+            )
+        if any(t.parts is not None for t in x.adapters.values()):
+            raise StructureError(
+                f"the adapter of {path!r} {x.shape} is of another form than LoRA, and "
+                f"jlora.init.{name} makes an A and a B.\nLorafy that kernel without "
+                "variant=."
             )
     moved = jax.device_get({path: _moves(x) for path, x in nodes.items()})
     if begun := [path for path, moves in moved.items() if moves]:
@@ -99,9 +118,11 @@ def plain(tree: Tree) -> Tree:
     def one(path: str, x: Any) -> Any:
         if isinstance(x, LowRank):
             return x.base
-        return x.value if isinstance(x, Full) else x.merged()
+        if isinstance(x, Full):
+            return x.value
+        return x.merged() if isinstance(x, Rows) else x
 
-    return map_with_path(lambda p, x: one(p, x) if is_node(x) else x, tree, is_node)
+    return map_with_path(one, tree, is_node)
 
 
 def batches_of(name: str, batches: Any) -> Iterator[Any]:
@@ -166,7 +187,8 @@ def input_sums(
                 probe = dataclasses.replace(probes[path], a=both, scale=rows)
                 return LowRank(base, {"inputs": probe}, path)
 
-            out = lora(fn, stop_frozen=False)(map_with_path(put, params), batch)
+            tree = map_with_path(put, params, is_node)
+            out = lora(fn, stop_frozen=False)(tree, batch)
             return _sum_of_floats(name, out)
 
         return jax.tree.map(jnp.add, total, jax.grad(watched)(zeros))

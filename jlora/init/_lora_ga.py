@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jlora._errors import NonFiniteError, OptionError, ShapeError, StructureError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, accumulation_dtype
-from jlora._kernel.nodes import LowRank
+from jlora._kernel.nodes import LowRank, is_node
 from jlora._paths import map_with_path
 from jlora._text import listed
+from jlora._transform.lora import lora
 from jlora._tree import options
 from jlora._tree.from_kernel import form_of
 from jlora._tree.initializers import Factors, FromKernel
@@ -80,7 +81,7 @@ def lora_ga(
     options.one_of("scale", scale, ("stable", "unit", "peft"))
     if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not gamma > 0:
         raise OptionError(f"gamma={gamma!r}: expected a number above 0.")
-    nodes = fresh_nodes("lora_ga", tree)
+    nodes = fresh_nodes("lora_ga", tree, shifts=True)
     for path, x in nodes.items():
         for t in x.adapters.values():
             _check_rank(path, x, t)
@@ -113,7 +114,7 @@ def _gradients(
     def add(total: Any, kernels: Any, params: Tree, batch: Any) -> dict[str, Array]:
         def loss(kernels: dict[str, Array]) -> Array:
             put = lambda path, x: kernels.get(path, x)  # noqa: E731
-            value = loss_fn(map_with_path(put, params), batch)
+            value = lora(loss_fn)(map_with_path(put, params, is_node), batch)
             if jnp.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.floating):
                 raise OptionError(
                     f"jlora.init.lora_ga: loss_fn(params, batch) returns "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jlora._errors import CheckpointError, StructureError
 from jlora._kernel.adapter import Adapter
+from jlora._kernel.quantized import Quantized, is_abstract
 from jlora._text import listed
 from jlora._tree.from_kernel import start_from_kernel
 from jlora._tree.initializers import FromKernel
@@ -54,8 +55,14 @@ class Start:
                 f"init_lora_weights is {self.init!r}, and PEFT starts so only linear "
                 f"layers that share their weight with no other: not {users[0].module}."
             )
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        if is_abstract(leaf):
             return leaf, True
+        if isinstance(leaf, Quantized):
+            raise CheckpointError(
+                f"init_lora_weights is {self.init!r}, which takes a product out of "
+                f"{path!r}, and quantised codes cannot hold the rest.\nLoad the "
+                "adapter onto the dense parameters, then call jlora.quantize."
+            )
         plain = dataclasses.replace(t, magnitude=None, bias=None)
         # In float32, for PEFT rounds the base alone, and not the factors.
         kernel, key = leaf.astype(jnp.float32), jax.random.key(0)

@@ -1,5 +1,7 @@
 """What several tests need: random low-rank trees, and what a program forms."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,29 @@ def randomise(tree, key):
         return jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype) if flag else x
 
     return jax.tree.map(one, tree, mask)
+
+
+def adapter_of(params, seed, rank, targets, **how):
+    """A random adapter, for which nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    half, frozen = jlora.split(jlora.lorafy(shapes, rank, targets, **how))
+
+    def drawn(x):
+        return jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype)
+
+    def scaled(path, x):
+        is_scale = path[-1] == jax.tree_util.GetAttrKey("scale")
+        return abs(drawn(x)) + 0.3 if is_scale else x
+
+    def put_on(x, base):
+        if isinstance(x, jlora.Full):
+            return x
+        return dataclasses.replace(x, base=base) if jlora.is_node(x) else base
+
+    frozen = jax.tree_util.tree_map_with_path(scaled, frozen)
+    tree = jlora.combine(jax.tree.map(drawn, half), frozen)
+    return jax.tree.map(put_on, tree, params, is_leaf=jlora.is_node)
 
 
 def lowrank(key, shape, rank=2, dtype=jnp.float32, alpha=3.0, dora=False, **target):

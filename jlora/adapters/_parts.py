@@ -25,16 +25,14 @@ class Part:
     """A node without its base; its leaves have the names that they have in the node.
 
     Attributes:
-      node: a `LowRank` or `Rows` whose base is None, or a `Full`.
+      node: a `Full`, or another node, whose base is None.
     """
 
     node: Any
 
     def on(self, base: Any) -> Any:
         """The node on that base; a fully trained leaf takes its place."""
-        if isinstance(self.node, Full):
-            return self.node
-        return dataclasses.replace(self.node, base=base)
+        return self.node if _is_whole(self.node) else _with_base(self.node, base)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """The children of the node."""
@@ -60,11 +58,19 @@ def parts_of(tree: Tree) -> Tree:
         if isinstance(x, LowRank):
             # Keys of dropout are of one step.
             return Part(x.map(None, lambda t: dataclasses.replace(t, key=None)))
-        if isinstance(x, Rows):
-            return Part(dataclasses.replace(x, base=None))
-        return Part(x) if is_node(x) else None
+        if not is_node(x):
+            return None
+        return Part(x if _is_whole(x) else _with_base(x, None))
 
     return jax.tree.map(one, tree, is_leaf=lambda x: x is None or is_node(x))
+
+
+def _is_whole(node: Any) -> bool:
+    return isinstance(node, Full)
+
+
+def _with_base(node: Any, base: Any) -> Any:
+    return dataclasses.replace(node, base=base)
 
 
 def put_on(base: Tree, parts: Tree) -> Tree:
@@ -112,9 +118,10 @@ def _together(path: str, base: Any, parts: dict[str, Part | None]) -> Any:
     if all(isinstance(x, Rows) for x in nodes):
         return _rows_together(path, base, held)
     raise StructureError(
-        f"the adapters {_and(held)} cannot be active together: each has "
-        f"{_kinds(nodes)} at {path!r}, and only low-rank updates add.\nActivate one of "
-        "them, or make one adapter of their sum with jlora.weighted."
+        f"the adapters {_and(held)} cannot be active together: {path!r} is a "
+        f"{' or a '.join(dict.fromkeys(x.kind for x in nodes))} of them, and only "
+        "updates of kernels add.\nActivate one, or make one adapter of their sum with "
+        "jlora.weighted."
     )
 
 
@@ -133,11 +140,6 @@ def _rows_together(path: str, base: Any, held: dict[str, Rows]) -> Rows:
 
 def _term_name(number: int, role: str) -> str:
     return "_".join(filter(None, (f"adapter_{number}", role)))
-
-
-def _kinds(nodes: Sequence[Any]) -> str:
-    words = {LowRank: "a low-rank update", Rows: "trained rows", Full: "a whole leaf"}
-    return " or ".join(dict.fromkeys(words[type(x)] for x in nodes))
 
 
 def _and(names: Any) -> str:

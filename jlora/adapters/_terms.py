@@ -73,7 +73,7 @@ def exact_sum(
         a=jnp.concatenate(a, axis=first.a_dims.index(RANK)),
         b=jnp.concatenate(b, axis=first.b_dims.index(RANK)),
         scale=jnp.ones_like(first.scale), key=None, dropout=0.0, rslora=False,
-        **_per_output(terms, weights, dtype),
+        shifted=any(t.shifted for t in terms), **_per_output(terms, weights, dtype),
     )  # fmt: skip
     if rank is None:
         figures = {"norm": norm_of(out), "lost": jnp.zeros(())}

@@ -162,9 +162,9 @@ class _Sums:
         if not held:
             return None
         kinds = {type(x) for x in held.values()}
-        if len(kinds) > 1:
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind not in (LowRank, Full, Rows):
             _refuse_kinds(path, held)
-        (kind,) = kinds
         if kind is LowRank:
             return Part(self._of_kernels(path, base, held))
         names = list(held)
@@ -315,9 +315,8 @@ def _check_spans(where: str, base: Any, t: Adapter) -> None:
 
 
 def _refuse_kinds(path: str, held: Mapping[str, Any]) -> NoReturn:
-    words = {LowRank: "a low-rank update", Rows: "trained rows", Full: "a whole leaf"}
-    each = ", ".join(f"{name!r} has {words[type(x)]}" for name, x in held.items())
+    each = ", ".join(f"{name!r} has a {x.kind}" for name, x in held.items())
     raise StructureError(
-        f"{path!r} is changed in unlike ways, of which no sum is an adapter: {each}.\n"
+        f"{path!r} is changed in ways of which no sum is an adapter: {each}.\n"
         "Merge one, jlora.merge(adapters[name]), and go on from there."
     )

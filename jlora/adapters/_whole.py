@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora import _compat
 from jlora._errors import ShapeError
@@ -40,17 +42,27 @@ def sum_of_rows(
 ) -> Rows:  # fmt: skip
     """The same of the rows that any of the adapters trains."""
     indices = tuple(dict.fromkeys(i for x in nodes for i in x.indices))
-    rows = _compat.take_rows(base, jnp.asarray(indices))
-    dtype = jnp.result_type(*(x.rows for x in nodes))
-    values = []
-    for x in nodes:
-        at = jnp.asarray([indices.index(i) for i in x.indices])
-        values.append(rows.astype(dtype).at[at].set(x.rows.astype(dtype)))
+    at = [np.array([indices.index(i) for i in x.indices]) for x in nodes]
+    rows = [x.rows for x in nodes]
+    where = np.array(indices)
     return Rows(
-        None, _moved(rows.astype(dtype), values, weights, sparse, keys), indices
+        None, _moved_rows(base, where, rows, at, weights, sparse, keys), indices
     )
 
 
+@functools.partial(jax.jit, static_argnames="sparse")
+def _moved_rows(
+    base: Array, where: Array, rows: Sequence[Array], at: Sequence[Array],
+    weights: Sequence[Any], sparse: Sparse | None, keys: jax.Array | None,
+) -> Array:  # fmt: skip
+    """The sum of trained rows; an adapter that has not one leaves it as it is."""
+    dtype = jnp.result_type(*rows)
+    start = _compat.take_rows(base, where).astype(dtype)
+    values = [start.at[n].set(x.astype(dtype)) for n, x in zip(at, rows, strict=True)]
+    return _moved(start, values, weights, sparse, keys)
+
+
+@functools.partial(jax.jit, static_argnames="sparse")
 def _moved(
     base: Array, values: Sequence[Array], weights: Sequence[Any],
     sparse: Sparse | None, keys: jax.Array | None,

@@ -27,7 +27,7 @@ from jlora._kernel.nodes import LowRank
 from jlora.adapters._compress import compressed, decomposed, norm_of
 from jlora.adapters._sparse import Sparse
 
-_LEAST_GAIN = 1e-3
+_LEAST_GAIN = 1e-5
 
 Figures = dict[str, Array]
 

@@ -369,6 +369,14 @@ def test_an_adapter_of_another_base(params, change, told):
         jlora.add(params, "a", other_base(change))
 
 
+def test_an_adapter_of_a_shifted_base_is_told_its_way(params):
+    tree = jlora.lorafy(params, 2, ["query"], init="pissa")
+    with pytest.raises(jlora.StructureError, match="jlora.init.unshift"):
+        jlora.add(params, "a", tree)
+    s = jlora.add(params, "a", jlora.init.unshift(tree, tree, params))
+    assert s["a"]["query"]["kernel"].base is params["query"]["kernel"]
+
+
 def test_an_equal_base_will_do(params):
     tree = adapter(make_params(), 1)
     s = jlora.add(params, "a", tree)
@@ -391,6 +399,7 @@ BAD = {
     "pad below": (lambda s: jlora.add(s, "z", s["rslora"], pad_to=2), "rank 3"),
     "pad to what": (lambda s: jlora.add(s, "z", s["a"], pad_to="x"), "whole number"),
     "flag": (lambda s: jlora.add(s, "z", s["a"], inference=1), "True or False"),
+    "a bank": (lambda s: jlora.add(s, "z", jlora.bank([s["a"], s["b"]])), "a bank of"),
     "swap targets": (lambda s: jlora.update(s, "a", s["whole"]), "as it was"),
     "swap rank": (lambda s: jlora.update(s, "a", s["rslora"]), "cannot be padded"),
     "swap variant": (lambda s: jlora.update(s, "a", s["dora"]), "magnitude"),

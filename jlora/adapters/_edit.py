@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jlora._errors import OptionError, StructureError
+from jlora._kernel.bank import has_bank
 from jlora._kernel.nodes import LowRank, is_node, same_structure
 from jlora._paths import Tree, leaf_paths, leaves_by_path, map_with_path
 from jlora._text import listed
@@ -182,6 +183,12 @@ def _checked_parts(adapters: AdapterSet, name: str, tree: Tree) -> Tree:
     if isinstance(tree, AdapterSet):
         raise StructureError(
             f"the adapter {name!r} is given as a set.\nPass one of it, adapters['...']."
+        )
+    nodes = jax.tree.leaves(tree, is_leaf=is_node)
+    if any(has_bank(x) for x in nodes):
+        raise StructureError(
+            f"the adapter {name!r} is a bank of several.\nAdd them one by one: "
+            "jlora.pick(tree, 0) and so on."
         )
     check_trained(tree)
     check_same_base(adapters.base, tree, name)

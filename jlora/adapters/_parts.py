@@ -57,7 +57,8 @@ def parts_of(tree: Tree) -> Tree:
     def one(x: Any) -> Part | None:
         if isinstance(x, LowRank):
             # Keys of dropout are of one step.
-            return Part(x.map(None, lambda t: dataclasses.replace(t, key=None)))
+            own = lambda t: dataclasses.replace(t, key=None, keep=None)  # noqa: E731
+            return Part(x.map(None, own))
         if not is_node(x):
             return None
         return Part(x if _is_whole(x) else _with_base(x, None))

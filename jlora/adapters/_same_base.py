@@ -42,14 +42,23 @@ def check_same_base(base: Tree, tree: Tree, name: str) -> None:
         pairs = zip(jax.tree.leaves(x), jax.tree.leaves(own), strict=True)
         lines += [line for x, y in pairs if (line := _difference(path, x, y))]
     if lines:
-        _refuse(name, lines)
+        _refuse(name, lines, shifted=any(map(_is_shifted, leaves)))
 
 
-def _refuse(name: str, lines: list[str]) -> None:
+def _is_shifted(x: Any) -> bool:
+    return isinstance(x, LowRank) and any(t.shifted for t in x.adapters.values())
+
+
+def _refuse(name: str, lines: list[str], *, shifted: bool = False) -> None:
+    remedy = "Make or load it on the same parameters: those of a set are adapters.base."
+    if shifted:
+        remedy = (
+            "It was made with a part of the kernels taken out of them (PiSSA). As one "
+            "of the kernels as they were it is jlora.init.unshift(tree, initial, base)."
+        )
     raise StructureError(
         f"the adapter {name!r} is of another base; {len(lines)} leaves differ (the "
-        f"base's, and the adapter's):\n  {listed(lines)}\nMake or load it on the same "
-        "parameters: those of a set are adapters.base."
+        f"base's, and the adapter's):\n  {listed(lines)}\n{remedy}"
     )
 
 

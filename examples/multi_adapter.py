@@ -11,6 +11,7 @@ compressed, merged, and written as a folder that PEFT reads. Half a minute on tw
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         key = jax.random.key(number)
         fresh = jlora.lorafy(base, 8, "all-linear", exclude=["lm_head"], key=key)
         state = train.TrainState.create(fresh, tx, key)
-        done = 0
-        while done < args.steps:
-            for batch in batch_source:
-                state, metrics = step(state, batch)
-                done += 1
-                if done == args.steps:
-                    break
-        print(f"{name}: loss {float(metrics['loss']):.3f} after {done} steps")
+        epochs = itertools.chain.from_iterable(itertools.repeat(batch_source))
+        for batch in itertools.islice(epochs, args.steps):
+            state, metrics = step(state, batch)
+        print(f"{name}: loss {float(metrics['loss']):.3f} after {args.steps} steps")
         adapters = jlora.add(adapters, name, state.params)
     print(adapters)
 
@@ -109,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"  {name:16} {text[pairs.index(pair)]}")
 
     # Leave a merged model, and folders for PEFT: one, and of several each by its name.
-    models.save(args.output / "merged", model, jlora.merge(adapters["both"]))
+    models.save(model, jlora.merge(adapters["both"]), args.output / "merged")
     for name in adapters.names:
         jlora.peft.save(
             args.output / "peft", adapters[name], model=model, adapter=name,

@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from jlora.adapters._edit import remove as remove
     from jlora.adapters._edit import rename as rename
     from jlora.adapters._edit import update as update
+    from jlora.adapters._generation import mixed_steps as mixed_steps
     from jlora.adapters._mixed import Mixture as Mixture
     from jlora.adapters._mixed import mixed as mixed
     from jlora.adapters._mixed import with_ids as with_ids
@@ -163,6 +164,7 @@ _MODULE_OF = {
     "lorafy": "_tree.lorafy",
     "merge": "_tree.merge",
     "mixed": "adapters._mixed",
+    "mixed_steps": "adapters._generation",
     "pick": "adapters._bank",
     "remove": "adapters._edit",
     "rename": "adapters._edit",

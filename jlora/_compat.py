@@ -96,6 +96,12 @@ def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
+def function_of(jaxpr: Jaxpr, structure: Any) -> Callable[..., Any]:
+    """A program as a function of its operands; its results are a tree."""
+    run = jex.jaxpr_as_fun(jaxpr)
+    return lambda *args: jax.tree.unflatten(structure, run(*args))
+
+
 def rebind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
     """Run one equation as it stands on other operands."""
     params = eqn.primitive.get_bind_params(eqn.params)

@@ -19,4 +19,5 @@ _compress   terms of a lower rank, by QR and SVD
 _sparse     TIES, DARE and magnitude pruning
 _bank       several adapters stacked, and one of them again
 _mixed      functions of batches in which every example names its adapter
+_generation the same of the steps of generation
 """

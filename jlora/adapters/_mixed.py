@@ -123,7 +123,7 @@ def mixed(
 
     @functools.wraps(fn)
     def run(mixture: Mixture, *args: Any, **kwargs: Any) -> Any:
-        bank, ids = _checked(mixture)
+        bank, ids = checked(mixture)
         leaves, structure = jax.tree.flatten(args)
         axes = _axes_of(in_axes, args, ids.shape[0])
         mapped = {n: axis for n, axis in enumerate(axes) if axis is not None}
@@ -137,7 +137,7 @@ def mixed(
             return without_nodes(lorafied(params, *given, **kwargs))
 
         size, every = ids.shape[0], [0, 0, *mapped.values()]
-        parts = [_by_example(leaves[n], axis, size) for n, axis in mapped.items()]
+        parts = [by_example(leaves[n], size, axis) for n, axis in mapped.items()]
         numbers = _compat.sharded_like(jnp.arange(size), ids)
         out = jax.vmap(one, in_axes=every)(numbers, ids, *parts)
         return jax.tree.map(together, out)
@@ -184,14 +184,32 @@ def without_nodes(out: Any) -> Any:
     return out
 
 
-def _by_example(x: Any, axis: int, size: int) -> Array:
-    """An argument's rows by example: `[..., B * n, ...]` as `[..., B, n, ...]`."""
-    x = jnp.asarray(x)
-    shape = x.shape
-    return x.reshape(*shape[:axis], size, shape[axis] // size, *shape[axis + 1 :])
+def by_example(tree: Any, size: int, axis: int = 0) -> Any:
+    """The arrays' rows by example: `[..., B * n, ...]` as `[..., B, n, ...]`.
+
+    Raises:
+      ShapeError: an array of which each example would not get as many rows.
+    """
+
+    def one(x: Any) -> Array:
+        x = jnp.asarray(x)
+        shape = x.shape
+        if not shape or shape[axis] % size:
+            raise ShapeError(
+                f"{x.dtype}{list(shape)} has not as many rows for each of {size} "
+                "examples.\nids name one adapter for each example (prompt)."
+            )
+        return x.reshape(*shape[:axis], size, shape[axis] // size, *shape[axis + 1 :])
+
+    return jax.tree.map(one, tree)
 
 
-def _checked(mixture: Any) -> tuple[Tree, Array]:
+def checked(mixture: Any) -> tuple[Tree, Array]:
+    """Bank and numbers of a mixture.
+
+    Raises:
+      StructureError: it is none.
+    """
     if not isinstance(mixture, Mixture):
         raise StructureError(
             f"a function of jlora.mixed takes jlora.with_ids(bank, ids) first, not a "

@@ -15,7 +15,7 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
-            "sweep")  # fmt: skip
+            "sweep", "mixed_batches")  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "generate":
             add("--beams", nargs="+", type=int, default=[1, 4])
             add("--tokens", type=int, default=64, help="new ones")
+        if name == "mixed_batches":
+            add("--adapters", nargs="+", type=int, default=[2, 8], metavar="N")
         if name == "text":
             add("--data", metavar="DIR", required=True, help="holds train.{de,en}[.gz]")
             add("--sentences", type=int, default=1024, help="a pass (1024)")

@@ -245,3 +245,22 @@ def merge(case: Mapping[str, Any], safe: bool) -> Any:
     start = time.perf_counter()
     step()
     return step, {"bytes_moved": moved, "first_s": time.perf_counter() - start}
+
+
+def mixed_batches(case: Mapping[str, Any], adapters: int) -> Any:
+    """PEFT's mixed batch: `adapter_names` in a forward pass."""
+    from benchmarks.mixed_batches import numbers
+
+    one = Case(**case)
+    model = made(one, "PEFT").eval()
+    names = ["default", *(f"adapter{n}" for n in range(1, adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, model.peft_config["default"])
+    ids = on_device(one.arrays())["input_ids"]
+    which = [names[n] for n in numbers(len(ids), adapters)]
+
+    def step() -> None:
+        with torch.inference_mode(), autocast(one):
+            waited(model(input_ids=ids, adapter_names=which).logits)
+
+    return step, {}

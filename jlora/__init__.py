@@ -14,7 +14,7 @@
     add  activate  disable    several named adapters on one base, an `AdapterSet`
     rename  remove  update    its names, and other numbers for an adapter
     weighted                  one adapter of several: sums, TIES, DARE, compression
-    bank  pick  with_ids      adapters stacked on one base, and who acts on which example
+    bank  pick  with_ids      adapters stacked on a base, and who acts on which example
     mixed  mixed_steps        functions of such batches, and of generation
     Target                    settings of some kernels: rank, alpha, axes
     VeRA  LoHa  LoKr          other forms of the update, with their settings

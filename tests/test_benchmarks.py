@@ -39,6 +39,15 @@ RUNS = {
     "text": ["--contenders", "jlora"],
     "load": ["--contenders", "jlora", "--repeats", "1"],
     "sweep": [*GPT, "--axes", "adapters", "--contenders", "floor", "jlora"],
+    "mixed_batches": [
+        *GPT,
+        "--adapters",
+        "2",
+        "--contenders",
+        "jlora",
+        "merged, adapter by adapter",
+        "product, ragged_dot",
+    ],
 }
 
 

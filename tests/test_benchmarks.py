@@ -28,6 +28,7 @@ from benchmarks.race import (  # noqa: E402
 )
 from benchmarks.work import Workload  # noqa: E402
 
+T5 = str(pathlib.Path(__file__).parent.parent / "examples/assets/tiny-t5-de-en")
 TINY = ["--quick", "--repeats", "2", "--warmup", "0", "--in-process"]
 GPT = ["--shape", "gpt2-4x128"]
 RUNS = {
@@ -48,6 +49,7 @@ RUNS = {
         "merged, adapter by adapter",
         "product, ragged_dot",
     ],
+    "initialise": ["--model", T5, "--contenders", "default", "PiSSA"],
 }
 
 
@@ -72,7 +74,7 @@ def test_all_commands_are_run():
 
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_measures_saves_and_is_reported(command, corpus, tmp_path):
-    data = ["--data", str(corpus)] if command == "text" else []
+    data = ["--data", str(corpus)] if command in ("text", "initialise") else []
     folder = tmp_path / "results"
     rows = main([command, *TINY, *RUNS[command], *data, "--results", str(folder)])
     saved = json.loads((folder / f"{command}.json").read_text())
@@ -209,7 +211,7 @@ def test_rounds_differ_in_their_order():
 
 def test_contenders_that_nobody_knows():
     for command in {*RUNS} - {"compile_time"}:
-        data = ["--data", "."] if command == "text" else []
+        data = ["--data", "."] if command in ("text", "initialise") else []
         with pytest.raises(SystemExit, match="no contender nothing; there are "):
             main([command, *TINY, *data, "--contenders", "jlora", "nothing"])
 

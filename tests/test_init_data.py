@@ -283,6 +283,45 @@ def test_slices_of_a_fused_kernel_start_from_their_own_gradients():
     np.testing.assert_allclose(node.merged(), params["c_attn"]["kernel"], atol=1e-5)
 
 
+# -- LoftQ -----------------------------------------------------------------------------
+
+
+def best(x, rank):
+    u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def test_loftq_starts_with_what_quantising_loses():
+    w = normal(11, 64, 7)
+    make = lambda: jlora.lorafy({"w": w}, 2, ["w"], alpha=5.0)
+    node = jlora.init.loftq(make(), "nf4", double=False)["w"]
+    codes = jlora.quantize({"w": w}, "nf4", double=False, targets=["w"])
+    q = jlora.dequantize(codes)["w"]
+    np.testing.assert_array_equal(node.base.codes, codes["w"].codes)
+    np.testing.assert_allclose(node.delta(), best(w - q, 2), **CLOSE)
+    twice = jlora.init.loftq(make(), "nf4", double=False, steps=5)["w"]
+    off = [float(jnp.linalg.norm(x - w)) for x in (q, node.value(), twice.value())]
+    assert off[2] < off[1] < off[0]
+    assert node.adapters[""].shifted
+    f = lambda p, x: x @ p
+    x = normal(12, 3, 64)
+    got = jlora.lora(f)(node, x)
+    np.testing.assert_allclose(got, x @ node.value(), rtol=1e-3, atol=1e-3)
+
+
+def test_loftq_refuses():
+    for steps in (0, 1.5, True):
+        with pytest.raises(OptionError, match="steps="):
+            jlora.init.loftq(small(), "int8", steps=steps)
+    with pytest.raises(OptionError, match="form='nf3'"):
+        jlora.init.loftq(small(), "nf3")
+    with pytest.raises(StructureError, match="DoRA"):
+        jlora.init.loftq(small(dora=True), "int8")
+    done = jlora.init.loftq(small(), "int8")
+    with pytest.raises(StructureError, match="int8, cannot hold the rest"):
+        jlora.init.loftq(done, "int8")
+
+
 # -- all of them -----------------------------------------------------------------------
 
 

@@ -270,3 +270,22 @@ def test_lora_ga(direction, record_property):
         update = 2.5 * (ours[0] * signs[0] * signs[1]) @ ours[1]
         shifted = np.asarray(node.merged()) - update
         note(record_property, f"{name} base", shifted, base)
+
+
+def test_loftq(record_property):
+    """Of bitsandbytes' codes and PEFT's decomposition; its own loop needs a GPU."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    w = torch.tensor(np.random.default_rng(0).normal(size=(7, 64)), dtype=torch.float32)
+    rest = w.clone()
+    for _ in range(3):
+        codes, state = functional.quantize_4bit(rest, quant_type="nf4", blocksize=64)
+        q = functional.dequantize_4bit(codes, state)
+        found = _low_rank_decomposition(w - q, reduced_rank=2)
+        update = found["L"] @ found["R"]
+        rest = w - update
+    tree = jlora.lorafy({"w": {"kernel": w.numpy().T}}, 2, ["w"])
+    node = jlora.init.loftq(tree, "nf4", steps=3, double=False)["w"]["kernel"]
+    note(record_property, "update", node.delta(), update.numpy().T)
+    note(record_property, "base", node.value() - node.delta(), q.numpy().T)

@@ -9,8 +9,8 @@
 `PiSSA`. Your own, of a kernel's numbers, is a `FromKernel`.
 
 What needs data is a function of the tree that lorafy makes: `eva` and `corda` read the
-inputs of its kernels, `lora_ga` their gradients. `fn(params, batch)` takes plain
-parameters.
+inputs of its kernels, `lora_ga` their gradients, `loftq` what quantising them loses.
+`fn(params, batch)` takes plain parameters.
 
 >>> tree = jlora.lorafy(params, 2, ["query"])
 >>> apply = lambda p, x: x @ p["query"]["kernel"]
@@ -23,6 +23,7 @@ was; `unshift` turns what was trained into an adapter of the kernels as they wer
 from jlora._tree.initializers import FromKernel as FromKernel
 from jlora.init._corda import corda as corda
 from jlora.init._eva import eva as eva
+from jlora.init._loftq import loftq as loftq
 from jlora.init._lora_ga import lora_ga as lora_ga
 from jlora.init._names import named as named
 from jlora.init._olora import OLoRA as OLoRA

@@ -43,7 +43,7 @@ def with_factors(t: Adapter, a: Array, b: Array, scale: Array, leaf: Array) -> A
     shape_b = (*t.b.shape[:many], rank, *t.b.shape[many + 1 :])
     a, b = (x.astype(t.a.dtype) for x in (a, b))
     made = dataclasses.replace(t, a=a.reshape(shape_a), b=b.reshape(shape_b))
-    return _placed(dataclasses.replace(made, scale=scale), leaf)
+    return placed(dataclasses.replace(made, scale=scale), leaf)
 
 
 def from_kernels(
@@ -64,13 +64,14 @@ def from_kernels(
             key = jax.random.key(0)  # nothing is drawn
             made, base = start_from_kernel(init, key, base, t, path, more)
             # DoRA's magnitude stays: base and product have the sum that they had.
-            adapters[name] = _placed(made, x.base)
+            adapters[name] = placed(made, x.base)
         return LowRank(base, adapters, path)
 
     return map_nodes(one, tree)
 
 
-def _placed(t: Adapter, leaf: Array) -> Adapter:
+def placed(t: Adapter, leaf: Array) -> Adapter:
+    """The adapter on the mesh that its kernel is on."""
     where = placed_adapter(t, leaf)
     if where.a.sharding is None:
         return t

@@ -332,6 +332,11 @@ def is_node(x: Any) -> bool:
     return isinstance(x, LowRank | Full | Rows | Quantized)
 
 
+def is_trained(x: Any) -> bool:
+    """Whether x is a node of which something is trained: all but quantised kernels."""
+    return is_node(x) and not isinstance(x, Quantized)
+
+
 def is_array(x: Any) -> bool:
     """Whether x is an array or the shape of one.
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from jlora._kernel.adapter import PARTS, Adapter
-from jlora._kernel.nodes import Full, LowRank, Rows, is_node
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node, is_trained
 from jlora._kernel.opaque import Origin
 from jlora._kernel.quantized import Quantized
 from jlora._paths import leaf_paths
@@ -55,7 +55,7 @@ def beside(tree: Tree) -> list[str]:
 def _frozen_paths(leaves: Iterable[tuple[str, Any]]) -> Callable[[str], bool]:
     """Whether a plain leaf at a path is of the lorafied tree of one of the nodes."""
     # A quantised kernel alone says nothing of what else is trained.
-    nodes = ((p, x) for p, x in leaves if is_node(x) and not isinstance(x, Quantized))
+    nodes = ((p, x) for p, x in leaves if is_trained(x))
     trees = {_tree_of(path, x.path) for path, x in nodes}
 
     def is_frozen(path: str) -> bool:

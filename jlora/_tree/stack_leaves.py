@@ -15,6 +15,8 @@ from jlora._errors import ShapeError, StructureError
 from jlora._kernel.adapter import DIMS_OF, PARTS, Adapter
 from jlora._kernel.axes import Dims
 from jlora._kernel.nodes import Full, LowRank, Rows, is_array, is_node
+from jlora._kernel.opaque import Note
+from jlora._kernel.quantized import Quantized
 from jlora._paths import module_of
 
 # -- stacking --------------------------------------------------------------------------
@@ -43,14 +45,27 @@ def stack_leaf(leaves: list[Any], where: str, inner: str) -> Any:
         value = _stack_arrays([leaf.value for leaf in leaves], where)
         return Full(value, _without_number(first.path, inner))
     if not isinstance(first, LowRank):
-        return _stack_arrays(leaves, where)
+        return _stack_bases(leaves, where, inner)
     _alike(where, [sorted(node.adapters) for node in leaves])
     adapters = {
         name: _stack_adapters([node.adapters[name] for node in leaves], where)
         for name in first.adapters
     }
-    base = _stack_arrays([node.base for node in leaves], where)
+    base = _stack_bases([node.base for node in leaves], where, inner)
     return LowRank(base, adapters, _without_number(first.path, inner))
+
+
+def _stack_bases(layers: list[Any], where: str, inner: str) -> Any:
+    """Kernels, of which all or none are quantised."""
+    first = layers[0]
+    _alike(where, [type(x) is Quantized for x in layers])
+    if not isinstance(first, Quantized):
+        return _stack_arrays(layers, where)
+    _alike(where, [x.layout for x in layers])
+    arrays = zip(*(x.tree_flatten()[0] for x in layers), strict=True)
+    stacked = [_stack_arrays(list(xs), where) for xs in arrays]
+    path = _without_number(first.path, inner)
+    return Quantized.tree_unflatten((first.layout, Note(path)), stacked)
 
 
 # A node's path begins where `lorafy` saw the tree begin, which may be elsewhere.
@@ -194,11 +209,15 @@ def number_of_layers(leaf: Any, path: str) -> int | None:
                 sizes.append(x.shape[dims.index(0)])
             return x, dims
 
-        note(leaf.base, (0,))
+        for x in jax.tree.leaves(leaf.base):
+            note(x, (0,))
         for t in leaf.adapters.values():
             t.map(note)
         return sizes[0] if sizes else None
     x = leaf.value if isinstance(leaf, Full) else leaf
+    if isinstance(x, Quantized):
+        codes = x.codes
+        return codes.shape[0] if is_array(codes) and x.batch else None
     if not is_array(x):
         return None
     return x.shape[0] if x.shape else 0
@@ -213,10 +232,11 @@ def layer_of(leaf: Any, i: int, inner: str) -> Any:
     if isinstance(leaf, Full):
         return Full(_index(leaf.value, 0, i), _with_number(leaf.path, inner, i))
     if not isinstance(leaf, LowRank):
-        return _index(leaf, 0, i)
+        return _base_of(leaf, i, inner)
 
     def one(t: Adapter) -> Adapter:
-        is_half = not all(map(is_array, (leaf.base, t.a, t.b)))
+        is_half = not all(map(is_array, (*jax.tree.leaves(leaf.base), t.a, t.b)))
+        is_half = is_half or not jax.tree.leaves(leaf.base)
         if t.starts[0] or not (is_half or t.full(0, leaf.shape[0])):
             raise StructureError(
                 f"{leaf.path}: an adapter spans only some of the layers, so they "
@@ -232,8 +252,15 @@ def layer_of(leaf: Any, i: int, inner: str) -> Any:
         )
         return dataclasses.replace(t, starts=t.starts[1:])
 
-    changed = leaf.map(_index(leaf.base, 0, i), one)
+    changed = leaf.map(_base_of(leaf.base, i, inner), one)
     return dataclasses.replace(changed, path=_with_number(leaf.path, inner, i))
+
+
+def _base_of(x: Any, i: int, inner: str) -> Any:
+    if not isinstance(x, Quantized):
+        return _index(x, 0, i)
+    one = x.map(lambda array: _index(array, 0, i))
+    return dataclasses.replace(one, path=_with_number(x.path, inner, i))
 
 
 def _index(x: Any, axis: int, i: int) -> Any:

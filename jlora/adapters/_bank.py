@@ -15,7 +15,7 @@ from jlora._kernel.axes import Array
 from jlora._kernel.bank import has_bank, size_of, stack_terms
 from jlora._kernel.bank import pick as pick_term
 from jlora._kernel.forms import as_lora
-from jlora._kernel.nodes import LowRank, is_node
+from jlora._kernel.nodes import LowRank, is_node, is_trained
 from jlora._paths import Tree, leaf_paths
 from jlora.adapters._pad import padded
 from jlora.adapters._same_base import check_same_base
@@ -110,7 +110,7 @@ def bank_size(tree: Tree) -> int:
 def _refuse_others(number: int, tree: Tree) -> None:
     """Refuse what a bank cannot hold."""
     for x in jax.tree.leaves(tree, is_leaf=is_node):
-        if is_node(x) and not isinstance(x, LowRank):
+        if is_trained(x) and not isinstance(x, LowRank):
             raise StructureError(
                 f"tree {number}: the {x.kind} {x.path!r} {x.shape} is no adapter, and "
                 "each example would need one of its own.\nA bank holds low-rank "

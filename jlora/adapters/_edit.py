@@ -11,7 +11,7 @@ import jax
 
 from jlora._errors import OptionError, StructureError
 from jlora._kernel.bank import has_bank
-from jlora._kernel.nodes import LowRank, is_node, same_structure
+from jlora._kernel.nodes import LowRank, is_node, is_trained, same_structure
 from jlora._paths import Tree, leaf_paths, leaves_by_path, map_with_path
 from jlora._text import listed
 from jlora._tree import options
@@ -258,7 +258,7 @@ def _described(x: Part | None) -> str:
 
 def _begun(params: Tree) -> AdapterSet:
     leaves = jax.tree.leaves(params, is_leaf=is_node)
-    if any(map(is_node, leaves)):
+    if any(map(is_trained, leaves)):
         raise StructureError(
             "jlora.add begins a set with the plain parameters, and these have adapters "
             "already.\nPass the base that they were made of, jlora.add(params, name, "

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._errors import StructureError
-from jlora._kernel.nodes import Full, LowRank, Rows, is_node, with_origin
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node, is_trained, with_origin
 from jlora._paths import Tree, leaf_paths
 
 
@@ -59,7 +59,7 @@ def parts_of(tree: Tree) -> Tree:
             # Keys of dropout are of one step.
             own = lambda t: dataclasses.replace(t, key=None, keep=None)  # noqa: E731
             return Part(x.map(None, own))
-        if not is_node(x):
+        if not is_trained(x):
             return None
         return Part(x if _is_whole(x) else _with_base(x, None))
 

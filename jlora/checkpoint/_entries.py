@@ -13,8 +13,7 @@ from jax.sharding import NamedSharding
 
 from jlora._errors import CheckpointError
 from jlora._kernel.adapter import PARTS, Adapter
-from jlora._kernel.nodes import Full, LowRank, Rows, is_node
-from jlora._kernel.quantized import Quantized
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node, is_trained
 from jlora._paths import leaves_by_path
 from jlora.checkpoint._digests import IN_BLOCKS, leaf_print
 from jlora.checkpoint._fingerprint import Fingerprint, fingerprint_of
@@ -39,7 +38,7 @@ def as_json(name: str, value: Any) -> dict[str, Any]:
 def nodes(params: Tree) -> Iterator[tuple[str, Any]]:
     """The nodes of a tree of which something is trained, with their paths."""
     for path, x in leaves_by_path(params, is_leaf=is_node).items():
-        if is_node(x) and not isinstance(x, Quantized):
+        if is_trained(x):
             yield path, x
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jlora._errors import CheckpointError, StructureError, TargetError
 from jlora._kernel.bank import refuse_banks
-from jlora._kernel.nodes import is_node, with_origin
+from jlora._kernel.nodes import is_node, is_trained, with_origin
 from jlora._paths import leaves_by_path, map_with_path
 from jlora._tree.conventions import stacked_leaves
 from jlora._tree.partition import check_trained
@@ -76,7 +76,7 @@ def load(
     """
     place = adapter_folder(folder, adapter)
     leaves = leaves_by_path(params, is_leaf=is_node)
-    adapted = [path for path, x in leaves.items() if is_node(x)]
+    adapted = [path for path, x in leaves.items() if is_trained(x)]
     if adapted:
         raise CheckpointError(
             f"jlora.peft.load takes the plain base, but {adapted[0]!r} is adapted or "
@@ -101,7 +101,7 @@ def load(
         nodes.update(found)
     if not nodes:
         raise CheckpointError(f"{contents.where} holds no tensors.")
-    return with_origin(map_with_path(nodes.get, params))
+    return with_origin(map_with_path(nodes.get, params, is_leaf=is_node))
 
 
 def load_all(

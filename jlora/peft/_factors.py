@@ -14,6 +14,8 @@ from jlora._errors import ShapeError, StructureError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Dims, align
 from jlora._kernel.nodes import LowRank
+from jlora._kernel.placement import sharding_of
+from jlora._kernel.quantized import dense
 from jlora._processes import on_host
 from jlora._tree.lorafy import lorafy
 from jlora._tree.targets import Target
@@ -66,7 +68,7 @@ def new_adapter(
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding_of(leaf)
     named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
     return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=named)
 
@@ -153,7 +155,7 @@ def _magnitude(
     wholes = [_outputs(node, t, t.magnitude) for t in terms]
     out = wholes[0]
     if not all(t.covers(node.shape) for t in terms):
-        base = np.square(on_host(node.base).astype(np.float32))
+        base = np.square(on_host(dense(node.base)).astype(np.float32))
         others = tuple(d for d in range(node.ndim) if d not in terms[0].o_dims)
         out = np.sqrt(np.sum(base, axis=others)).astype(wholes[0].dtype)
         for t, whole in zip(terms, wholes, strict=True):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jlora._errors import ShapeError, TargetError
+from jlora._kernel.quantized import dense
 from jlora._paths import BIAS_NAMES, module_of
 from jlora._processes import on_host
 from jlora._tree import conventions, matching
@@ -110,7 +111,7 @@ class Param:
 
     def as_torch(self, value: Any, fan_in_fan_out: bool) -> np.ndarray:
         """The leaf's value as PyTorch lays it out."""
-        value = on_host(value)
+        value = on_host(dense(value))
         if self.name == "bias":
             return np.ascontiguousarray(value.reshape(-1))
         if (order := self.conv()) is not None:

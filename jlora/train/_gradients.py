@@ -222,40 +222,38 @@ def at_least_f32(x: Array) -> Array:
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:
-    """The tree with its floating arrays in that dtype; None leaves them.
-
-    A quantised kernel has that dtype once it is dense.
-    """
+    """The tree with its floating arrays in that dtype; None leaves them."""
 
     def one(x: Any) -> Any:
-        if isinstance(x, Quantized):
-            return x.with_dtype(dtype)
         is_float = isinstance(x, jax.Array | np.ndarray)
         is_float = is_float and jnp.issubdtype(x.dtype, jnp.floating)
         return x.astype(dtype) if is_float else x
 
-    return tree if dtype is None else jax.tree.map(one, tree, is_leaf=_is_quantized)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, Quantized)
+    return tree if dtype is None else jax.tree.map(one, tree)
 
 
 def cast_base(frozen: Tree, dtype: Any) -> Tree:
-    """Kernels and plain leaves; the adapters' scales stay float32."""
+    """Kernels and plain leaves; scales, of adapters and of codes, stay float32."""
 
     def one(x: Any) -> Any:
         if isinstance(x, LowRank | Rows):
-            return dataclasses.replace(x, base=cast(x.base, dtype))
-        return x if isinstance(x, Full) else cast(x, dtype)
+            return dataclasses.replace(x, base=one(x.base))
+        return x if isinstance(x, Full | Quantized) else cast(x, dtype)
 
     return jax.tree.map(one, frozen, is_leaf=is_node)
 
 
 def cast_full(params: Tree, dtype: Any) -> Tree:
-    """Fully trained leaves, at use: what is updated stays as it is."""
-    return jax.tree.map(
-        lambda x: Full(cast(x.value, dtype)) if isinstance(x, Full) else x,
-        params,
-        is_leaf=is_node,
-    )
+    """Fully trained leaves, at use: what is updated stays as it is.
+
+    And quantised kernels, of which only the dense form has a dtype.
+    """
+
+    def one(x: Any) -> Any:
+        if isinstance(x, Full):
+            return Full(cast(x.value, dtype))
+        if isinstance(x, LowRank | Rows):
+            return dataclasses.replace(x, base=one(x.base))
+        return x.with_dtype(dtype) if isinstance(x, Quantized) else x
+
+    return params if dtype is None else jax.tree.map(one, params, is_leaf=is_node)

@@ -37,6 +37,11 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
+_PRODUCTS = (
+    "dot_general", "conv_general_dilated", "gather", "ragged_dot", "ragged_dot_general",
+)  # fmt: skip
+
+
 def is_quantised(x: Any) -> bool:
     """Whether an operand is low-rank with a quantised base."""
     return isinstance(x, LowRank) and isinstance(x.base, Quantized)
@@ -51,6 +56,8 @@ def for_rule(eqn: Eqn, operands: list[Any]) -> list[Any]:
         name == "dot_general" and all(isinstance(x, LowRank) for x in operands)
     ):
         return [with_dense_base(x) for x in operands]
+    if name in _PRODUCTS:  # rules are for adapters
+        return [x.base if _is_bare(x) else x for x in operands]
     if name == "scan":
         parts = _compat.scan_parts(eqn)
         first = parts.num_consts + parts.num_carry
@@ -74,6 +81,10 @@ def returned(x: Any) -> Any:
     if x.base.layout.then:
         return with_dense_base(x)
     return x if x.adapters else x.base
+
+
+def _is_bare(x: Any) -> bool:
+    return is_quantised(x) and not x.adapters
 
 
 def _is_sliceable(x: Any) -> bool:
@@ -121,6 +132,9 @@ def _dense_for_once(operation: Any) -> Any:
     primitive, params = operation
 
     def run(*xs: Any) -> Any:
+        # XLA would make the dense kernels of a loop once, before it, and keep them all:
+        # so the codes come as late as what they are multiplied with.
+        xs = lax.optimization_barrier(xs)
         return primitive.bind(*map(dense, xs), **dict(params))
 
     return jax.checkpoint(run)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora._processes import on_host, read_shard
@@ -71,7 +72,7 @@ def has_numbers(x: Any) -> bool:
 
 def is_key(x: Any) -> bool:
     """Whether x is an array of PRNG keys."""
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def leaf_kind(x: Any) -> LeafPrint:

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import orbax.checkpoint as ocp  # `_storage` says what to install
 
 from jlora._errors import CheckpointError
+from jlora._files import PathLike
 from jlora._processes import agree, on_first
 from jlora.checkpoint import _storage
 from jlora.checkpoint._entries import Check
 from jlora.checkpoint._fingerprint import Fingerprint, fingerprint
 from jlora.checkpoint._states import restore_state, state_content
-from jlora.checkpoint._storage import PathLike, ocp
 
 if TYPE_CHECKING:
     from jlora.train._state import TrainState

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora._errors import CheckpointError, StructureError, TargetError
+from jlora._files import PathLike
 from jlora._kernel.bank import refuse_banks
 from jlora._kernel.nodes import is_node, is_trained, with_origin
 from jlora._paths import leaves_by_path, map_with_path
@@ -18,7 +19,6 @@ from jlora.peft._fields import check_config
 from jlora.peft._files import (
     CONFIG,
     WEIGHTS,
-    PathLike,
     adapter_folder,
     adapters_in,
     check_free,

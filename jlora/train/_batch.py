@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 
@@ -52,7 +53,7 @@ _WIDE = (np.dtype(np.int64), np.dtype(np.uint64))
 
 @functools.lru_cache(maxsize=256)
 def _is_number(dtype: Any) -> bool:
-    return any(dtypes.issubdtype(dtype, kind) for kind in (np.number, np.bool_))
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_))
 
 
 def _as_dicts(x: Any) -> Any:

@@ -17,7 +17,7 @@
     bank  pick  with_ids      adapters stacked on a base, and who acts on which example
     mixed  mixed_steps        functions of such batches, and of generation
     Target                    settings of some kernels: rank, alpha, axes
-    VeRA  LoHa  LoKr          other forms of the update, with their settings
+    VeRA  LoHa  LoKr  AdaLoRA other forms of the update, with their settings
     LowRank  Full  Rows  Quantized    stand in the place of leaves; `is_node` tells
 
     jlora.train               states, steps, losses, evaluation, whole runs
@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from jlora._tree.summary import Summary as Summary
     from jlora._tree.summary import summary as summary
     from jlora._tree.targets import Target as Target
+    from jlora._tree.variants import AdaLoRA as AdaLoRA
     from jlora._tree.variants import LoHa as LoHa
     from jlora._tree.variants import LoKr as LoKr
     from jlora._tree.variants import VeRA as VeRA
@@ -126,6 +127,7 @@ _SUBMODULES = (
     "train",
 )
 _MODULE_OF = {
+    "AdaLoRA": "_tree.variants",
     "Adapter": "_kernel.adapter",
     "AdapterSet": "adapters._set",
     "CheckpointError": "_errors",

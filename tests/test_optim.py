@@ -179,6 +179,9 @@ def test_lora_fa_refuses_what_trains_nothing(tree):
     for part in (jlora.split(tree)[0], jax.eval_shape(lambda: tree)):
         with pytest.raises(jlora.StructureError, match="no scale with a number"):
             lora_fa(optax.sgd(1.0), part)
+    other = jlora.lorafy({"x": jnp.ones((7, 5))}, R, ["x"], variant="adalora")
+    with pytest.raises(jlora.StructureError, match="no factor A to fix"):
+        lora_fa(optax.sgd(1.0), other)
     half, grads = gradients(tree)
     tx = lora_fa(optax.sgd(1.0), jlora.lorafy({"x": jnp.ones((7, 5))}, R, ["x"]))
     with pytest.raises(jlora.StructureError, match="without the adapter 'c_attn"):

@@ -239,7 +239,7 @@ class Adapter:
 # What the parts of other forms are to optimisers: like the factor of their side.
 PARTS = {
     "proj_a": "frozen", "proj_b": "frozen", "lambda_d": "a", "lambda_b": "b",
-    "a1": "a", "a2": "a", "b1": "b", "b2": "b", "w1": "b",
+    "a1": "a", "a2": "a", "b1": "b", "b2": "b", "w1": "b", "a": "a", "e": "e", "b": "b",
 }  # fmt: skip
 # Each array, and the field that says which dimensions its axes lie along.
 DIMS_OF = {

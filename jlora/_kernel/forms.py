@@ -4,6 +4,8 @@
     vera   lambda_d [r], lambda_b [*out] are trained,    proj_a       d · proj_b · b
            proj_a [*in, r], proj_b [r, *out] are not
     loha   a1, a2 [*in, r], b1, b2 [r, *out]             a1 ⊙ a2      b1 ⊙ b2
+    ada-   a [*in, r], e [r], b [r, *out]                a · e        b
+    lora
     lokr   w1 [i1, o1] or a1 [i1, r], b1 [r, o1];        a1 ⊗ a2      b1 ⊗ b2
            a2 [i2, r], b2 [r, o2]
 
@@ -15,7 +17,8 @@ Every adapter has the parts of one form. They are made factors where a replay, a
 or a norm begins; behind that all adapters are alike.
 
 Source: Kopiczko et al. 2023, arXiv:2310.11454 (VeRA); Hyeon-Woo et al. 2021,
-arXiv:2108.06098 (FedPara, LoHa); Yeh et al. 2023, arXiv:2309.14859 (LoKr).
+arXiv:2108.06098 (FedPara, LoHa); Yeh et al. 2023, arXiv:2309.14859 (LoKr); Zhang et
+al. 2023, arXiv:2303.10512 (AdaLoRA).
 """
 
 from __future__ import annotations
@@ -146,10 +149,18 @@ def _side(
     return align(product, (*t.s_dims, *rest, *factored, RANK), (*t.s_dims, *axes, RANK))
 
 
+def _adalora(t: Adapter, parts: Parts, shape: Sequence[int]) -> Factors:
+    """The singular values go to `a`."""
+    dims = dict(t.p_dims)
+    a = parts["a"] * expand(parts["e"], dims["e"], dims["a"])
+    return (a, dims["a"]), (parts["b"], dims["b"])
+
+
 _FORMS: dict[str, Callable[[Adapter, Parts, Sequence[int]], Factors]] = {
     "vera": _vera,
     "loha": _loha,
     "lokr": _lokr,
+    "adalora": _adalora,
 }
 
 
@@ -161,6 +172,8 @@ def rank_of(form: str, parts: Mapping[str, Any], dims: Mapping[str, Dims]) -> in
 
     if form == "vera":
         return size("lambda_d", RANK)
+    if form == "adalora":
+        return size("e", RANK)
     if form == "loha":
         return size("a1", RANK) * size("a2", RANK)
     outer = (

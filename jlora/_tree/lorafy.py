@@ -93,8 +93,8 @@ def lorafy(
         dropout acts on the low-rank term only.
       lora_bias: give each adapter a bias of its own, which starts at zero. It counts
         alpha/r times and needs layers that have a bias.
-      variant: another form of the update, `"vera"`, `"loha"` or `"lokr"`, or one with
-        its settings, `VeRA(...)`, `LoHa()`, `LoKr(...)`. None and `"lora"` are LoRA.
+      variant: another form of the update, `"vera"`, `"loha"`, `"lokr"`, `"adalora"`,
+        or one with its settings, `LoKr(...)`. None and `"lora"` are LoRA.
       trainable_tokens: entries of tables `[V, d]` and the rows of each to train as they
         are, `{"shared/embedding": [32100, 32101]}`; the table's other rows stay.
       init: how factors start: `"default"`, `"gaussian"` (embeddings start as PEFT's

@@ -21,10 +21,10 @@ Tree = Any
 def labels(tree: Tree) -> Tree:
     """A label for every leaf of a tree, or of a half of one, for `optax.partition`.
 
-    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), and
-    what is trained on their sides in VeRA, LoHa and LoKr, `"magnitude"`
-    DoRA's, `"full"` a fully trained leaf, `"bias"` one that is named bias or an
-    adapter's own, `"rows"` the trained rows of a table, `"frozen"` the rest.
+    `"a"` and `"b"` are the factors (LoRA+ gives them different rates), and what is
+    trained on their sides in VeRA, LoHa and LoKr, `"e"` AdaLoRA's singular values,
+    `"magnitude"` DoRA's, `"full"` a fully trained leaf, `"bias"` one that is named bias
+    or an adapter's own, `"rows"` the trained rows of a table, `"frozen"` the rest.
 
     >>> tree = lorafy({"w": jnp.ones((3, 2))}, rank=1, targets=["w"])
     >>> [str(x) for x in jax.tree.leaves(labels(tree))]

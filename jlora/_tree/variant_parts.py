@@ -29,7 +29,7 @@ from jlora._kernel.forms import (
 from jlora._kernel.placement import placed_adapter
 from jlora._paths import name_of as last_of
 from jlora._tree.kernel_axes import KernelAxes
-from jlora._tree.variants import Form, LoHa, LoKr, VeRA, name_of
+from jlora._tree.variants import AdaLoRA, Form, LoHa, LoKr, VeRA, name_of
 
 Parts = dict[str, jax.ShapeDtypeStruct]
 AllDims = dict[str, Dims]
@@ -145,6 +145,8 @@ def parts_of(
         }  # fmt: skip
     elif isinstance(form, LoHa):
         dims = {"a1": a, "b1": b, "a2": a, "b2": b}
+    elif isinstance(form, AdaLoRA):
+        dims = {"a": a, "e": (*axes.batch, RANK), "b": b}
     else:
         sizes |= _divided(form, axes, shape, window)
         dims = _lokr_dims(form, axes, rank, sizes, window)
@@ -205,6 +207,8 @@ def _check_rank(
     kernel = f"the kernel {path!r}, which maps {ins} inputs to {outs} outputs"
     if rank < 1:
         raise ShapeError(f"rank={rank} for {kernel}.\nPass a whole number from 1 on.")
+    if isinstance(form, AdaLoRA) and rank > most:
+        raise ShapeError(f"rank={rank} for {kernel}.\nPass one from 1 to {most}.")
     if isinstance(form, LoHa) and whole > most:
         raise ShapeError(
             f"rank={rank} for {kernel}: LoHa's update has rank {rank}² = {whole} "
@@ -241,6 +245,13 @@ def start(
         return {
             "lambda_d": jnp.full(d.shape, form.d_initial, d.dtype),
             "lambda_b": jnp.zeros(b.shape, b.dtype),
+        }
+    if isinstance(form, AdaLoRA):
+        return {
+            n: 0.02 * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            if n != "e"
+            else jnp.zeros(x.shape, x.dtype)
+            for i, (n, x) in enumerate(sorted(parts.items()))
         }
     zero = "a2" if isinstance(form, LoHa) else "w1" if "w1" in parts else "b1"
     out = {}

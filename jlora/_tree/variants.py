@@ -77,9 +77,24 @@ class LoKr:
         options.flags(decompose_both=self.decompose_both)
 
 
-Form = VeRA | LoHa | LoKr
-Variant = Literal["lora", "vera", "loha", "lokr"] | Form
-_WORDS = {"vera": VeRA, "loha": LoHa, "lokr": LoKr}
+@dataclasses.dataclass(frozen=True)
+class AdaLoRA:
+    """A singular value for each rank, so that ranks can be taken away in training.
+
+        ΔW = alpha/r · A · diag(e) · B        e [r] starts at zero
+
+    `jlora.optim.adalora` takes them away, and `jlora.optim.prune` makes LoRA of what
+    remains.
+
+    Source: Zhang et al. 2023, arXiv:2303.10512; PEFT's `AdaLoraConfig`.
+    """
+
+
+Form = VeRA | LoHa | LoKr | AdaLoRA
+Variant = Literal["lora", "vera", "loha", "lokr", "adalora"] | Form
+_WORDS: dict[str, type[Form]] = {
+    "vera": VeRA, "loha": LoHa, "lokr": LoKr, "adalora": AdaLoRA
+}  # fmt: skip
 
 
 def variant_of(given: Any) -> Variant:
@@ -101,7 +116,7 @@ def variant_of(given: Any) -> Variant:
 
 def is_form(variant: Any) -> TypeGuard[Form]:
     """Whether it is another form than LoRA, with its settings."""
-    return isinstance(variant, VeRA | LoHa | LoKr)
+    return isinstance(variant, Form)
 
 
 def name_of(form: Form) -> str:

@@ -15,7 +15,7 @@ from jlora._tree.conventions import EMBEDDING_NAMES
 from jlora._tree.partition import labels
 from jlora.optim._options import positive
 
-_LABELS = ("a", "b", "magnitude", "full", "bias", "rows")
+_LABELS = ("a", "b", "e", "magnitude", "full", "bias", "rows")
 
 
 def lora_plus(

@@ -22,16 +22,15 @@ import numpy as np
 import optax
 
 from jlora._compat import is_explicit, on_mesh_of, reshard, sharded_like
-from jlora._errors import OptionError, StructureError
+from jlora._errors import StructureError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, accumulation_dtype, align, contract
-from jlora._kernel.nodes import LowRank, is_node
-from jlora._paths import Tree, leaves_by_path, map_with_path
+from jlora._paths import Tree
 from jlora._tree.partition import labels
 from jlora.optim._options import positive
+from jlora.optim._terms import Term, map_terms, needed, terms_of
 
 _RANK_TOO = -2  # the other rank axis of a Gram matrix
-Term = tuple[str, str]  # a kernel's path, an adapter's name
 
 
 def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
@@ -59,7 +58,7 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     positive(delta=delta)
 
     def update(grads: Tree, params: Tree | None) -> Tree:
-        terms = _terms(_needed(params, "riemannian"))
+        terms = _pairs(needed(params, "riemannian"))
         of_a = _inverses({n: _gram(t, "a") for n, t in terms.items()}, delta)
         of_b = _inverses({n: _gram(t, "b") for n, t in terms.items()}, delta)
 
@@ -69,7 +68,7 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
             a, b = _times(of_b[name], g, "a"), _times(of_a[name], g, "b")
             return dataclasses.replace(g, a=a, b=b)
 
-        return _map_terms(one, grads)
+        return map_terms(one, grads)
 
     return optax.stateless(update)
 
@@ -105,7 +104,7 @@ def lora_fa(
     scales = _scales(tree)
 
     def project(grads: Tree, params: Tree | None) -> Tree:
-        terms = _terms(_needed(params, "lora_fa"))
+        terms = _pairs(needed(params, "lora_fa"))
         if not terms.keys() <= scales.keys():
             path = next(path for path, _ in terms if path not in dict(scales))
             raise StructureError(
@@ -124,7 +123,7 @@ def lora_fa(
                 g, b=_times(inverse[name] / square[..., None, None], g, "b")
             )
 
-        return _map_terms(one, grads)
+        return map_terms(one, grads)
 
     def groups(half: Tree) -> Tree:
         return jax.tree.map(lambda n: "fixed" if n == "a" else "trained", labels(half))
@@ -133,42 +132,25 @@ def lora_fa(
     return optax.chain(optax.stateless(project), optax.partition(each, groups))
 
 
-def _needed(params: Tree | None, name: str) -> Tree:
-    if params is None:
-        raise OptionError(
-            f"{name} needs the factors themselves: call "
-            "tx.update(grads, opt_state, trainable)."
-        )
-    return params
-
-
-# -- terms -----------------------------------------------------------------------------
-
-
-def _terms(tree: Tree) -> dict[Term, Adapter]:
-    """The adapters whose two factors are there, by path and name."""
+def _pairs(tree: Tree) -> dict[Term, Adapter]:
+    """The adapters whose two factors are there."""
     return {
-        (path, name): t
-        for path, w in leaves_by_path(tree, is_leaf=is_node).items()
-        if isinstance(w, LowRank)
-        for name, t in w.adapters.items()
+        name: t
+        for name, t in terms_of(tree).items()
         if hasattr(t.a, "shape") and hasattr(t.b, "shape")
     }
 
 
-def _map_terms(f: Any, tree: Tree) -> Tree:
-    def one(path: str, node: Any) -> Any:
-        if not isinstance(node, LowRank):
-            return node
-        changed = {name: f((path, name), t) for name, t in node.adapters.items()}
-        return dataclasses.replace(node, adapters=changed)
-
-    return map_with_path(one, tree, is_leaf=is_node)
-
-
 def _scales(tree: Tree) -> dict[Term, np.ndarray]:
     """Each adapter's scale as a constant."""
-    terms = _terms(tree)
+    forms = [(path, t.form) for (path, _), t in terms_of(tree).items() if t.form]
+    if forms:
+        path, form = forms[0]
+        raise StructureError(
+            f"lora_fa: the adapter of {path!r} is of the form {form!r} and has no "
+            "factor A to fix.\nUse LoRA, or another optimiser."
+        )
+    terms = _pairs(tree)
     if not terms:
         raise StructureError(
             "lora_fa: the tree holds no adapters.\nPass what jlora.lorafy returned."

@@ -226,6 +226,7 @@ def test_objects_and_names_mean_the_same(pissa):
         ("eva", OptionError, r"jlora.init.eva\(fn, tree, batches\)"),
         ("lora_ga", OptionError, r"jlora.init.lora_ga\(loss_fn, tree, batches\)"),
         ("lora-ga", OptionError, "did you mean 'lora_ga'"),
+        (jlora.init.PiSSA, OptionError, r"init=PiSSA is a class.*\n.*PiSSA\(\)"),
     ],
 )
 def test_names_that_cannot_be(init, error, says):

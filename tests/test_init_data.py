@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
 from jlora import (
@@ -325,20 +325,26 @@ def test_loftq_refuses():
 # -- all of them -----------------------------------------------------------------------
 
 
-def test_sharded_kernels_stay_sharded():
-    mesh = Mesh(np.array(jax.devices()[:4]), ("y",))
-    where = NamedSharding(mesh, PartitionSpec(None, "y"))
-    w = jax.device_put(normal(4, 7, 8), where)
-    tree = jlora.lorafy({"w": w}, 2, ["w"])
-    f = lambda p, x: x @ p["w"]
-    for out in (
-        jlora.init.eva(f, tree, [X]),
-        jlora.init.corda(f, tree, [X]),
-    ):
-        node = out["w"]
-        assert node.base.sharding == where
-        assert node.adapters[""].b.sharding.spec == PartitionSpec(None, "y")
-        np.testing.assert_allclose(node.merged(), w, atol=1e-5)
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_sharded_kernels_stay_sharded(kind):
+    axis_type = getattr(jax.sharding.AxisType, kind.title())
+    mesh = jax.make_mesh((4,), ("y",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        where = NamedSharding(mesh, PartitionSpec(None, "y"))
+        params = {"w": jax.device_put(normal(4, 7, 8), where)}
+        f = lambda p, x: x @ p["w"]
+        mean = lambda p, x: jnp.mean(f(p, x) ** 2)
+        tree = jlora.lorafy(params, 2, ["w"])
+        trees = [jlora.lorafy(params, 2, ["w"], init="pissa"),
+                 jlora.init.corda(f, tree, [X])]  # fmt: skip
+        if kind == "explicit":
+            trees.append(jlora.init.lora_ga(mean, tree, [X]))
+        else:
+            trees.append(jlora.init.eva(f, tree, [X]))
+        for node in (t["w"] for t in trees):
+            assert node.base.sharding == where
+            assert node.adapters[""].b.sharding.spec == PartitionSpec(None, "y")
+            np.testing.assert_allclose(node.merged(), params["w"], atol=1e-5)
 
 
 def call(name, f=both, tree=None, batches=(X,), **options):

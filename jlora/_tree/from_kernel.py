@@ -74,7 +74,7 @@ def start_from_kernel(
     Raises:
       NonFiniteError: the kernel holds NaN or infinity.
     """
-    whole = _gathered(kernel)
+    whole = gathered(kernel)
     form, rank = form_of(adapter, kernel), adapter.rank
     a, b = _factors(init, form, rank, adapter.a.dtype, key, whole, adapter.scale, data)
     if not isinstance(a, jax.core.Tracer) and not _is_finite(a, b):
@@ -90,7 +90,7 @@ def start_from_kernel(
 def without_product(kernel: Array, adapter: Adapter) -> Array:
     """`W - s·a·b`, summed in float32 at least, rounded once and sharded as W."""
     t = dataclasses.replace(adapter, key=None, magnitude=None, bias=None, role=None)
-    out = _without_product(_gathered(kernel), t)
+    out = _without_product(gathered(kernel), t)
     if _on_mesh(kernel):
         return jax.device_put(out, kernel.sharding)
     return _compat.sharded_like(out, kernel) if isinstance(kernel, jax.Array) else out
@@ -129,7 +129,7 @@ def _without_product(kernel: Array, adapter: Adapter) -> Array:
     return rounded(shifted, kernel.dtype).astype(kernel.dtype)
 
 
-def _gathered(kernel: Array) -> Array:
+def gathered(kernel: Array) -> Array:
     """A sharded kernel whole on every device of its mesh."""
     if _on_mesh(kernel):
         everywhere = NamedSharding(kernel.sharding.mesh, PartitionSpec())

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jlora._errors import OptionError
+
 # An initialiser makes `(a, b)` from a key, the two shapes, the fan-in and a dtype.
 Shape = Sequence[int]
 Factors = tuple[jax.Array, jax.Array]
@@ -101,6 +103,11 @@ def initializer(init: Any, *, is_embedding: bool) -> Initializer | FromKernel:
     Raises:
       OptionError: it is neither a name nor an initialiser.
     """
+    if isinstance(init, type):
+        raise OptionError(
+            f"init={init.__name__} is a class.\nPass one of its objects, "
+            f"{init.__name__}()."
+        )
     if callable(init) or isinstance(init, FromKernel):
         return init
     if isinstance(init, str) and init in INITIALIZERS:

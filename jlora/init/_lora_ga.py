@@ -18,7 +18,7 @@ from jlora._paths import map_with_path
 from jlora._text import listed
 from jlora._transform.lora import lora
 from jlora._tree import options
-from jlora._tree.from_kernel import form_of
+from jlora._tree.from_kernel import form_of, gathered
 from jlora._tree.initializers import Factors, FromKernel
 from jlora.init._inputs import Fn, batches_of, fresh_nodes, plain
 from jlora.init._restart import from_kernels
@@ -88,7 +88,7 @@ def lora_ga(
     gradients = _gradients(loss_fn, tree, nodes, batches)
 
     def of_window(path: str, x: LowRank, t: Adapter) -> tuple[Array]:
-        return (form_of(t, x.base).matrices(gradients[path]),)
+        return (form_of(t, x.base).matrices(gathered(gradients[path])),)
 
     return from_kernels(LoRAGA(direction, scale, float(gamma)), tree, of_window)
 

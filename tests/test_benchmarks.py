@@ -49,6 +49,7 @@ RUNS = {
         "merged, adapter by adapter",
         "product, ragged_dot",
     ],
+    "qlora": ["--model", T5, "--contenders", "LoRA", "nf4"],
     "initialise": ["--model", T5, "--contenders", "default", "PiSSA"],
 }
 
@@ -74,7 +75,7 @@ def test_all_commands_are_run():
 
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_measures_saves_and_is_reported(command, corpus, tmp_path):
-    data = ["--data", str(corpus)] if command in ("text", "initialise") else []
+    data = ["--data", str(corpus)] if command in ("text", "initialise", "qlora") else []
     folder = tmp_path / "results"
     rows = main([command, *TINY, *RUNS[command], *data, "--results", str(folder)])
     saved = json.loads((folder / f"{command}.json").read_text())
@@ -211,7 +212,7 @@ def test_rounds_differ_in_their_order():
 
 def test_contenders_that_nobody_knows():
     for command in {*RUNS} - {"compile_time"}:
-        data = ["--data", "."] if command in ("text", "initialise") else []
+        data = ["--data", "."] if command in ("text", "initialise", "qlora") else []
         with pytest.raises(SystemExit, match="no contender nothing; there are "):
             main([command, *TINY, *data, "--contenders", "jlora", "nothing"])
 

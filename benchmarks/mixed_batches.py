@@ -26,7 +26,8 @@ CONTENDERS: dict[str, tuple[str, str, Row]] = {
     "product, side by side": ("jax", _PRODUCT, {"how": "side by side"}),
     "product, ragged_dot": ("jax", _PRODUCT, {"how": "ragged"}),
 }
-COLUMNS = ("case", "adapters", "contender", "median_ms", "to_floor", "to_peft", "error")
+COLUMNS = ("case", "batch", "adapters", "contender", "median_ms", "to_floor", "to_peft",
+           "error")  # fmt: skip
 
 
 def run(options: Any) -> Iterator[Rows]:
@@ -36,7 +37,8 @@ def run(options: Any) -> Iterator[Rows]:
         for adapters in options.adapters:
             arguments = {"case": one.json, "adapters": adapters}
             result = race(chosen(CONTENDERS, names, **arguments), options)
-            head = {"case": one.title, "adapters": adapters}
+            size = f"{one.batch}x{one.source}"
+            head = {"case": one.title, "batch": size, "adapters": adapters}
             yield result.rows(head, names), result.about
 
 

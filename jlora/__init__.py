@@ -16,6 +16,7 @@
     weighted                  one adapter of several: sums, TIES, DARE, compression
     bank  pick  with_ids      adapters stacked on a base, and who acts on which example
     mixed  mixed_steps        functions of such batches, and of generation
+    activated  activated_ids    adapters from some tokens on, and who acts on each token
     Target                    settings of some kernels: rank, alpha, axes
     VeRA  LoHa  LoKr  AdaLoRA other forms of the update, with their settings
     LowRank  Full  Rows  Quantized    stand in the place of leaves; `is_node` tells
@@ -91,6 +92,8 @@ if TYPE_CHECKING:
     from jlora._tree.variants import LoHa as LoHa
     from jlora._tree.variants import LoKr as LoKr
     from jlora._tree.variants import VeRA as VeRA
+    from jlora.adapters._activated import activated as activated
+    from jlora.adapters._activated import activated_ids as activated_ids
     from jlora.adapters._bank import bank as bank
     from jlora.adapters._bank import pick as pick
     from jlora.adapters._edit import activate as activate
@@ -155,6 +158,8 @@ _MODULE_OF = {
     "UnsupportedOpError": "_errors",
     "WeightedReport": "adapters._weighted",
     "activate": "adapters._edit",
+    "activated": "adapters._activated",
+    "activated_ids": "adapters._activated",
     "add": "adapters._edit",
     "bank": "adapters._bank",
     "VeRA": "_tree.variants",

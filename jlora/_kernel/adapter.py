@@ -43,7 +43,8 @@ class Adapter:
       keep: probability of keeping an input of `a`, `[*batch]`, where it is data beside
         the key and not `1 - dropout`: adapters of unlike rates in one program.
       which: of a bank, whose arrays have an axis `BANK` more, the number of the adapter
-        that acts, int32; a negative one is none. In no tree of parameters.
+        that acts, int32, or of that of each token; a negative one is none. In no tree
+        of parameters.
       parts: what `a` and `b` are made of, by name, where the update has another form;
         `a` and `b` are None then, until `forms.formed` makes them. None without.
       a_dims, b_dims, s_dims, o_dims: the kernel dimension along each axis of `a`, `b`,
@@ -57,6 +58,8 @@ class Adapter:
       form: how `a` and `b` are made of `parts`, a name in `forms`; None without.
       p_dims: the dimension along each axis of each part, by its name. Axes along none,
         of which `RANK` is one, have negative numbers.
+      invocation: token ids from whose last occurrence on the adapter acts (aLoRA), of a
+        bank those of each adapter; None acts everywhere.
       role: the role name that chose this kernel, if any.
     """
 
@@ -80,6 +83,7 @@ class Adapter:
     shifted: bool = False
     form: str | None = None
     p_dims: tuple[tuple[str, Dims], ...] = ()
+    invocation: tuple[Any, ...] | None = None
     role: str | None = None
 
     @property

@@ -43,6 +43,8 @@ def stack_terms(terms: Sequence[Adapter]) -> Adapter:
     }
     if first.o_dims:
         dims["o_dims"] = (BANK, *first.o_dims)
+    if any(t.invocation for t in terms):
+        dims["invocation"] = tuple(t.invocation for t in terms)
     return dataclasses.replace(first, **{n: stacked(n) for n in arrays}, **dims)
 
 
@@ -97,6 +99,23 @@ def has_bank(x: Any) -> bool:
     return isinstance(x, LowRank) and any(t.is_bank for t in x.adapters.values())
 
 
+def by_token(x: Any) -> bool:
+    """Whether x is a kernel with a bank whose adapters act on some tokens each."""
+    terms = x.adapters.values() if isinstance(x, LowRank) else ()
+    return any(t.which is not None and t.which.ndim for t in terms)
+
+
+def at_tokens(w: LowRank, first: int, count: int) -> LowRank:
+    """The kernel with the numbers of some consecutive tokens."""
+
+    def one(t: Adapter) -> Adapter:
+        if t.which is None:
+            return t
+        return dataclasses.replace(t, which=t.which[first : first + count])
+
+    return w.map(w.base, one)
+
+
 def for_product(w: LowRank, rows: int) -> LowRank:
     """The kernel in the form that a product with so many rows an example takes.
 
@@ -105,10 +124,10 @@ def for_product(w: LowRank, rows: int) -> LowRank:
     """
 
     def one(t: Adapter) -> Adapter:
-        by_token = t.which is not None and t.which.ndim
+        each = t.which is not None and t.which.ndim
         masked = t.key is not None
         few = t.is_bank and t.gain is None and rows * size_of(t) <= _SIDE_BY_SIDE
-        return t if by_token or (few and not masked) else pick(t)
+        return t if each or (few and not masked) else pick(t)
 
     return w.map(w.base, one) if has_bank(w) else w
 
@@ -142,4 +161,23 @@ def refuse_banks(tree: Any, function: str) -> None:
             raise StructureError(
                 f"{function}: {x.path!r} holds a bank of adapters, not one.\nTake one "
                 "out of it: jlora.pick(bank, number)."
+            )
+
+
+def refuse_activated(tree: Any, function: str) -> None:
+    """Refuse adapters that act on some tokens only where they would act on all.
+
+    Raises:
+      StructureError: there is one.
+    """
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LowRank)):
+        terms = x.adapters.values() if isinstance(x, LowRank) else ()
+        tokens = next((t.invocation for t in terms if t.invocation), None)
+        if tokens and not has_bank(x):
+            raise StructureError(
+                f"{function}: the adapter of {x.path!r} acts from the invocation "
+                f"tokens {list(tokens)} on, not everywhere (aLoRA).\nUse it by "
+                "jlora.mixed(fn)(jlora.with_ids(bank, jlora.activated_ids(bank, ids, "
+                "input_ids)), input_ids), with bank = jlora.bank([tree]); or let it "
+                "act everywhere: jlora.activated(tree, None)."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,24 @@ def lora(
     >>> lora(lambda p, x: x @ p["kernel"])(params, jnp.ones((1, 3)))
     Array([[3., 3.]], dtype=float32)
     """
+    return transformed(fn, on_missing, stop_frozen)
+
+
+def transformed(
+    fn: Callable[..., Any],
+    on_missing: OnMissing,
+    stop_frozen: bool,
+    tokens: Sequence[int | None] = (),
+) -> Callable[..., Any]:
+    """`lora`, also of a function of which the tokens' axis is known.
+
+    Args:
+      fn: the function.
+      on_missing: as in `lora`.
+      stop_frozen: as in `lora`.
+      tokens: the axis in each leaf of the arguments that follow the first one, None in
+        those without.
+    """
     if on_missing not in ("error", "materialize"):
         raise OptionError(
             f"on_missing={on_missing!r}: expected 'error' or 'materialize'."
@@ -88,7 +106,10 @@ def lora(
         operands = jax.tree.map(_as_jax, [leaves[i] for i in traced])
         jaxpr = jax.make_jaxpr(flat)(*[_dense(x) for x in operands])
         run = Replay(on_missing)
-        results = run.returned(run.replay(jaxpr, operands))
+        before = len(jax.tree.leaves(args[:1], is_leaf=is_node))
+        marks = {before + n: ((d, 0),) for n, d in enumerate(tokens) if d is not None}
+        inputs = [frozenset(marks.get(i, ())) for i in traced] if marks else None
+        results = run.returned(run.replay(jaxpr, operands, inputs))
         # What is handed on goes out as it was given; what is no array, a name or a
         # number, is no result of a program.
         arrays = iter(

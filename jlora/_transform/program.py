@@ -11,6 +11,7 @@ from jlora._compat import Eqn
 from jlora._transform._rules.hadamard import is_adapted
 from jlora._transform.facts import Facts
 from jlora._transform.masks import Uses
+from jlora._transform.tokens import Marks, Tokens
 
 OFTEN = 4  # layers that are not scanned repeat their operations
 
@@ -24,10 +25,16 @@ class Program:
       shared: what rules keep for later equations.
       uses: how often each kernel was used.
       facts: what its text says of its values.
+      tokens: where tokens are in its values, if that was said of its operands.
+      current: the equation that is being replayed.
     """
 
-    def __init__(self, jaxpr: Any, env: dict[Any, Any]) -> None:
+    def __init__(
+        self, jaxpr: Any, env: dict[Any, Any], marks: Sequence[Marks] | None = None
+    ) -> None:
         self.env = env
+        self.tokens = Tokens(jaxpr, marks) if marks and any(marks) else None
+        self.current: Eqn = None
         self.shared: dict[Any, Any] = {}
         self.uses = Uses()
         self.eqns, self._last_read = needed(jaxpr)

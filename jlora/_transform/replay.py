@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._errors import JloraWarning, UnsupportedOpError
-from jlora._kernel.bank import has_bank, picked
+from jlora._kernel.bank import by_token, has_bank, picked
 from jlora._kernel.nodes import LowRank
 from jlora._kernel.quantized import Quantized
 from jlora._transform._rules import RULES, TAKES_BANK, quantised
@@ -28,6 +28,7 @@ from jlora._transform._rules._terms import (
 from jlora._transform._rules.hadamard import TAKES_HADAMARD, Hadamard, is_adapted
 from jlora._transform.facts import Facts
 from jlora._transform.program import Program
+from jlora._transform.tokens import NONE, Marks
 
 OnMissing = Literal["error", "materialize"]
 
@@ -73,13 +74,43 @@ class Replay:
             return quantised.rebind(eqn, args)
         return self._programs.running[-1].rebind(eqn, args)
 
-    def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-        """Run a jaxpr; operands and results may be low-rank."""
+    def marks_of(self, body: Jaxpr) -> tuple[Marks, ...] | None:
+        """Where tokens are in the operands of a program of the running equation."""
+        program = self._programs.running[-1] if self._programs.running else None
+        if program is None or program.tokens is None:
+            return None
+        return program.tokens.inside(program.current, body)
+
+    def token_axis(self, number: int, w: LowRank) -> tuple[int, int]:
+        """The axis of the tokens in an operand, and the number of the first of them.
+
+        Raises:
+          UnsupportedOpError: it is not known.
+        """
+        program = self._programs.running[-1]
+        eqn = program.current
+        found = program.tokens.of(eqn.invars[number]) if program.tokens else NONE
+        if len(found) != 1:
+            raise UnsupportedOpError(_no_tokens_message(eqn, w, len(found)))
+        ((axis, first),) = found
+        return axis, first
+
+    def replay(
+        self, jaxpr: Jaxpr, args: Sequence[Any], marks: Sequence[Marks] | None = None
+    ) -> list[Any]:
+        """Run a jaxpr; operands and results may be low-rank.
+
+        Args:
+          jaxpr: a program; without `marks` one inside of the running equation.
+          args: its operands.
+          marks: where tokens are in them.
+        """
+        marks = self.marks_of(jaxpr) if marks is None else marks
         bare, consts = _compat.open_jaxpr(jaxpr)
         env: dict[Any, Any] = {}
         env.update(zip(bare.constvars, consts, strict=True))
         env.update(zip(bare.invars, args, strict=True))
-        self._programs.running.append(Program(bare, env))
+        self._programs.running.append(Program(bare, env, marks))
         try:
             return self._run(self._programs.running[-1])
         finally:
@@ -121,7 +152,8 @@ class Replay:
         if not any(is_adapted(x) for x in operands):
             return self.rebind(eqn, operands)
         if eqn.primitive.name not in TAKES_BANK:
-            operands = [picked(x) if has_bank(x) else x for x in operands]
+            operands = [_picked(eqn, x) if has_bank(x) else x for x in operands]
+        self._programs.running[-1].current = eqn
         rule = RULES.get(eqn.primitive.name)
         if eqn.primitive.name not in KEEPS_SHARED:
             operands = [spanning(x) for x in operands]
@@ -144,6 +176,24 @@ class Replay:
             _say_once(node.path, eqn.primitive.name)
         dense = [x.merged() if is_adapted(x) else x for x in operands]
         return self.rebind(eqn, dense)
+
+
+def _picked(eqn: Eqn, w: LowRank) -> LowRank:
+    if by_token(w):
+        raise UnsupportedOpError(_no_tokens_message(eqn, w, 0))
+    return picked(w)
+
+
+def _no_tokens_message(eqn: Eqn, w: LowRank, count: int) -> str:
+    source = _compat.source_of(eqn)
+    known = "several axes are" if count > 1 else "no axis is known to be"
+    return (
+        f"the adapters of {w.path!r} {w.shape} act on some tokens only, and where the "
+        f"kernel meets `{eqn.primitive.name}`{f' at {source}' if source else ''} "
+        f"{known} that of the tokens: it is followed from the arguments of "
+        "jlora.mixed (token_axes) until it is reduced, shuffled or merged with others."
+        "\nLeave that kernel out of targets, or the operation out of the function."
+    )
 
 
 class _Programs(threading.local):

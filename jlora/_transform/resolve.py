@@ -15,7 +15,7 @@ import jax
 from jlora._errors import StructureError, UnsupportedOpError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, accumulation_dtype, align, expand, pad_to
-from jlora._kernel.bank import pick
+from jlora._kernel.bank import pick, refuse_activated
 from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._kernel.quantized import Quantized
 from jlora._paths import BIAS_NAMES, leaf_paths, module_of
@@ -34,6 +34,7 @@ def resolve(tree: Tree) -> Tree:
     paths = leaf_paths(tree, is_leaf=is_node)
     for x in leaves:
         _check_bank(x)
+    refuse_activated(tree, "jlora.lora")
     terms = bias_terms(dict(zip(paths, leaves, strict=True)))
     out = [_plain(p, x, terms.get(p)) for p, x in zip(paths, leaves, strict=True)]
     return jax.tree.unflatten(treedef, out)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._errors import NonFiniteError, OptionError, StructureError
-from jlora._kernel.bank import refuse_banks
+from jlora._kernel.bank import refuse_activated, refuse_banks
 from jlora._kernel.nodes import LowRank, Rows, is_node
 from jlora._kernel.quantized import Quantized, dense
 from jlora._paths import leaf_paths, leaves_by_path
@@ -84,6 +84,7 @@ def merge(
       OptionError: another `rounding`; a `key` too many, or none where one is needed.
     """
     refuse_banks(tree, "jlora.merge")
+    refuse_activated(tree, "jlora.merge")
     leaves = leaves_by_path(tree, is_leaf=is_node)
     structure = jax.tree.structure(tree, is_leaf=is_node)
     nodes = {path: _as_node(x) for path, x in leaves.items() if _is_merged(x)}

@@ -85,7 +85,13 @@ def pick(tree: Tree, number: int | Array) -> Tree:
     def one(x: Any) -> Any:
         if not isinstance(x, LowRank):
             return x
-        return x.map(x.base, lambda t: pick_term(t, number))
+
+        def term(t: Adapter) -> Adapter:
+            known = not isinstance(number, jax.core.Tracer)
+            own = t.invocation[int(number)] if t.invocation and known else None
+            return dataclasses.replace(pick_term(t, number), invocation=own)
+
+        return x.map(x.base, term)
 
     return jax.tree.map(one, tree, is_leaf=is_node)
 
@@ -118,6 +124,13 @@ def _refuse_others(number: int, tree: Tree) -> None:
             )
         if has_bank(x):
             raise StructureError(f"tree {number}: {x.path!r} holds a bank already.")
+        terms = x.adapters.values() if isinstance(x, LowRank) else ()
+        forms = [t.form for t in terms if t.form is not None]
+        if forms:
+            raise StructureError(
+                f"tree {number}: the adapter of {x.path!r} {x.shape} is of the form "
+                f"{forms[0]!r}, and a bank holds plain low-rank factors."
+            )
 
 
 def _base(x: Any) -> Any:

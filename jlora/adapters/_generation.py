@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jlora import _compat
 from jlora._compat import Jaxpr
+from jlora._errors import ShapeError
 from jlora._kernel.axes import Array
 from jlora._transform.lora import lora
 from jlora.adapters._mixed import Mixture, by_example, checked, choose, together
@@ -53,6 +54,10 @@ def mixed_steps(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(mixture: Mixture, first: Array, second: Any, **kwargs: Any) -> Any:
         bank, ids = checked(mixture)
+        if ids.ndim != 1:
+            raise ShapeError(
+                f"ids {ids.shape}: generation takes one number for each prompt, [B]."
+            )
 
         def one(number: Array, which: Array, *args: Any) -> Any:
             return results(lorafied(choose(bank, which, number), *args, **kwargs))

@@ -30,7 +30,7 @@ from jlora._kernel.axes import Array
 from jlora._kernel.bank import has_bank
 from jlora._kernel.nodes import is_array, is_node
 from jlora._paths import Tree, leaf_paths
-from jlora._transform.lora import lora
+from jlora._transform.lora import transformed
 from jlora._transform.masks import fold
 from jlora._transform.replay import OnMissing
 from jlora.adapters._bank import bank_size
@@ -41,7 +41,8 @@ class Mixture(NamedTuple):
 
     Attributes:
       bank: from `jlora.bank`.
-      ids: `[B]` int32, the number of each example's adapter; -1 is none.
+      ids: `[B]` int32, the number of each example's adapter, or `[B, T]`, of that of
+        each token; -1 is none.
     """
 
     bank: Tree
@@ -53,12 +54,14 @@ def with_ids(bank: Tree, ids: Any) -> Mixture:
 
     Args:
       bank: from `jlora.bank`, of K adapters.
-      ids: `[B]` integers, 0 to K-1; -1 is the base alone. They may be traced: a new
-        mixture is no new program.
+      ids: `[B]` integers, 0 to K-1; -1 is the base alone. `[B, T]` are those of each
+        token, from `activated_ids` say. They may be traced: a new mixture is no new
+        program.
 
     Raises:
       DtypeError: ids that are no integers.
-      ShapeError: ids that are not `[B]`.
+      ShapeError: ids that are not `[B]` or `[B, T]`; `[B]` for adapters that act
+        from their invocation tokens on.
       OptionError: ids beyond the bank.
       StructureError: a tree that is no bank.
     """
@@ -70,8 +73,10 @@ def with_ids(bank: Tree, ids: Any) -> Mixture:
             f"ids are {ids.dtype}{list(ids.shape)}, and must be integers: the number "
             "of each example's adapter, -1 for none."
         )
-    if ids.ndim != 1 or not ids.size:
-        raise ShapeError(f"ids {tuple(ids.shape)} must be [B], one for each example.")
+    if ids.ndim not in (1, 2) or not ids.size:
+        raise ShapeError(
+            f"ids {tuple(ids.shape)} must be [B], one for each example, or [B, T]."
+        )
     if not isinstance(ids, jax.core.Tracer):
         wrong = np.asarray(ids)[(np.asarray(ids) < -1) | (np.asarray(ids) >= size)]
         if wrong.size:
@@ -79,13 +84,25 @@ def with_ids(bank: Tree, ids: Any) -> Mixture:
                 f"ids hold {wrong.ravel()[0]}, and the bank's adapters are 0 to "
                 f"{size - 1}; -1 is none."
             )
+    if ids.ndim == 1 and any(_invocations(bank)):
+        raise ShapeError(
+            "some of the bank's adapters act from their invocation tokens on (aLoRA), "
+            "and ids [B] would have them act everywhere.\nPass "
+            "jlora.activated_ids(bank, ids, input_ids), which are [B, T]."
+        )
     return Mixture(bank, jnp.asarray(ids, jnp.int32))
+
+
+def _invocations(bank: Tree) -> list[Any]:
+    nodes = [x for x in jax.tree.leaves(bank, is_leaf=is_node) if has_bank(x)]
+    return [t.invocation for x in nodes for t in x.adapters.values()]
 
 
 def mixed(
     fn: Callable[..., Any],
     in_axes: Any = 0,
     *,
+    token_axes: Any = 1,
     on_missing: OnMissing = "error",
     stop_frozen: bool = True,
 ) -> Callable[..., Any]:
@@ -101,6 +118,8 @@ def mixed(
         `jax.vmap`: a number or None for all, or a tuple with one for each argument, or
         trees of them. None is an argument that all examples share, as parameters do,
         keyword arguments and what is no array.
+      token_axes: the same of the tokens, where `ids` say for each token who acts; the
+        tokens are followed from there to the products.
       on_missing: as in `jlora.lora`.
       stop_frozen: as in `jlora.lora`.
 
@@ -119,13 +138,17 @@ def mixed(
     Array([[3., 3.],
            [3., 3.]], dtype=float32)
     """
-    lorafied = lora(fn, on_missing=on_missing, stop_frozen=stop_frozen)
 
     @functools.wraps(fn)
     def run(mixture: Mixture, *args: Any, **kwargs: Any) -> Any:
         bank, ids = checked(mixture)
         leaves, structure = jax.tree.flatten(args)
         axes = _axes_of(in_axes, args, ids.shape[0])
+        tokens: list[int | None] = []
+        if ids.ndim > 1:
+            check_by_token(bank)
+            tokens = _axes_of(token_axes, args, ids.shape[1], "tokens")
+        lorafied = transformed(fn, on_missing, stop_frozen, tokens)
         mapped = {n: axis for n, axis in enumerate(axes) if axis is not None}
 
         def one(number: Array, which: Array, *own: Array) -> Any:
@@ -218,8 +241,25 @@ def checked(mixture: Any) -> tuple[Tree, Array]:
     return mixture
 
 
-def _axes_of(in_axes: Any, args: tuple[Any, ...], size: int) -> list[int | None]:
-    """For each leaf of the arguments the axis of the examples, or None."""
+def check_by_token(bank: Tree) -> None:
+    """Refuse adapters that cannot act on some tokens only.
+
+    Raises:
+      StructureError: DoRA, or biases of adapters.
+    """
+    for x in jax.tree.leaves(bank, is_leaf=is_node):
+        terms = x.adapters.values() if has_bank(x) else ()
+        if any(t.magnitude is not None or t.bias is not None for t in terms):
+            raise StructureError(
+                f"{x.path!r} {x.shape} has DoRA or adapters' biases, which act on a "
+                "whole example.\nGive ids [B], one for each."
+            )
+
+
+def _axes_of(
+    in_axes: Any, args: tuple[Any, ...], size: int, of: str = "examples"
+) -> list[int | None]:
+    """For each leaf of the arguments the axis of the examples or tokens, or None."""
     is_none = lambda x: x is None  # noqa: E731
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
@@ -235,17 +275,18 @@ def _axes_of(in_axes: Any, args: tuple[Any, ...], size: int) -> list[int | None]
     found = []
     for axis, x, path in zip(axes, leaves, paths, strict=True):
         is_mapped = axis is not None and is_array(x)
-        found.append(_axis_of(axis, x, path, size) if is_mapped else None)
+        found.append(_axis_of(axis, x, path, size, of) if is_mapped else None)
     return found
 
 
-def _axis_of(axis: int, x: Any, path: str, size: int) -> int:
+def _axis_of(axis: int, x: Any, path: str, size: int, of: str) -> int:
     ndim = len(x.shape)
     if not -ndim <= axis < ndim or x.shape[axis] != size:
         raise ShapeError(
-            f"argument {path} {x.dtype}{list(x.shape)} has not {size} examples on axis "
-            f"{axis}, as ids [{size}] have.\nSay where they are, or that all share "
-            "it: jlora.mixed(fn, in_axes=(0, None, ...)), one for each argument after "
-            "the parameters."
+            f"argument {path} {x.dtype}{list(x.shape)} has not {size} {of} on "
+            f"axis {axis}, as ids have.\nSay where they are, or that there are none: "
+            f"jlora.mixed(fn, {'in_axes' if of == 'examples' else 'token_axes'}="
+            f"({int(of != 'examples')}, None, ...)), one for each argument after the "
+            "parameters."
         )
     return axis % ndim

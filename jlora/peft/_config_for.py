@@ -41,13 +41,12 @@ def config_for(
 ) -> dict[str, Any]:  # fmt: skip
     """The smallest configuration that says what the tree is."""
     config = copy.deepcopy(DEFAULTS)
-    terms = [
-        t for x in nodes.values() if isinstance(x, LowRank) for t in x.adapters.values()
-    ]
+    terms = _terms(nodes)
     config["use_rslora"] = rslora = bool(terms) and all(t.rslora for t in terms)
     config["use_dora"] = any(x.pair.magnitude is not None for x in found.values())
     config["lora_bias"] = any(x.pair.bias is not None for x in found.values())
     config["lora_dropout"] = _dropout(terms, given)
+    config["alora_invocation_tokens"] = _invocation(terms)
     shown = {n: x for n, x in found.items() if x.param.called}
     ranks = {n: x.pair.rank for n, x in shown.items()}
     alphas = {n: alpha_for(x.scale, ranks[n], rslora=rslora) for n, x in shown.items()}
@@ -76,6 +75,22 @@ def _dropout(terms: list[Any], given: Config) -> float:
             f"config={{'lora_dropout': {dropouts[-1]}}}."
         )
     return float(dropouts[0]) if dropouts else 0.0
+
+
+def _terms(nodes: Mapping[str, Any]) -> list[Any]:
+    kernels = (x for x in nodes.values() if isinstance(x, LowRank))
+    return [t for x in kernels for t in x.adapters.values()]
+
+
+def _invocation(terms: list[Any]) -> list[int] | None:
+    found = {t.invocation for t in terms}
+    if len(found) > 1:
+        raise StructureError(
+            f"the adapters act from different tokens on, {listed(map(str, found))}; "
+            "PEFT has one invocation for all.\nSay it: jlora.activated(tree, tokens)."
+        )
+    tokens = found.pop() if found else None
+    return list(tokens) if tokens else None
 
 
 def _target_parameters(parameters: list[str], table: Table) -> list[str] | None:
@@ -211,6 +226,9 @@ def check_says(
         for p, n in token_tables(nodes, table)
         if list(n.indices) != tokens_of(config, p.module)
     ]
+    own = _invocation(_terms(nodes))
+    if (said := config.get("alora_invocation_tokens") or None) != own:
+        lines.append(f"alora_invocation_tokens {said}, and the tree's are {own}")
     if not lines:
         lines = [
             f"{n} has scale {x.scale:g}, but is to have {scale_of(config, n):g}"

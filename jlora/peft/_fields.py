@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
 
 # Keys that the code below acts on.
 HONOURED = {
+    "alora_invocation_tokens",
     "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
@@ -98,6 +99,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "modules_to_save": (list, type(None)),
     "layers_to_transform": (list, int, type(None)),
     "layers_pattern": (list, str, type(None)),
+    "alora_invocation_tokens": (list, type(None)),
 }
 # What the lists hold, and the values of the dicts.
 _ITEMS: dict[str, tuple[type, ...]] = {
@@ -109,6 +111,7 @@ _ITEMS: dict[str, tuple[type, ...]] = {
     "modules_to_save": (str,),
     "layers_to_transform": (int,),
     "layers_pattern": (str,),
+    "alora_invocation_tokens": (int,),
 }
 
 

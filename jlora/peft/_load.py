@@ -88,7 +88,8 @@ def adapters(
         name, layout, pair = _of_leaf(where, users, slots, config)
         t = _adapter(where, path, name, layout, pair, config, leaves)
         base, shifted = start.base(path, users, layout, leaves[path], t)
-        t = dataclasses.replace(t, shifted=shifted)
+        tokens = tuple(config.get("alora_invocation_tokens") or ())
+        t = dataclasses.replace(t, shifted=shifted, invocation=tokens or None)
         found[path] = LowRank(base, {"": t}, path)
     return found
 

@@ -19,8 +19,14 @@ class Run(Protocol):
 
     def __hash__(self) -> int: ...  # replays with equal settings share compilations
 
-    def replay(self, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    def replay(self, jaxpr: Jaxpr, args: Sequence[Any], marks: Any = None) -> list[Any]:
         """Run an inner jaxpr on operands of which some may be low-rank."""
+
+    def marks_of(self, body: Jaxpr) -> tuple[Any, ...] | None:
+        """Where tokens are in the operands of a program of the running equation."""
+
+    def token_axis(self, number: int, w: Any) -> tuple[int, int]:
+        """The axis of the tokens in an operand, and the number of the first of them."""
 
     def rebind(self, eqn: Eqn, args: Sequence[Any]) -> list[Any]:
         """Run an equation of the running program as it stands on other operands."""

@@ -56,9 +56,11 @@ def _jitted(
     """One jitted function for each inner jaxpr."""
     made = _JITTED.setdefault(parts.body, {})
     leaves, structure = jax.tree.flatten((in_shardings, parts.out_shardings))
-    key = run, parts.name, structure, tuple(leaves)
+    marks = run.marks_of(parts.body)
+    key = run, parts.name, structure, tuple(leaves), marks
     if key not in made:
-        f = _named(functools.partial(_replay, run, weakref.ref(parts.body)), parts.name)
+        body = weakref.ref(parts.body)
+        f = _named(functools.partial(_replay, run, body, marks), parts.name)
         shardings: dict[str, Any] = {}
         if leaves:
             shardings["in_shardings"] = in_shardings
@@ -67,8 +69,8 @@ def _jitted(
     return made[key]
 
 
-def _replay(run: Run, body: weakref.ref[Jaxpr], *args: Any) -> list[Any]:
-    return run.replay(body(), args)
+def _replay(run: Run, body: weakref.ref[Jaxpr], marks: Any, *args: Any) -> list[Any]:
+    return run.replay(body(), args, marks)
 
 
 def _named(f: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -18,7 +18,15 @@ from jax import lax
 from jlora._compat import Eqn
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, Dims, contract, expand
-from jlora._kernel.bank import has_bank, pick_axis, picked, scale_of
+from jlora._kernel.bank import (
+    acting,
+    at_tokens,
+    by_token,
+    has_bank,
+    pick_axis,
+    picked,
+    scale_of,
+)
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules._terms import cover, has_gain
@@ -51,6 +59,11 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
         touched <= set(t.in_axes) or touched <= set(t.out_axes) for t in adapters
     ):
         return NotImplemented
+    token: Label = None
+    if by_token(w):
+        axis, start = run.token_axis(1, w)
+        token, w = ("i", axis), at_tokens(w, start, indices.shape[axis])
+        adapters = list(w.adapters.values())
     (out,) = rebind(eqn, [w.base, given])
     gain = w.gain()
     if gain is not None:
@@ -65,7 +78,7 @@ def gather(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     for t in adapters:
         if not t.rank:
             continue
-        out = out + _rows(w, t, indices, p, touched, order).astype(out.dtype)
+        out = out + _rows(w, t, indices, p, touched, order, token).astype(out.dtype)
     return [out]
 
 
@@ -110,7 +123,7 @@ def _span_looked_up(t: Adapter, touched: set[int], shape: Sequence[int]) -> Adap
 
 def _rows(
     w: LowRank, t: Adapter, indices: Array, p: Any, touched: set[int],
-    order: list[Label],
+    order: list[Label], token: Label = None,
 ) -> Array:  # fmt: skip
     """`s·A[ids]·B`, or `s·A·B[ids]` where the lookup is along outputs."""
     first, second = (t.a, t.a_dims), (t.b, t.b_dims)
@@ -120,7 +133,11 @@ def _rows(
     # A stack that is looked up along with its indices is one of their axes.
     stack = _batch_labels(p["dimension_numbers"])
     labels: Sequence[Label]
-    if t.is_bank:
+    if token is not None:
+        rows, labels = _look_up(x, dims, indices, p)
+        rows = acting(t, rows, labels, token)
+        rows = rows * expand(t.scale, [stack.get(d, d) for d in t.s_dims], labels)
+    elif t.is_bank:
         # Of every adapter the few rows, and of these the one's: no table is picked.
         rows, labels = pick_axis(*_look_up(x, dims, indices, p), t.which)
         factor, factor_dims = pick_axis(factor, factor_dims, t.which)

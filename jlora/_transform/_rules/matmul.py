@@ -22,7 +22,7 @@ from jlora._compat import Eqn
 from jlora._errors import ShapeError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, Label, contract, expand, pad_to
-from jlora._kernel.bank import acting, for_product
+from jlora._kernel.bank import acting, at_tokens, by_token, for_product
 from jlora._kernel.nodes import LowRank
 from jlora._transform._rules._table import Run, rule
 from jlora._transform._rules.products import kernel_product
@@ -48,6 +48,10 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     order = [*wb, *(w_free + x_free if w_left else x_free + w_free)]
     params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
     w = for_product(w, math.prod(x.shape[labels.index(n)] for n in x_free))
+    token: Label = None
+    if by_token(w):
+        axis, start = run.token_axis(1 if w_left else 0, w)
+        token, w = labels[axis], at_tokens(w, start, x.shape[axis])
     for adapter in w.adapters.values():
         check_axes(w, adapter, wc, wb)
         x = adapter.watched(x, labels, tuple(wc))
@@ -59,7 +63,9 @@ def dot_general(run: Run, eqn: Eqn, args: list[Any]) -> Any:
     for name, adapter in w.adapters.items():
         if not adapter.rank:
             continue
-        low = _low(run, w, adapter, x, labels, wc, w_left, params, lows.get(name))
+        low = _low(
+            run, w, adapter, x, labels, wc, w_left, params, lows.get(name), token
+        )
         term = _term(w, adapter, low, wc, order, out.shape, w_left, params)
         out = out + _compat.sharded_like(term.astype(out.dtype), out)
     return [out]
@@ -90,7 +96,7 @@ def gained(
 def _low(
     run: Run, w: LowRank, t: Adapter, x: Array, labels: list[Label],
     contracted: Sequence[int], w_left: bool, params: dict[str, Any],
-    made: Array | None,
+    made: Array | None, token: Label,
 ) -> tuple[Array, tuple[Label, ...]]:  # fmt: skip
     """`s·x·A` and its labels, from x·A where that is `made` already."""
     dtype = small_product_dtype(x.dtype)
@@ -106,7 +112,7 @@ def _low(
         low, low_labels = _product(x, labels, *first, w, keep, w_left, params)
     else:
         low, low_labels = made, (*(n for n in labels if n not in contracted), RANK)
-    return acting(t, low.astype(dtype), low_labels), low_labels
+    return acting(t, low.astype(dtype), low_labels, token), low_labels
 
 
 def _factors(

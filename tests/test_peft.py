@@ -318,7 +318,7 @@ def change_tensors(folder, f):
         ("trainable_token_indices", {"emb": [1]}),
         ("trainable_token_indices", {"emb": ["1"]}),
         ("trainable_token_indices", {"emb": 1}),
-        ("alora_invocation_tokens", [1]),
+        ("alora_invocation_tokens", ["a"]),
         ("megatron_config", {"a": 1}),
         ("layer_replication", [[0, 2]]),
         ("use_qalora", True),

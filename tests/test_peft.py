@@ -309,7 +309,7 @@ def change_tensors(folder, f):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("peft_type", "LOHA"),
+        ("peft_type", "IA3"),
         ("use_dora", True),
         ("lora_bias", True),
         ("target_parameters", ["head.weight"]),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tools import TOL, assert_close, randomise, result_shapes, scalar
 
 import jlora
+import jlora.peft
 from jlora import checkpoint
 
 T = jlora.Target
@@ -353,6 +354,34 @@ def test_sums_and_banks_take_every_form():
     for n, form in enumerate(trees):
         got = jlora.pick(bank, n)["up"]["kernel"].delta()
         np.testing.assert_allclose(got, update[form], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pefts_files_hold_them(form, tmp_path):
+    variant, rank = FORMS[form]
+    targets = ["q", "o"] if form != "lokr, both" else ["q"]
+    tree = jlora.lorafy(BASE, rank, targets, variant=variant, train=["up"])
+    tree = randomise(tree, jax.random.key(1))
+    jlora.peft.save(tmp_path / "a", tree)
+    back = jlora.peft.load(tmp_path / "a", BASE)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    if form == "vera":
+        one, two = (back["layers"][n]["q"]["kernel"].adapters[""].parts for n in "01")
+        assert one["proj_a"] is two["proj_a"]
+
+
+def test_what_pefts_files_cannot_hold(tmp_path):
+    q = {"q": BASE["layers"]["0"]["q"], "up": BASE["up"]}
+    for settings, says in [
+        (dict(targets={"q": T(variant="loha"), "up": T()}), "several forms"),
+        (dict(targets={"q": T(), "up": T(rank=3)}, variant="vera"), "one for all"),
+        (dict(targets=["q"], variant="loha", dropout=0.1), "drops inputs"),
+    ]:
+        tree = jlora.lorafy(q, 2, **settings)
+        with pytest.raises(jlora.StructureError, match=says):
+            jlora.peft.save(tmp_path / "a", tree)
+    assert not (tmp_path / "a").exists()
 
 
 ERRORS = [

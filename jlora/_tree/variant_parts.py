@@ -38,7 +38,7 @@ AllDims = dict[str, Dims]
 def variant_adapter(
     path: str, leaf: Any, axes: KernelAxes, shape: Sequence[int], form: Form,
     rank: Any, alpha: float | None, key: Any, dtype: Any, projections: Projections,
-    **layout: Any,
+    any_rank: bool = False, **layout: Any,
 ) -> Adapter:  # fmt: skip
     """An adapter of another form on a kernel; abstract on an abstract one.
 
@@ -53,12 +53,14 @@ def variant_adapter(
       key: for what starts at random.
       dtype: of the parts.
       projections: VeRA's, which have room for this kernel.
+      any_rank: take ranks that cost more than a dense update too, a file's.
       **layout: the window's starts, the dropout, the role.
 
     Raises:
       ShapeError: as `parts_of`.
     """
-    parts, dims = parts_of(form, path, axes, shape, rank, dtype, window_of(path, axes))
+    window = window_of(path, axes)
+    parts, dims = parts_of(form, path, axes, shape, rank, dtype, window, any_rank)
     batch = tuple(shape[d] for d in axes.batch)
     adapter = adapter_of_parts(
         name_of(form), parts, dims, jax.ShapeDtypeStruct(batch, jnp.float32),
@@ -119,7 +121,7 @@ def window_of(path: str, axes: KernelAxes) -> Dims:
 
 def parts_of(
     form: Form, path: str, axes: KernelAxes, shape: Sequence[int], rank: int,
-    dtype: Any, window: Dims = (),
+    dtype: Any, window: Dims = (), any_rank: bool = False,
 ) -> tuple[Parts, AllDims]:  # fmt: skip
     """The shapes of a variant's parts, and the dimensions that they lie along.
 
@@ -131,6 +133,7 @@ def parts_of(
       rank: r.
       dtype: of the parts.
       window: the input axes that are a convolution's window.
+      any_rank: as of `variant_adapter`.
 
     Raises:
       ShapeError: a kernel or a rank that the variant has no low-rank form for.
@@ -155,7 +158,7 @@ def parts_of(
         for n, ds in dims.items()
     }
     whole = rank_of(name_of(form), parts, dims)
-    _check_rank(form, path, axes, shape, rank, sizes, whole)
+    _check_rank(form, path, axes, shape, rank, sizes, whole, any_rank)
     return parts, dims
 
 
@@ -199,17 +202,18 @@ def _lokr_dims(
 
 def _check_rank(
     form: Form, path: str, axes: KernelAxes, shape: Sequence[int], rank: int,
-    sizes: Mapping[int, int], whole: int,
+    sizes: Mapping[int, int], whole: int, any_rank: bool,
 ) -> None:  # fmt: skip
     """Refuse what is no low-rank update."""
     ins, outs = (math.prod(shape[d] for d in dims) for dims in (axes.ins, axes.outs))
     most = min(ins, outs)
+    too_high = whole > most and not any_rank
     kernel = f"the kernel {path!r}, which maps {ins} inputs to {outs} outputs"
     if rank < 1:
         raise ShapeError(f"rank={rank} for {kernel}.\nPass a whole number from 1 on.")
     if isinstance(form, AdaLoRA) and rank > most:
         raise ShapeError(f"rank={rank} for {kernel}.\nPass one from 1 to {most}.")
-    if isinstance(form, LoHa) and whole > most:
+    if isinstance(form, LoHa) and too_high:
         raise ShapeError(
             f"rank={rank} for {kernel}: LoHa's update has rank {rank}² = {whole} "
             f"there.\nPass a rank from 1 to {math.isqrt(most)}."
@@ -217,7 +221,7 @@ def _check_rank(
     if not isinstance(form, LoKr):
         return
     inner = max(sizes[INNER_IN], sizes[INNER_OUT])
-    if 2 * rank >= inner or whole > most:
+    if 2 * rank >= inner or too_high:
         outer = whole // rank
         raise ShapeError(
             f"rank={rank} for {kernel}: as LoKr of {sizes[OUTER_IN]}x"

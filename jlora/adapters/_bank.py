@@ -124,13 +124,6 @@ def _refuse_others(number: int, tree: Tree) -> None:
             )
         if has_bank(x):
             raise StructureError(f"tree {number}: {x.path!r} holds a bank already.")
-        terms = x.adapters.values() if isinstance(x, LowRank) else ()
-        forms = [t.form for t in terms if t.form is not None]
-        if forms:
-            raise StructureError(
-                f"tree {number}: the adapter of {x.path!r} {x.shape} is of the form "
-                f"{forms[0]!r}, and a bank holds plain low-rank factors."
-            )
 
 
 def _base(x: Any) -> Any:

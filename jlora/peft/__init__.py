@@ -8,9 +8,9 @@ SelfAttention/q/kernel` is the weight of `encoder.block.0.layer.0.SelfAttention.
 model that knows better says so, `model=`, or you do, `names=`.
 
 LoRA, rsLoRA and DoRA on linear layers, embeddings, tied heads, convolutions and
-experts; ranks and alphas by pattern; biases of adapters; trained rows of tables; whole
-modules and biases; several adapters in a folder. What a file says and jlora cannot
-honour is an error.
+experts, VeRA, LoHa and LoKr on layers; ranks and alphas by pattern; biases of adapters;
+trained rows of tables; whole modules and biases; several adapters in a folder. What a
+file says and jlora cannot honour is an error.
 """
 
 from jlora.peft._api import load as load

@@ -15,7 +15,7 @@ from jlora._tree.conventions import stacked_leaves
 from jlora._tree.partition import check_trained
 from jlora.peft import _config_for, _load, _save, _whole
 from jlora.peft._contents import contents_of
-from jlora.peft._fields import check_config
+from jlora.peft._fields import as_lora, check_config
 from jlora.peft._files import (
     CONFIG,
     WEIGHTS,
@@ -26,6 +26,8 @@ from jlora.peft._files import (
     read_tensors,
     write,
 )
+from jlora.peft._form_load import form_adapters
+from jlora.peft._form_save import form_content, is_of_forms
 from jlora.peft._names import Model, Names, Table, advice_to_part
 from jlora.peft._start import on_its_base, start_of
 
@@ -86,12 +88,18 @@ def load(
     config = read_config(place)
     contents = contents_of(read_tensors(place), str(place / WEIGHTS))
     table = _table(leaves, model, names)
-    leaves = _whole.with_added_rows(contents, config, table, leaves)
     nodes: dict[str, Any] = {}
-    start = start_of(config, str(place / CONFIG), shifted_base)
-    adapters = functools.partial(_load.adapters, start=start)
-    for part in (adapters, _whole.fulls, _whole.rows):
-        found = part(contents, config, table, leaves)
+    view = as_lora(config)
+    if view is config:
+        start = start_of(config, str(place / CONFIG), shifted_base)
+        adapters = functools.partial(_load.adapters, config=config, start=start)
+    else:
+        adapters = functools.partial(form_adapters, config=config)
+    leaves = _whole.with_added_rows(contents, view, table, leaves)
+    fulls = functools.partial(_whole.fulls, config=view)
+    rows = functools.partial(_whole.rows, config=view)
+    for part in (adapters, fulls, rows):
+        found = part(contents, table=table, leaves=leaves)
         if both := sorted(found.keys() & nodes.keys()):
             raise CheckpointError(
                 f"{contents.where} holds two of an adapter, a whole weight and trained "
@@ -222,6 +230,9 @@ def save(
         **(config or {}),
         **{key: value for key, value in keywords.items() if value is not None},
     }
+    if is_of_forms(nodes):
+        write(place, *form_content(nodes, table, given))
+        return
     found = _save.adapters(nodes, table, given)
     merged = {**_config_for.config_for(found, nodes, table, given), **given}
     _config_for.check_says(merged, found, nodes, table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def config_for(
     config["use_rslora"] = rslora = bool(terms) and all(t.rslora for t in terms)
     config["use_dora"] = any(x.pair.magnitude is not None for x in found.values())
     config["lora_bias"] = any(x.pair.bias is not None for x in found.values())
-    config["lora_dropout"] = _dropout(terms, given)
+    config["lora_dropout"] = dropout_of(terms, given)
     config["alora_invocation_tokens"] = _invocation(terms)
     shown = {n: x for n, x in found.items() if x.param.called}
     ranks = {n: x.pair.rank for n, x in shown.items()}
@@ -60,14 +60,19 @@ def config_for(
     )
     config["trainable_token_indices"] = _token_indices(nodes, table)
     config["ensure_weight_tying"] = _is_tied(nodes, table)
-    config["bias"], whole = _bias_and_whole(found, nodes, table)
-    heads = _heads(given, table)
-    whole = [m for m in whole if not saved_whole({"modules_to_save": heads}, m)]
-    config["modules_to_save"] = [*_modules_to_save(whole, table), *heads] or None
+    config["bias"], whole = bias_and_whole(found, nodes, table)
+    config["modules_to_save"] = modules_to_save(whole, table, given)
     return config
 
 
-def _dropout(terms: list[Any], given: Config) -> float:
+def modules_to_save(whole: list[str], table: Table, given: Config) -> list[str] | None:
+    """PEFT's `modules_to_save`: what is trained whole, and the heads of a task."""
+    heads = _heads(given, table)
+    whole = [m for m in whole if not saved_whole({"modules_to_save": heads}, m)]
+    return [*_ends_of(whole, table), *heads] or None
+
+
+def dropout_of(terms: list[Any], given: Config) -> float:
     dropouts = sorted({t.dropout for t in terms})
     if len(dropouts) > 1 and "lora_dropout" not in given:
         raise StructureError(
@@ -135,8 +140,8 @@ def _is_tied(nodes: Mapping[str, Any], table: Table) -> bool:
     return bool(kept) and all(sum(not p.tied for p in users) == 1 for users in kept)
 
 
-def _bias_and_whole(
-    found: Mapping[str, Exported], nodes: Mapping[str, Any], table: Table
+def bias_and_whole(
+    found: Collection[str], nodes: Mapping[str, Any], table: Table
 ) -> tuple[str, list[str]]:
     """PEFT's `bias`, and the modules that are trained besides, as wholes."""
     full = [
@@ -166,7 +171,7 @@ def _heads(given: Config, table: Table) -> list[str]:
     return list(ends)
 
 
-def _modules_to_save(whole: list[str], table: Table) -> list[str]:
+def _ends_of(whole: list[str], table: Table) -> list[str]:
     # PEFT takes any module whose name ends so, be it within a word.
     ends = short_names(whole, table.modules(), lambda end, m: m.endswith(end))
     if ends is None:

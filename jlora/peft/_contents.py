@@ -27,11 +27,24 @@ _NAMED = re.compile(
 )
 
 
+# How the keys of other forms end, after the module's name.
+FORM_SUFFIXES = (
+    "vera_lambda_b", "vera_lambda_d", "hada_w1_a", "hada_w1_b", "hada_w2_a",
+    "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2",
+    "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+)  # fmt: skip
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
+
+
+_OF_ADAPTERS = re.compile(r"\.(lora_|vera_lambda_|hada_|lokr_)")
+
+
 @dataclasses.dataclass
 class Stored:
     """One adapter's tensors: `a`, `b`, `magnitude`, `bias`, as far as they are there.
 
-    `table` says that the factors are an embedding's.
+    Of another form of the update they are by PEFT's names. `table` says that the
+    factors are an embedding's.
     """
 
     tensors: dict[str, np.ndarray]
@@ -48,6 +61,7 @@ class Contents:
       tokens: trained rows of tables, by module.
       plain: parameters by name that stand beside the adapters.
       base: parameters by name of layers under an adapter.
+      projections: VeRA's, by their whole keys.
     """
 
     where: str
@@ -55,6 +69,7 @@ class Contents:
     tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     plain: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     base: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    projections: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def contents_of(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
@@ -70,6 +85,9 @@ def contents_of(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
     out = Contents(where)
     copies: dict[str, np.ndarray] = {}
     for key, value in without_names(tensors, where).items():
+        if key in PROJECTIONS:
+            out.projections[key] = value
+            continue
         if not key.startswith(PREFIX):
             raise CheckpointError(
                 f"{where}: {key} does not begin with {PREFIX!r}, as PEFT's keys do."
@@ -82,7 +100,7 @@ def contents_of(tensors: Mapping[str, np.ndarray], where: str) -> Contents:
         found = [out.plain[k] for k in keys if k in out.plain]
         if not found or not np.array_equal(found[0], value):
             raise CheckpointError(f"{where}: {key} has no equal of its plain name.")
-    if unknown := [key for key in out.plain if ".lora_" in f".{key}"]:
+    if unknown := [key for key in out.plain if _OF_ADAPTERS.search(f".{key}")]:
         raise CheckpointError(
             f"{where}: {len(unknown)} keys of adapters are not understood:\n  "
             f"{listed(unknown)}\nSave the adapter with PEFT's save_pretrained, whose "
@@ -134,7 +152,9 @@ def _add(
                 stored.table |= suffix != SUFFIXES[name]
                 return
     module, _, name = key.rpartition(".")
-    if key.endswith(TOKENS):
+    if name in FORM_SUFFIXES:
+        out.adapters.setdefault(module, Stored({})).tensors[name] = value
+    elif key.endswith(TOKENS):
         out.tokens[key.removesuffix(TOKENS)] = value
     elif module.endswith(".base_layer"):
         while module.endswith((".base_layer", ".token_adapter")):

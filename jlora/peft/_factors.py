@@ -41,7 +41,7 @@ def new_adapter(
     Raises:
       StructureError: a bias for a layer without.
     """
-    shapes = {p: _abstract(x) for p, x in leaves.items()}
+    shapes = {p: abstract(x) for p, x in leaves.items()}
     target = Target(
         in_axes=tuple(sorted(layout.ins)), out_axes=layout.outs,
         batch_axes=layout.batch,
@@ -67,7 +67,7 @@ def new_adapter(
     return dataclasses.replace(t, **placed)
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = sharding_of(leaf)
     named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
     return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=named)

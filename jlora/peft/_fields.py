@@ -56,6 +56,38 @@ DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 
+# Those of other forms of the update, by PEFT's name of each, key by key likewise.
+_OF_ALL: dict[str, Any] = {
+    n: DEFAULTS[n]
+    for n in (
+        "auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern",
+        "layers_to_transform", "modules_to_save", "peft_version", "r", "revision",
+        "target_modules", "task_type",
+    )
+} | {"init_weights": True}  # fmt: skip
+_LYCORIS: dict[str, Any] = _OF_ALL | {
+    "alpha": 8, "alpha_pattern": {}, "exclude_modules": None, "module_dropout": 0.0,
+    "rank_dropout": 0.0, "rank_pattern": {}, "use_effective_conv2d": False,
+}  # fmt: skip
+FORMS: dict[str, dict[str, Any]] = {
+    "VERA": _OF_ALL | {
+        "bias": "none", "d_initial": 0.1, "fan_in_fan_out": False, "peft_type": "VERA",
+        "projection_prng_key": 0, "r": 256, "save_projection": True,
+        "vera_dropout": 0.0,
+    },
+    "LOHA": _LYCORIS | {"peft_type": "LOHA"},
+    "LOKR": _LYCORIS | {
+        "decompose_both": False, "decompose_factor": -1, "peft_type": "LOKR",
+        "rank_dropout_scale": False,
+    },
+}  # fmt: skip
+_OF_FORMS = {
+    "alpha", "decompose_both", "decompose_factor", "projection_prng_key",
+    "save_projection", "vera_dropout",
+}  # fmt: skip
+# How they start, and what dropout that is off would do.
+_NEUTRAL_OF_FORMS = {"d_initial", "init_weights", "rank_dropout_scale"}
+
 # Keys that the code below acts on.
 HONOURED = {
     "alora_invocation_tokens",
@@ -125,17 +157,22 @@ def check_config(config: Config, where: str) -> None:
         or a value of the wrong type; the key is named.
     """
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind != "LORA" and kind not in FORMS:
         raise CheckpointError(
-            f"{where}: peft_type is {kind!r}; jlora reads 'LORA' adapters.\nMerge the "
-            "adapter into its base with PEFT, and load the merged model."
+            f"{where}: peft_type is {kind!r}; jlora reads 'LORA', "
+            f"{', '.join(map(repr, FORMS))}.\nMerge the adapter into its base with "
+            "PEFT, and load the merged model."
         )
+    known = DEFAULTS if kind == "LORA" else FORMS[kind]
+    passed = HONOURED | NEUTRAL
+    if kind != "LORA":
+        passed = (passed | _OF_FORMS | _NEUTRAL_OF_FORMS) & {*known}
     ignored: dict[str, Any] = {}
     for key, value in config.items():
-        if key in HONOURED or key in NEUTRAL:
+        if key in passed:
             continue
-        if key in DEFAULTS:
-            refused = value not in (None, False, DEFAULTS[key])
+        if key in known:
+            refused = value not in (None, False, known[key])
         else:
             refused = bool(value) and _may_matter(key, value)
             ignored |= {key: value} if value and not refused else {}
@@ -153,7 +190,29 @@ def check_config(config: Config, where: str) -> None:
             JloraWarning,
             stacklevel=3,
         )
-    _check_types(config, where)
+    _check_types(as_lora(config), where)
+
+
+def as_lora(config: Config) -> Config:
+    """A configuration in LoRA's words, whatever form it is of."""
+    if config.get("peft_type") == "LORA":
+        return config
+    words = {"alpha": "lora_alpha", "vera_dropout": "lora_dropout"}
+    out = {words.get(key, key): value for key, value in config.items()}
+    if out.get("bias") == "vera_only":
+        out["bias"] = "lora_only"
+    for key, kind in _FORM_TYPES.items():
+        if not isinstance(out.get(key, kind()), kind) or (
+            kind is int and isinstance(out.get(key), bool)
+        ):
+            raise CheckpointError(f"{key} is {out[key]!r}, of the wrong type.")
+    return {**out, "r": out.get("r", FORMS[config["peft_type"]]["r"])}
+
+
+_FORM_TYPES: dict[str, type] = {
+    "decompose_both": bool, "decompose_factor": int, "projection_prng_key": int,
+    "save_projection": bool,
+}  # fmt: skip
 
 
 def _may_matter(key: str, value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -121,14 +121,30 @@ def tensors(
         suffixes = TABLE_SUFFIXES if x.layout.kind == "table" else SUFFIXES
         for tensor, value in x.layout.write(x.pair).items():
             out[f"{PREFIX}{inside.get(name, name)}{suffixes[tensor]}"] = value
+    out |= whole_tensors(found, saved, nodes, flat)
+    for param, node in token_tables(nodes, table):
+        out[f"{PREFIX}{param.module}{TOKENS}"] = on_host(node.rows)
+    return out
+
+
+def whole_tensors(
+    found: Collection[str], saved: list[Param], nodes: Mapping[str, Any], flat: bool
+) -> Tensors:
+    """The parameters that stand in the file as they are.
+
+    Args:
+      found: the modules that have an adapter.
+      saved: the parameters.
+      nodes: their leaves by path.
+      flat: PEFT's `fan_in_fan_out`.
+    """
+    out: Tensors = {}
     for param in saved:
         node = nodes[param.path]
         value = node.value if isinstance(node, Full) else node
         inner = ".base_layer" if param.module in found else ""
         key = f"{PREFIX}{param.module}{inner}.{param.name}"
         out[key] = param.as_torch(value, flat)
-    for param, node in token_tables(nodes, table):
-        out[f"{PREFIX}{param.module}{TOKENS}"] = on_host(node.rows)
     return out
 
 
@@ -163,8 +179,7 @@ def token_tables(nodes: Mapping[str, Any], table: Table) -> list[tuple[Param, Ro
 
 
 def saved_params(
-    config: Config, found: Mapping[str, Exported], nodes: Mapping[str, Any],
-    table: Table,
+    config: Config, found: Collection[str], nodes: Mapping[str, Any], table: Table,
 ) -> list[Param]:  # fmt: skip
     """The parameters that stand in the file as they are.
 

@@ -100,8 +100,8 @@ def _tensors(model: Any, params: Params) -> Tensors:
         lines = [f"{k}: {held.get(k)}, wanted {wanted.get(k)}" for k in wrong]
         raise StructureError(
             f"The parameters are not those of this {type(model).__name__}:\n  "
-            f"{listed(lines)}\nIf the tree carries adapters or codes, merge them first: "
-            "jlora.merge(params)."
+            f"{listed(lines)}\nIf the tree carries adapters or codes, merge them "
+            "first: jlora.merge(params)."
         )
     sources = sources_of(family, model.config, params)
     leaves = zip(sources.values(), jax.tree.leaves(params), strict=True)

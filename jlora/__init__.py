@@ -11,6 +11,7 @@
     survey                    how a function uses each parameter: exact targets and axes
     summary                   what is trained, as a table
     stack_layers  unstack_layers    numbered layers as one stack, and back
+    replicate_layers          a deeper model of repeated layers
     add  activate  disable    several named adapters on one base, an `AdapterSet`
     rename  remove  update    its names, and other numbers for an adapter
     weighted                  one adapter of several: sums, TIES, DARE, compression
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from jlora._tree.partition import labels as labels
     from jlora._tree.partition import split as split
     from jlora._tree.partition import trainable_mask as trainable_mask
+    from jlora._tree.replicate import replicate_layers as replicate_layers
     from jlora._tree.stack import stack_layers as stack_layers
     from jlora._tree.stack import unstack_layers as unstack_layers
     from jlora._tree.summary import Summary as Summary
@@ -178,6 +180,7 @@ _MODULE_OF = {
     "rename": "adapters._edit",
     "quantize": "quant._quantize",
     "quantizer": "quant._loading",
+    "replicate_layers": "_tree.replicate",
     "split": "_tree.partition",
     "stack_layers": "_tree.stack",
     "summary": "_tree.summary",

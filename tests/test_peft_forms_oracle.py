@@ -140,3 +140,65 @@ def test_what_cannot_be_honoured_is_refused_by_name(says, tmp_path):
     peft_save(peft_model(REFUSED[says]), tmp_path)
     with pytest.raises(jlora.CheckpointError, match=says):
         jlora.peft.load(tmp_path, tree_of(net()))
+
+
+class Grouped(torch.nn.Module):
+    """A convolution in two groups and one of each channel alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = torch.nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.each = torch.nn.Conv1d(6, 12, 3, groups=6)
+
+    def forward(self, x):
+        return self.each(torch.tanh(self.two(x)).flatten(2))
+
+
+def grouped(p, x):
+    """The same with channels last."""
+
+    def conv(w, x, groups, padding, dims):
+        return w["bias"] + jax.lax.conv_general_dilated(
+            x, w["kernel"], (1,) * (x.ndim - 2), padding, dimension_numbers=dims,
+            feature_group_count=groups,
+        )  # fmt: skip
+
+    x = conv(p["two"], x, 2, "SAME", ("NHWC", "HWIO", "NHWC"))
+    x = np.tanh(x) if isinstance(x, np.ndarray) else jax.numpy.tanh(x)
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    return conv(p["each"], x, 6, "VALID", ("NWC", "WIO", "NWC"))
+
+
+GROUPED = {
+    "loha": H(r=2, target_modules=["two", "each"], alpha=3),
+    "lokr": K(r=1, target_modules=["two"], decompose_factor=2),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_grouped_convolutions(case, tmp_path, record_property):
+    make = lambda: net(make=Grouped)
+    theirs = peft.get_peft_model(make(), GROUPED[case]).eval()
+    for p in theirs.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.6)
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype(np.float32)
+    with torch.no_grad():
+        want = theirs(torch.tensor(x)).numpy().swapaxes(1, 2)
+    peft_save(theirs, tmp_path / "a")
+    base = tree_of(make())
+    tree = jlora.peft.load(tmp_path / "a", base)
+    x = np.moveaxis(x, 1, -1)
+    note(record_property, "in", jlora.lora(grouped)(tree, x), want)
+    note(record_property, "merged", grouped(jlora.merge(tree), x), want)
+    jlora.peft.save(tmp_path / "b", tree)
+    with torch.no_grad():
+        again = peft_load(make(), tmp_path / "b")(torch.tensor(np.moveaxis(x, -1, 1)))
+    note(record_property, "out", again.numpy().swapaxes(1, 2), want)
+
+
+def test_pefts_lora_of_a_grouped_convolution_is_refused(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["two"])
+    peft_save(peft.get_peft_model(net(make=Grouped), config), tmp_path)
+    with pytest.raises(jlora.CheckpointError, match="grouped convolution"):
+        jlora.peft.load(tmp_path, tree_of(net(make=Grouped)))

@@ -330,7 +330,7 @@ def test_every_field_of_pefts_configuration_is_known():
     refused = set(DEFAULTS) - HONOURED - NEUTRAL
     assert fields - refused - HONOURED - NEUTRAL == set()
     assert refused == {
-        "arrow_config", "kasa_config", "layer_replication",
+        "arrow_config", "kasa_config",
         "megatron_config", "monteclora_config", "use_bdlora", "use_qalora",
         "velora_config",
     }  # fmt: skip

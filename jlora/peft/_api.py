@@ -15,6 +15,7 @@ from jlora._tree.conventions import stacked_leaves
 from jlora._tree.partition import check_trained
 from jlora.peft import _config_for, _load, _save, _whole
 from jlora.peft._contents import contents_of
+from jlora.peft._depth import check_depth
 from jlora.peft._fields import as_lora, check_config
 from jlora.peft._files import (
     CONFIG,
@@ -89,6 +90,7 @@ def load(
     contents = contents_of(read_tensors(place), str(place / WEIGHTS))
     table = _table(leaves, model, names)
     nodes: dict[str, Any] = {}
+    check_depth(config, table, str(place / CONFIG))
     view = as_lora(config)
     if view is config:
         start = start_of(config, str(place / CONFIG), shifted_base)

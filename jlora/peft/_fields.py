@@ -90,7 +90,7 @@ _NEUTRAL_OF_FORMS = {"d_initial", "init_weights", "rank_dropout_scale"}
 
 # Keys that the code below acts on.
 HONOURED = {
-    "alora_invocation_tokens",
+    "alora_invocation_tokens", "layer_replication",
     "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",

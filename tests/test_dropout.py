@@ -13,6 +13,13 @@ import jlora
 X = jnp.ones((3, 8))
 
 
+@pytest.fixture(autouse=True)
+def no_leaks():
+    """No tracer of a replay outlives it."""
+    with jax.checking_leaks():
+        yield
+
+
 def dropped(params, key=7, targets="kernel", **options):
     """Adapted kernels that drop half of their inputs; no B is zero."""
     tree = jlora.lorafy(params, 4, targets, dropout=0.5, **options)

@@ -100,8 +100,10 @@ def transformed(
             for i, x in zip(traced, arrays, strict=True):
                 full[i] = x
             inner_args, inner_kwargs = jax.tree.unflatten(treedef, full)
-            out, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
-            return [x for x in out if isinstance(x, jax.Array)]
+            found, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
+            # No tracer outlives its trace.
+            out = [_ARRAY if isinstance(x, jax.Array) else x for x in found]
+            return [x for x in found if isinstance(x, jax.Array)]
 
         operands = jax.tree.map(_as_jax, [leaves[i] for i in traced])
         jaxpr = jax.make_jaxpr(flat)(*[_dense(x) for x in operands])
@@ -116,10 +118,13 @@ def transformed(
             with_magnitudes(x) if n is None else given[traced[n]]
             for x, n in zip(results, forwarded(jaxpr), strict=True)
         )
-        done = [next(arrays) if isinstance(x, jax.Array) else x for x in out]
+        done = [next(arrays) if x is _ARRAY else x for x in out]
         return jax.tree.unflatten(out_tree, done)
 
     return lorafied
+
+
+_ARRAY: Any = object()  # a result's place
 
 
 def _is_traced(x: Any) -> bool:

@@ -163,7 +163,8 @@ def orthogonality(tree: Tree) -> Array:
             x, dims = _held(t)[name], _dims(t, name)
             too = tuple(_RANK_TOO if d == RANK else d for d in dims)
             gram, _ = contract(x, dims, x, too, t.batch_axes, precision="highest")
-            off = gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)
+            eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+            off = gram - jnp.broadcast_to(eye, gram.shape)
             square = jnp.sum(jnp.square(off), axis=(-2, -1))
             # A norm has no slope at zero.
             safe = jnp.where(square > 0, square, 1)

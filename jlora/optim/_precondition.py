@@ -198,7 +198,8 @@ def _inverses(grams: Mapping[Term, Array], delta: float) -> dict[Term, Array]:
     out: dict[Term, Array] = {}
     for (rank, dtype), names in groups.items():
         flat = [_everywhere(grams[name]).reshape(-1, rank, rank) for name in names]
-        all_at_once = jnp.concatenate(flat) + delta * jnp.eye(rank, dtype=dtype)
+        eye = delta * jnp.eye(rank, dtype=dtype)[None]
+        all_at_once = jnp.concatenate(flat) + eye
         tiny = rank * float(jnp.finfo(dtype).eps)
         inverse = jnp.linalg.pinv(all_at_once, rtol=tiny, hermitian=True)
         at = 0

@@ -99,18 +99,22 @@ def test_riemannian_at_the_start_and_of_factors_of_lower_rank():
     grads = jax.tree.map(lambda x: along if x.shape == (R, 5) else 0 * x, grads)
     tx = riemannian(1e-8)
     got, _ = tx.update(grads, tx.init(half), half)
-    want = (
-        np.linalg.pinv(np.asarray(a, np.float64).T @ np.asarray(a, np.float64)) @ along
-    )
-    np.testing.assert_allclose(got["q"].adapters[""].b, want, rtol=1e-4, atol=1e-6)
+    a64 = np.asarray(a, np.float64)
+    want = a64 @ np.linalg.pinv(a64.T @ a64) @ along  # of the product; b is not unique
+    got_b = np.asarray(got["q"].adapters[""].b)
+    np.testing.assert_allclose(a64 @ got_b, want, rtol=1e-4, atol=1e-6)
+    assert np.max(np.abs(got_b)) < 1
     assert not np.any(got["q"].adapters[""].a)
 
 
-def test_all_gram_matrices_are_inverted_in_two_calls(tree):
+def test_all_gram_matrices_are_inverted_in_two_loops(tree):
+    """Without LAPACK, whose calls at once can wait for each other on two CPU threads."""
     half, grads = gradients(tree)
     tx = riemannian()
     program = jax.make_jaxpr(tx.update)(grads, tx.init(half), half)
-    assert [e.primitive.name for e in equations(program)].count("eigh") == 2
+    names = [e.primitive.name for e in equations(program)]
+    assert names.count("while") + names.count("scan") == 2
+    assert not {"eigh", "svd", "lu", "cholesky"} & {*names}
 
 
 def test_lora_fa_keeps_a_and_its_state_away(tree):

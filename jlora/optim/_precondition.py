@@ -5,8 +5,9 @@ With the Gram matrices of the factors over the rank, `a [in, r]` and `b [r, out]
     riemannian     ∇a · (b·bᵀ + δI)⁻¹      (aᵀ·a + δI)⁻¹ · ∇b
     LoRA-FA        0                        (aᵀ·a + δI)⁻¹ · ∇b / scale²
 
-All Gram matrices of a tree are inverted in one batched call: a GPU does many small
-ones one by one, and each takes longer than the products around it.
+All Gram matrices of one rank are inverted together, in a loop over the rank that XLA
+compiles: LAPACK's batched calls can wait for each other for ever in a pool of two CPU
+threads, and a GPU's library does small matrices one by one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from jlora._compat import is_explicit, on_mesh_of, reshard, sharded_like
 from jlora._errors import StructureError
@@ -201,7 +203,7 @@ def _inverses(grams: Mapping[Term, Array], delta: float) -> dict[Term, Array]:
         eye = delta * jnp.eye(rank, dtype=dtype)[None]
         all_at_once = jnp.concatenate(flat) + eye
         tiny = rank * float(jnp.finfo(dtype).eps)
-        inverse = jnp.linalg.pinv(all_at_once, rtol=tiny, hermitian=True)
+        inverse = _inverse(all_at_once, tiny)
         at = 0
         for name in names:
             gram = grams[name]
@@ -210,6 +212,32 @@ def _inverses(grams: Mapping[Term, Array], delta: float) -> dict[Term, Array]:
             out[name] = sharded_like(mine, gram) if is_explicit(gram) else mine
             at = end
     return out
+
+
+def _inverse(grams: Array, tiny: float) -> Array:
+    """Inverses of positive matrices `[n, r, r]` by sweeping one axis after the other.
+
+    An axis of which next to nothing is left once those before it are swept gets zeros.
+
+    Source: Goodnight 1979, "A tutorial on the SWEEP operator".
+    """
+    rank = grams.shape[-1]
+    most = jnp.max(jnp.diagonal(grams, axis1=1, axis2=2), axis=1)
+
+    def sweep(k: Array, m: Array) -> Array:
+        at = lambda axis: lax.dynamic_slice_in_dim(m, k, 1, axis)  # noqa: E731
+        row, column = at(1), at(2)  # [n, 1, r], [n, r, 1]
+        pivot = lax.dynamic_slice_in_dim(row, k, 1, 2)
+        there = pivot > tiny * most[:, None, None]
+        over = jnp.where(there, 1 / jnp.where(there, pivot, 1), 0)
+        is_row = (jnp.arange(rank) == k)[None, :, None]
+        is_column = (jnp.arange(rank) == k)[None, None, :]
+        m = m - column * (row * over)
+        m = jnp.where(is_row, row * over, m)
+        m = jnp.where(is_column, -column * over, m)
+        return jnp.where(is_row & is_column, over, m)
+
+    return lax.fori_loop(0, rank, sweep, grams)
 
 
 def _everywhere(x: Array) -> Array:

@@ -371,7 +371,7 @@ def test_an_adapter_of_another_base(params, change, told):
 
 def test_an_adapter_of_a_shifted_base_is_told_its_way(params):
     tree = jlora.lorafy(params, 2, ["query"], init="pissa")
-    with pytest.raises(jlora.StructureError, match="jlora.init.unshift"):
+    with pytest.raises(jlora.StructureError, match=r"jlora\.init\.unshift"):
         jlora.add(params, "a", tree)
     s = jlora.add(params, "a", jlora.init.unshift(tree, tree, params))
     assert s["a"]["query"]["kernel"].base is params["query"]["kernel"]

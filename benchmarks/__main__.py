@@ -15,7 +15,7 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
-            "sweep", "mixed_batches", "initialise", "qlora")  # fmt: skip
+            "sweep", "many", "mixed_batches", "initialise", "qlora")  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
             add("--steps", type=int, default=150)
             add("--batch", type=int, default=32)
             add("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
+        if name == "many":
+            add("--steps", type=int, default=20, help="of each run (20)")
         if name == "sweep":
             add("--axes", nargs="+", default=sweep.AXES, choices=sweep.AXES)
     return out

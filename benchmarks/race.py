@@ -49,6 +49,7 @@ RATIOS = {
     "to_peft": "PEFT",
     "to_compile": "PEFT, torch.compile",
     "to_safe_merge": "PEFT, safe_merge",
+    "to_one_by_one": "one by one",
 }
 Row = dict[str, Any]
 Rows = tuple[list[Row], dict[str, Any]]  # and about the workers they come from

@@ -20,3 +20,9 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     names: dict = {}
     for block in python_blocks(page):
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_index_has_every_page():
+    index = (DOCS / "README.md").read_text()
+    linked = set(re.findall(r"\]\((\w+\.md)\)", index))
+    assert linked == {page.name for page in PAGES} - {"README.md"}

@@ -108,7 +108,7 @@ def test_riemannian_at_the_start_and_of_factors_of_lower_rank():
 
 
 def test_all_gram_matrices_are_inverted_in_two_loops(tree):
-    """Without LAPACK, whose calls at once can wait for each other on two CPU threads."""
+    """And without LAPACK, with which a step once stood still on two CPU threads."""
     half, grads = gradients(tree)
     tx = riemannian()
     program = jax.make_jaxpr(tx.update)(grads, tx.init(half), half)

@@ -6,8 +6,8 @@ With the Gram matrices of the factors over the rank, `a [in, r]` and `b [r, out]
     LoRA-FA        0                        (aᵀ·a + δI)⁻¹ · ∇b / scale²
 
 All Gram matrices of one rank are inverted together, in a loop over the rank that XLA
-compiles: LAPACK's batched calls can wait for each other for ever in a pool of two CPU
-threads, and a GPU's library does small matrices one by one.
+compiles. With LAPACK's batched inverse a step stood still on two CPU threads (the cause
+was not found), and a GPU's library does small matrices one by one.
 """
 
 from __future__ import annotations

@@ -29,10 +29,11 @@ def run(options: Any) -> Iterator[Rows]:
     steps = 2 if options.quick else options.steps
     warmup, options.warmup = options.warmup, 0
     for one in cases(options, *CPU):
-        entries = chosen(CONTENDERS, [*CONTENDERS], case=one.json, steps=steps)
+        wanted = options.contenders or [*CONTENDERS]
+        entries = chosen(CONTENDERS, wanted, case=one.json, steps=steps)
         result = race(entries, options)
         head = {"what": "with compilation", "case": one.title, "steps": steps}
-        yield result.rows(head, [*CONTENDERS]), result.about
+        yield result.rows(head, wanted), result.about
     options.warmup = max(1, warmup)
     slots = SLOTS[:2] if options.quick else SLOTS
     table = {str(k): ("jax", "many:stepping", {"slots": k}) for k in slots}

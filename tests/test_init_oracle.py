@@ -1,12 +1,11 @@
 """Initialisations against PEFT's, on the same weights and data."""
 
+import importlib
 import warnings
 
 import numpy as np
 import peft_nets
 import pytest
-from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.loraga import preprocess_loraga
 from peft_live import (
     config_of,
     logits_of,
@@ -22,6 +21,10 @@ from safetensors.numpy import load_file
 
 import jlora
 import jlora.peft
+
+# After PyTorch and PEFT are known to be there.
+CordaConfig = importlib.import_module("peft.tuners.lora.config").CordaConfig
+preprocess_loraga = importlib.import_module("peft.tuners.lora.loraga").preprocess_loraga
 
 pytestmark = pytest.mark.oracle
 

@@ -3,9 +3,9 @@ r"""Train an adapter for each of many tenants, several at a time in one compiled
 What it shows: `jlora.sweep.run`. A queue of jobs, one JSON object a line, goes through
 four slots of one step: each job has its own rank, rates, data and number of steps. One
 that ends makes room for the next, and nothing is compiled for it. A tenant whose files
-are missing fails alone, one that learns nothing more is stopped; the others never
-notice. Each adapter ends as a run of its own would have made it, and is written in
-PEFT's format.
+are missing fails alone, one that learns nothing more would be stopped, and the others
+never notice. Each adapter ends as a run of its own would have made it, and is written
+in PEFT's format.
 
 On what: a T5 of 1.2 M parameters and tenants/translations that lie beside this file.
 

@@ -26,6 +26,15 @@ def ours(w, form, **kw):
     return jlora.quantize({"w": kernel}, form, targets=["w"], **kw)["w"]
 
 
+def assert_same_codes(q, codes, w, block):
+    """But where all of a block is zero: any code means zero, bitsandbytes' varies."""
+    blocks = w.float().numpy().reshape(-1, block)
+    zero = np.repeat(~blocks.any(1), block // 2)  # two codes a byte
+    assert zero.any() and not zero.all()  # noqa: PT018
+    got, want = np.asarray(q.codes).reshape(-1), codes.numpy().reshape(-1)
+    np.testing.assert_array_equal(got[~zero], want[~zero])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("form", ["nf4", "fp4"])
 def test_four_bits_are_those_of_bitsandbytes(form, dtype):
@@ -33,7 +42,7 @@ def test_four_bits_are_those_of_bitsandbytes(form, dtype):
         w = weights(shape, dtype)
         codes, state = F.quantize_4bit(w, blocksize=block, quant_type=form)
         q = ours(w, form, block=block, double=False)
-        np.testing.assert_array_equal(q.codes.reshape(-1), codes.numpy().reshape(-1))
+        assert_same_codes(q, codes, w, block)
         np.testing.assert_array_equal(q.absmax.reshape(-1), state.absmax.numpy())
         dense = F.dequantize_4bit(codes, state)
         np.testing.assert_array_equal(
@@ -46,7 +55,7 @@ def test_double_quantisation_is_that_of_bitsandbytes():
         w = weights(shape)
         codes, state = F.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
         q = ours(w, "nf4")
-        np.testing.assert_array_equal(q.codes.reshape(-1), codes.numpy().reshape(-1))
+        assert_same_codes(q, codes, w, 64)
         # PyTorch and XLA sum up the mean, the offset, in another order.
         np.testing.assert_allclose(q.offset, state.offset.item(), rtol=3e-7)
         np.testing.assert_allclose(q.nested_absmax, state.state2.absmax, rtol=1e-6)

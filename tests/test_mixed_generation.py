@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from small_models import make
 from test_mixed import filled
+from tools import compilations
 
 import jlora
 from jlora import models
@@ -18,16 +19,6 @@ CASES = {
         {"scan_layers": True},
     ),
 }
-compilations = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _count_compilations():
-    def note(event, duration, **details):
-        if "backend_compile" in event:
-            compilations.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,12 +39,11 @@ def test_tokens_are_those_of_each_prompts_adapter(case):
     each = np.stack([tokens(t, jlora.lora) for t in (*trees, none)])
     bank, rows = jlora.bank(trees), np.arange(len(PROMPTS))
     ids = np.array([1, -1, 0])
-    got = tokens(jlora.with_ids(bank, ids), jlora.mixed_steps)
-    np.testing.assert_array_equal(got, each[ids, rows])
-    count = len(compilations)
-    got = tokens(jlora.with_ids(bank, ids[::-1].copy()), jlora.mixed_steps)
-    np.testing.assert_array_equal(got, each[ids[::-1], rows])
-    assert len(compilations) == count
+    mixture = lambda ids: tokens(jlora.with_ids(bank, ids), jlora.mixed_steps)
+    np.testing.assert_array_equal(mixture(ids), each[ids, rows])
+    other = ids[::-1].copy()
+    assert compilations(mixture, (other,)) == 0
+    np.testing.assert_array_equal(mixture(other), each[other, rows])
     assert all((one != each[2]).any() for one in each[:2]), "a test of nothing"
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
-from tools import TOL, assert_close, lowrank, products, randomise
+from tools import TOL, assert_close, compilations, lowrank, products, randomise
 
 import jlora
 from jlora._transform import replay as _interpret
@@ -232,22 +232,6 @@ def test_second_derivatives(getkey):
 
 
 # -- compilation -----------------------------------------------------------------------
-
-
-def compilations(f, *calls):
-    count = 0
-
-    def listen(name, *_, **__):
-        nonlocal count
-        count += name == "/jax/core/compile/backend_compile_duration"
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        for args in calls:
-            jax.block_until_ready(f(*args))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return count
 
 
 def test_repeated_layers_keep_the_names_of_their_modules():

@@ -136,3 +136,20 @@ def scalar(out):
     """A scalar that depends on every float of the output, and not linearly."""
     leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
     return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in leaves)
+
+
+def compilations(f, *calls):
+    """How often XLA compiles in the calls of `f`, each with a tuple of arguments."""
+    count = 0
+
+    def listen(name, *_, **__):
+        nonlocal count
+        count += name == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for args in calls:
+            jax.block_until_ready(f(*args))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return count

@@ -25,20 +25,17 @@ _WAITING = (
     "transpose", "reshape", "squeeze", "broadcast_in_dim", "rev",
     "convert_element_type", "slice",
 )  # fmt: skip
+_PRODUCTS = (
+    "dot_general", "conv_general_dilated", "gather", "ragged_dot", "ragged_dot_general",
+)  # fmt: skip
 # Primitives whose rules do with a base what `rebind` does, or hand it on.
 _KNOWN = frozenset(
     [
         *_compat.JIT, *_compat.REMAT, *_compat.PVARY, "closed_call", "core_call",
-        "call", "cond", "while", "scan", "shard_map", "dot_general",
-        "conv_general_dilated", "gather", "ragged_dot", "ragged_dot_general",
+        "call", "cond", "while", "scan", "shard_map", *_PRODUCTS,
         "dynamic_slice", "copy", "copy_p", "name", "stop_gradient",
         "optimization_barrier", "sharding_constraint", "device_put", *_WAITING,
     ]
-)  # fmt: skip
-
-
-_PRODUCTS = (
-    "dot_general", "conv_general_dilated", "gather", "ragged_dot", "ragged_dot_general",
 )  # fmt: skip
 
 

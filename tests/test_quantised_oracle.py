@@ -62,7 +62,9 @@ def test_double_quantisation_is_that_of_bitsandbytes():
         off = q.absmax.reshape(-1).astype(int) - state.absmax.numpy().astype(int)
         assert np.abs(off).max() <= 1
         assert (off != 0).mean() < 0.05
-        alike = (off == 0)[np.arange(codes.numel() * 2) // 64].reshape(shape)
+        # A block of zeros: bitsandbytes' codes vary, and its scale is not quite zero.
+        alike = (off == 0) & w.numpy().reshape(-1, 64).any(1)
+        alike = np.repeat(alike, 64).reshape(shape)
         dense = F.dequantize_4bit(codes, state).numpy()
         np.testing.assert_allclose(
             np.asarray(q.dense()).T[alike], dense[alike], rtol=1e-5

@@ -30,6 +30,7 @@
     jlora.init                how adapters start: PiSSA, EVA, LoRA-GA and others
     jlora.models              Flax models that read and write Hugging Face folders
     jlora.data                text and tables, tokens, batches
+    jlora.metrics             predictions scored against references
     jlora.cli                 the console
 
 Every error is a `LoraError`. A tree is any pytree of parameters:
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from jlora import cli as cli
     from jlora import data as data
     from jlora import init as init
+    from jlora import metrics as metrics
     from jlora import models as models
     from jlora import optim as optim
     from jlora import peft as peft
@@ -125,6 +127,7 @@ _SUBMODULES = (
     "cli",
     "data",
     "init",
+    "metrics",
     "models",
     "optim",
     "peft",

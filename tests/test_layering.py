@@ -21,7 +21,7 @@ FLOORS = [
     ["_transform"],
     ["_tree"],
     ["init", "adapters", "quant", "optim", "sharding"],
-    ["data", "models", "train", "sweep", "checkpoint", "peft"],
+    ["data", "metrics", "models", "train", "sweep", "checkpoint", "peft"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -29,6 +29,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 UNAWARE = {
     "models": {"_errors", "_text", "_files", "_processes"},
     "data": {"_errors", "_text", "_files", "_processes"},
+    "metrics": {"_errors", "_text"},
 }
 FILES = sorted(
     p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE
@@ -135,6 +136,7 @@ ROOMS_FOR_USERS = [
     "cli",
     "data",
     "init",
+    "metrics",
     "models",
     "optim",
     "peft",

@@ -188,7 +188,7 @@ def off(got, want):
 
 ALL = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd",
        "dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")  # fmt: skip
-# PEFT's result is off from the definition's by at least this much (docs/adapters.md).
+# PEFT's result is off from the definition's by at least this much (docs/guides/adapters.md).
 WRONG = {
     "LoRA": dict.fromkeys(
         ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"], 0.75

@@ -1,20 +1,34 @@
-"""The code blocks of each page in docs/ run, in order, in an empty folder."""
+"""The pages in docs/: their code runs, in order, in an empty folder; all are linked."""
 
+import fnmatch
 import pathlib
 import re
 
 import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+
+
+def name(page):
+    """As Sphinx calls it: `guides/adapters`."""
+    return page.relative_to(DOCS).with_suffix("").as_posix()
+
+
+def is_written(page):
+    """Whether a person wrote it: what a build makes lies under a name with `_`."""
+    return not any(part.startswith("_") for part in page.relative_to(DOCS).parts)
+
+
+PAGES = sorted(filter(is_written, DOCS.rglob("*.md")))
 
 
 def python_blocks(page):
+    """Those that are to run: without the label `norun`."""
     found = re.findall(r"^```python\b *(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
     return [block for label, block in found if label != "norun"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -22,7 +36,24 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), names)
 
 
-def test_the_index_has_every_page():
-    index = (DOCS / "README.md").read_text()
-    linked = set(re.findall(r"\]\((\w+\.md)\)", index))
-    assert linked == {page.name for page in PAGES} - {"README.md"}
+def entries(page):
+    """The pages that its tables of contents name."""
+    folder = page.parent.relative_to(DOCS)
+    for tree in re.findall(r"^```{toctree}\n(.*?)^```", page.read_text(), re.M | re.S):
+        lines = [line.strip() for line in tree.splitlines()]
+        for line in lines:
+            if line and not line.startswith(":"):
+                yield (folder / re.sub(r".*<(.*)>", r"\1", line)).as_posix()
+
+
+def test_every_page_is_in_a_table_of_contents():
+    names = [name(page) for page in PAGES if page.name != "README.md"]
+    patterns = [entry for page in PAGES for entry in entries(page)]
+    missed = [n for n in names if not any(fnmatch.fnmatch(n, p) for p in patterns)]
+    assert missed == ["index"]
+
+
+def test_the_page_for_github_has_every_folder():
+    linked = re.findall(r"\]\((\w+)\)", (DOCS / "README.md").read_text())
+    folders = {name(page).split("/")[0] for page in PAGES if page.parent != DOCS}
+    assert folders <= set(linked)

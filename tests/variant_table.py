@@ -1,7 +1,7 @@
 """Every variant on every kind of kernel: works, or the error that it gives.
 
-`python tests/variant_table.py` writes docs/variant_table.md; `test_variant_table.py`
-holds the page and the code together. A cell works if value and gradient are those of
+`python tests/variant_table.py` writes docs/reference/variant_table.md, and
+`test_variant_table.py` holds the page and the code together. A cell works if value and gradient are those of
 the function of the merged kernel. Cells are traced one by one, for their errors, and
 those of one row compiled as one program.
 """
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "variant_table.md"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "reference" / "variant_table.md"
 T = jlora.Target
 _CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 

@@ -30,10 +30,11 @@ import numpy as np
 from jax import lax
 
 from jlora import _compat
+from jlora._errors import StructureError
 from jlora._kernel import dora, forms
 from jlora._kernel.adapter import KEYS, Adapter, new_adapter
 from jlora._kernel.axes import Array, Dims, accumulation_dtype, expand, rounded
-from jlora._kernel.opaque import Note, Opaque, Origin
+from jlora._kernel.opaque import Note, Opaque, Origin, Several
 from jlora._kernel.quantized import Quantized, dense
 from jlora._paths import leaf_paths
 
@@ -328,7 +329,16 @@ def same_structure(*trees: Any, is_leaf: Callable[[Any], bool] | None = None) ->
 
 
 def is_node(x: Any) -> bool:
-    """Whether x is one of jlora's nodes; an `is_leaf` for `jax.tree` functions."""
+    """Whether x is one of jlora's nodes; an `is_leaf` for `jax.tree` functions.
+
+    All that walks a tree of parameters asks this of what it meets, so that here is the
+    one place to refuse what only looks like such a tree.
+
+    Raises:
+      StructureError: x is a set of adapters.
+    """
+    if isinstance(x, Several):
+        raise StructureError(x.no_parameters())
     return isinstance(x, LowRank | Full | Rows | Quantized)
 
 

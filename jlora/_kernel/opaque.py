@@ -56,6 +56,18 @@ class Origin(str):
         return made
 
 
+class Several:
+    """Base of what holds several trees of parameters and is none itself.
+
+    Its leaves are arrays, so that all functions of trees would take it, and each would
+    make another kind of nonsense of it.
+    """
+
+    def no_parameters(self) -> str:
+        """The message of the error: what it is, and which tree to pass."""
+        raise NotImplementedError
+
+
 class UnmergedAttributeError(UnmergedError, AttributeError):
     """An attribute that arrays have; `hasattr` and `getattr` ask without harm."""
 

@@ -12,18 +12,19 @@ import jax
 
 from jlora._errors import OptionError
 from jlora._kernel.nodes import LowRank
+from jlora._kernel.opaque import Several
 from jlora._paths import Tree
 from jlora.adapters._parts import is_part, put_all_on, put_on
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class AdapterSet:
+class AdapterSet(Several):
     """Several named adapters on one base; `jlora.add` makes one.
 
-    A pytree of the base's leaves and those of every adapter. A jitted step does not
-    take the set but `params`, the lorafied tree of what is active: adapters of one
-    structure and shape share its programs.
+    A pytree of the base's leaves and those of every adapter. Functions of parameters do
+    not take the set but `params`, the lorafied tree of what is active: adapters of one
+    structure and shape share a jitted step's programs. Handed the set, they refuse it.
 
     Attributes:
       base: the plain parameters.
@@ -89,11 +90,20 @@ class AdapterSet:
         has = ", ".join(map(repr, self.names)) or "none"
         raise OptionError(f"there is no adapter {name!r}; the set has {has}.\n{hint}")
 
+    def no_parameters(self) -> str:
+        """What the error says of a set in the place of parameters."""
+        one = next(iter(self.active or self.names), "...")
+        return (
+            f"{self!r} is a set, and parameters were expected.\nPass adapters.params, "
+            f"those with what is active, or those of one adapter, adapters[{one!r}]."
+        )
+
     def __repr__(self) -> str:
         told = [f"{n} ({_brief(self.adapters[n], n in self.active)})"
                 for n in self.adapters]  # fmt: skip
-        leaves = len(jax.tree.leaves(self.base))
-        return f"AdapterSet({', '.join(told)}; a base of {leaves} leaves)"
+        size = len(jax.tree.leaves(self.base))
+        leaves = "1 leaf" if size == 1 else f"{size} leaves"
+        return f"AdapterSet({', '.join(told)}; a base of {leaves})"
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Base, and adapters by name; the names and what is active are static."""

@@ -1,0 +1,32 @@
+"""The Vietnamese tutorial is the English one: the same commands, code and output."""
+
+import pathlib
+import re
+
+import pytest
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGES = sorted((DOCS / "vi").glob("*.md"))
+
+
+def blocks(page, *labels):
+    """The blocks of code of a page that have one of the labels."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*[^\n]*)\n(.*?)^```", text, re.M | re.S)
+    return [(label, code) for label, code in found if label.split()[0] in labels]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_is_that_of_the_english_page(page):
+    code = blocks(page, "python", "bash")
+    assert len(code) > 5
+    assert code == blocks(DOCS / "start" / page.name, "python", "bash")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_page_has_the_sections_of_the_english_one(page):
+    sections = [
+        re.findall(r"^## (\d*)", p.read_text(encoding="utf-8"), re.M)
+        for p in (page, DOCS / "start" / page.name)
+    ]
+    assert sections[0] == sections[1]

@@ -3,8 +3,12 @@
 import fnmatch
 import pathlib
 import re
+import warnings
+from contextlib import nullcontext
 
 import pytest
+
+import jlora
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
@@ -22,18 +26,40 @@ def is_written(page):
 PAGES = sorted(filter(is_written, DOCS.rglob("*.md")))
 
 
-def python_blocks(page):
-    """Those that are to run: without the label `norun`."""
-    found = re.findall(r"^```python\b *(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
-    return [block for label, block in found if label != "norun"]
+def python_blocks(text):
+    """Those that are to run, with their labels: `setup` and `raises` say what they do."""
+    found = re.findall(r"^```python\b *(\w*)\n(.*?)^```", text, re.M | re.S)
+    return [(label, block) for label, block in found if label != "norun"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+ERRORS = DOCS / "reference" / "errors.md"  # has a test of its own
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != ERRORS], ids=name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in python_blocks(page):
-        exec(compile(block, page.name, "exec"), names)
+    for label, block in python_blocks(page.read_text()):
+        raises = pytest.raises(jlora.LoraError) if label == "raises" else nullcontext()
+        with raises:
+            exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_page_of_errors_raises_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    raised: dict = {}
+    with warnings.catch_warnings():
+        for section in ERRORS.read_text().split("\n## "):
+            title = section.split("\n")[0]
+            for label, block in python_blocks(section):
+                try:
+                    exec(compile(block, title, "exec"), names)
+                    assert label != "raises", block
+                except (jlora.LoraError, jlora.JloraWarning) as error:
+                    raised.setdefault(title, set()).add(type(error))
+    kinds = [*jlora.LoraError.__subclasses__(), jlora.JloraWarning]
+    assert raised == {kind.__name__: {kind} for kind in kinds}
 
 
 def entries(page):

@@ -12,7 +12,8 @@ import numpy as np
 
 from jlora._errors import DataError
 
-IGNORED = -100  # a label that losses leave out
+#: A label that losses leave out.
+IGNORED = -100
 MULTIPLE = 4  # lengths are rounded up to it
 CHOICES = 1024  # of shapes, among which those of the buckets are chosen
 

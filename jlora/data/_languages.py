@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jlora._errors import DataError
 
+#: Names of languages by their codes, for prompts: `LANGUAGES["de"]` is "German".
 LANGUAGES = {
     "af": "Afrikaans", "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali",
     "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German",

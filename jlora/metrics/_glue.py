@@ -24,6 +24,7 @@ _METRICS: Mapping[str, tuple[Callable[..., float], ...]] = {
     "wnli": (accuracy,),
 }
 
+#: GLUE's tasks, and the names of the metrics that each is judged by.
 GLUE_TASKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         task: tuple(metric.__name__ for metric in metrics)

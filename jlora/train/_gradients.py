@@ -25,6 +25,8 @@ from jlora.train._totals import Totals, accumulation_dtype, means, nonzero
 
 Tree = Any
 AxisName = str | tuple[str, ...]
+#: `(params, batch, key)`, written for plain parameters; returns a loss, or a loss and
+#: metrics, each a scalar or a pair `(total, count)`.
 LossFn = Callable[[Tree, Any, Array], Any]
 
 

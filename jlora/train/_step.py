@@ -54,6 +54,7 @@ class StepInfo(NamedTuple):
     key: Array
 
 
+#: A function of what happens in a step that returns more metrics.
 Hook = Callable[[StepInfo], Mapping[str, Array]]
 
 

@@ -672,16 +672,23 @@ def test_a_state_is_no_adapter(run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["insect"], "invalid choice: 'insect'"),
-        (["inspect"], "required: FOLDER"),
-        (["inspect", ".", "--jsn"], "unrecognized arguments: --jsn"),
-        (["convert", "only-one"], "required: TARGET"),
+        (["insect"], 'unknown command "insect". Did you mean "inspect"?'),
+        (["inspect"], "FOLDER is missing"),
+        (["inspect", ".", "--jsn"], "unknown option: --jsn. Did you mean --json?"),
+        (["inspect", ".", "again"], "nothing takes the word 'again'"),
+        (["convert", "only-one"], "TARGET is missing"),
         (
             ["convert", "a", "b", "--num-labels", "three"],
-            "is not a whole number above 0",
+            "--num-labels: 'three' is not a whole number at least 1",
         ),
-        (["convert", "a", "b", "--num-labels", "0"], "is not a whole number above 0"),
-        (["convert", "a", "b", "--check", "bytes"], "--check: invalid choice"),
+        (
+            ["convert", "a", "b", "--num-labels", "0"],
+            "is not a whole number at least 1",
+        ),
+        (
+            ["convert", "a", "b", "--check", "bytes"],
+            'invalid value "bytes" for --check',
+        ),
         (["convert", str(T5 / "adapter"), "b", "--task-type", "X"], "--task-type: for"),
     ],
 )
@@ -713,8 +720,8 @@ def test_help_and_version(done):
     text = done("--help")
     for command in cli.COMMANDS:
         assert f"{command.name} " in text
-        assert command.summary in text
-        assert command.examples.splitlines()[0].strip() in done(command.name, "--help")
+        assert command.summary in " ".join(text.split())
+        assert command.examples in done(command.name, "--help")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda c: c.name)
@@ -722,7 +729,7 @@ def test_the_examples_are_command_lines(command):
     for line in command.examples.replace("\\\n", " ").splitlines():
         words = shlex.split(line.partition("|")[0])
         assert words[:2] == ["jlora", command.name]
-        assert cli._parser().parse_args(words[1:]).run is command.run
+        assert isinstance(command.read(words[2:]), command.module.Options)
 
 
 def test_the_installed_script_is_this_console():

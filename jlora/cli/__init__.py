@@ -1,7 +1,7 @@
 """The console: `jlora COMMAND ...`, or `python -m jlora COMMAND ...`.
 
-A command is a `Command` in the table at the end: what it takes, and a function of that.
-The function imports what it needs when it is called, so that `jlora --help` is quick.
+A command is a line of the table `COMMANDS` and a module of `jlora.cli._commands`, which
+imports what it needs when it runs, so that `jlora --help` is quick.
 """
 
 from jlora.cli._main import main as main

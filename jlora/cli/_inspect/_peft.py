@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jlora._errors import CheckpointError
 from jlora._files import TensorHeader as Header
@@ -16,6 +16,8 @@ from jlora.peft._config import alpha_of, rank_of, scale_of
 from jlora.peft._contents import PREFIX, without_names
 from jlora.peft._fields import DEFAULTS, Config, check_config
 from jlora.peft._files import CONFIG, PICKLE, WEIGHTS, read_json
+
+T = TypeVar("T")
 
 # What rank, alpha and scale are made of.
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -55,7 +57,7 @@ def report(place: Path) -> Report:
     pickled = not (place / WEIGHTS).exists() and (place / PICKLE).exists()
     file = place / WEIGHTS
     tensors = {} if pickled else without_names(tensor_headers(file), str(file))
-    rows = [_row(m, parts, config) for m, parts in _by_module(tensors).items()]
+    rows = [_row(m, parts, config) for m, parts in by_module(tensors).items()]
     refused = _refused(config, place)
     facts = {
         "base_model": config.get("base_model_name_or_path"),
@@ -96,18 +98,16 @@ def _refused(config: Config, place: Path) -> str | None:
     return None
 
 
-def _by_module(
-    tensors: Mapping[str, Header],
-) -> dict[str, dict[str, Header]]:
+def by_module(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """The tensors by module, and in it by their own names."""
-    found: dict[str, dict[str, Header]] = {}
-    for key, header in tensors.items():
+    found: dict[str, dict[str, T]] = {}
+    for key, tensor in tensors.items():
         key = key.removeprefix(PREFIX)
         if match := _PART.fullmatch(key):
             module, part = match["module"], match["part"]
         else:
             module, _, part = key.rpartition(".")
-        found.setdefault(module, {})[part] = header
+        found.setdefault(module, {})[part] = tensor
     return found
 
 

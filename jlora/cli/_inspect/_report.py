@@ -32,6 +32,7 @@ class Report:
         first column.
       rows: one for each. A column `bytes` is added up over rows that are alike.
       data: what only the JSON holds.
+      shown: the columns of the table, where not all of them.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Report:
     unit: str
     rows: Sequence[Row]
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shown: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it: nothing is shortened or added up."""
@@ -70,7 +72,10 @@ class Report:
             groups.setdefault((name, str(alike)), []).append(row)
         lines = [_merged(rows, self.unit) for rows in groups.values()]
         columns = [c for c in lines[0] if any(line[c] for line in lines)]
-        return [tuple(columns), *(tuple(line[c] for c in columns) for line in lines)]
+        if self.shown:
+            columns = [c for c in columns if c in (self.unit, "layers", *self.shown)]
+        head = tuple(column.replace("_", " ") for column in columns)
+        return [head, *(tuple(line[c] for c in columns) for line in lines)]
 
 
 def _merged(rows: Sequence[Row], unit: str) -> dict[str, str]:
@@ -92,7 +97,8 @@ def _text(value: Any) -> str:
     if value is True:
         return "yes"
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+        own = {k: v for k, v in value.items() if not isinstance(v, Mapping)}
+        return ", ".join(f"{k} {_text(v)}" for k, v in own.items())
     if isinstance(value, list):
         # Numbers only: a shape.
         if all(isinstance(x, int) for x in value):

@@ -19,11 +19,12 @@ JOBS = sweep.paired(
     weight_decay=[0.0, 0.1, 0.01],
     dropout=[0.0, 0.1, 0.5],
     alpha=[2.0, None, 7.0],
-    rslora=[False, True, False],
+    rslora=[False, False, True],
     seed=[4, 1, 2],
     hyper=[{"b1": 0.9}, {"b1": 0.5}, {"b1": 0.8}],
-    init=["default", "gaussian", "default"],
+    init=["default", "default", "gaussian"],
 )
+COMPARED = (0, 2)  # with runs of their own, each of which is compiled
 
 
 def optimizer(hp):
@@ -97,7 +98,8 @@ def trained(plan, step):
 
 def test_each_job_ends_as_it_would_alone(params, plan, trained):
     bank, losses = trained
-    for slot, job in enumerate(JOBS):
+    for slot in COMPARED:
+        job = JOBS[slot]
         state, own_losses = alone(params, job, 50, stream=slot)
         assert_close(losses[:, slot], own_losses, atol=1e-5, rtol=0)
         found = plan.state(bank, slot, job)
@@ -180,9 +182,8 @@ def test_a_slot_that_is_not_finite_stands_still_alone(plan, step):
     assert np.any(moved[2])
 
 
-def test_a_shared_batch_and_groups_give_the_same(plan):
-    def losses(shared, **options):
-        step = sweep.sweep_step(loss_fn, optimizer, **options)
+def test_a_shared_batch_and_groups_give_the_same(plan, step):
+    def losses(shared, step=step):
         bank = plan.bank(JOBS)
         for i in range(3):
             batch = make_batch(i)
@@ -192,9 +193,10 @@ def test_a_shared_batch_and_groups_give_the_same(plan):
 
     want = losses(False)
     assert_close(losses(True), want, atol=1e-6, rtol=0)
-    assert_close(losses(True, group=1), want, atol=1e-6, rtol=0)
+    grouped = lambda n: sweep.sweep_step(loss_fn, optimizer, group=n, clip_norm=0.5)
+    assert_close(losses(True, grouped(1)), want, atol=1e-6, rtol=0)
     with pytest.raises(jlora.OptionError, match="group=2 does not divide"):
-        losses(True, group=2)
+        losses(True, grouped(2))
 
 
 def test_what_lies_below_the_adapters_is_computed_once(params):
@@ -213,8 +215,8 @@ def test_evaluation_of_all_slots(params, plan, trained):
     bank, _ = trained
     batch = make_batch(99)
     total, count = sweep.SweepEval(loss_fn)(bank, batch, shared=True)["loss"]
-    for slot, job in enumerate(JOBS):
-        tree = plan.state(bank, slot, job).params
+    for slot in COMPARED:
+        tree = plan.state(bank, slot, JOBS[slot]).params
         want = jt.evaluate(
             jt.make_eval_step(lambda p, b: {"loss": loss_fn(p, b, None)}), tree, [batch]
         )

@@ -33,7 +33,7 @@ from jlora.checkpoint._entries import (
     nodes,
     sharded,
 )
-from jlora.checkpoint._fingerprint import fingerprint
+from jlora.checkpoint._fingerprint import Fingerprint, fingerprint
 from jlora.checkpoint._storage import PathLike
 
 Tree = Any
@@ -48,6 +48,7 @@ def save_adapter(
     *,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    base: Fingerprint | None = None,
 ) -> None:
     """Save the adapters and fully trained leaves, not the base.
 
@@ -59,6 +60,8 @@ def save_adapter(
       params: a lorafied tree.
       metadata: what else to keep, as JSON; `load_metadata` returns it.
       overwrite: replace a checkpoint that is there already.
+      base: `fingerprint(params)`, where many adapters of one base are saved and it is
+        known; None reads the base.
 
     Raises:
       CheckpointError: something is at `path` already, it is no local path, or it cannot
@@ -74,7 +77,7 @@ def save_adapter(
         "adapters": adapter_entries(params),
         "full": [name for name, x in nodes(params) if isinstance(x, Full)],
         "rows": {p: list(x.indices) for p, x in nodes(params) if isinstance(x, Rows)},
-        "base": fingerprint(params).to_json(),
+        "base": (fingerprint(params) if base is None else base).to_json(),
         "metadata": as_json("metadata", metadata),
     }
     _storage.write(place, "adapter", arrays, config)

@@ -39,6 +39,7 @@ def save_state(
     data_position: Mapping[str, Any] | None = None,
     include_base: bool = False,
     overwrite: bool = False,
+    base: Fingerprint | None = None,
 ) -> None:
     """Save a training state, so that the run can go on bit for bit.
 
@@ -51,12 +52,13 @@ def save_state(
       data_position: where the data stands, as JSON: epoch, offset, an iterator's state.
       include_base: write the frozen base too.
       overwrite: replace the checkpoint of another run.
+      base: as in `save_adapter`.
 
     Raises:
       CheckpointError: another run is at `path`, or it cannot be written.
     """
     place = _storage.local_path(path)
-    arrays, config = state_content(state, data_position, include_base)
+    arrays, config = state_content(state, data_position, include_base, base)
     on_first(
         f"looking for room at {str(place)!r}",
         lambda: _storage.check_place(place, overwrite or _is_earlier(place, config)),
@@ -65,7 +67,11 @@ def save_state(
 
 
 def restore_state(
-    path: PathLike, state: TrainState, *, check: Check = "values"
+    path: PathLike,
+    state: TrainState,
+    *,
+    check: Check = "values",
+    base: Fingerprint | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Restore a training state.
 
@@ -75,6 +81,7 @@ def restore_state(
         gives the structure, the shardings and the base. It may be abstract if the base
         was saved too.
       check: as in `load_adapter`.
+      base: `fingerprint(state.params)`, if it is known; None reads the base.
 
     Returns:
       The state and the data position.
@@ -89,7 +96,8 @@ def restore_state(
     with_base = config["with_base"]
     if not with_base:
         _check_has_base(place, state)
-        check_base(place, config, base_of(state.params, config), check)
+        own = base_of(state.params, config) if base is None else base
+        check_base(place, config, own, check)
     check_adapters(place, config["adapters"], scale_entries(state.params))
     arrays = _storage.read_arrays(place, config, _state_arrays(state, with_base))
     moving = _moving(state, with_base)

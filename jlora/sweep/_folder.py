@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from jlora.sweep._jobs import Job
 from jlora.sweep._results import FAILED, WAITING, Result
 from jlora.train._metrics import MetricsLog
 from jlora.train._state import TrainState
+
+if TYPE_CHECKING:
+    from jlora.checkpoint import Fingerprint
 
 Tree = Any
 
@@ -69,6 +72,7 @@ class SweepFolder:
             if row["event"] != FAILED:  # its data may be there now
                 self._ended[name] = row
         self._log.file.touch()
+        self._base: Fingerprint | None = None
 
     def ended(self, job: Job) -> dict[str, Any] | None:
         """What was written of a job that ended; failed ones are tried again."""
@@ -79,7 +83,8 @@ class SweepFolder:
         from jlora import checkpoint
 
         place = self.path / result.name / "end"
-        result.state, position = checkpoint.restore_state(place, start)
+        base = self._fingerprint(start)
+        result.state, position = checkpoint.restore_state(place, start, base=base)
         _refill(result, position)
         result.status, result.reason = row["event"], row["reason"]
 
@@ -92,7 +97,7 @@ class SweepFolder:
             place.mkdir(parents=True, exist_ok=True)
             checkpoint.save_adapter(
                 place / "adapter", result.state.params, metadata=result.to_json(),
-                overwrite=True,
+                overwrite=True, base=self._fingerprint(result.state),
             )  # fmt: skip
             self._save(place / "end", result, result.state, None)
         row = {k: v for k, v in result.to_json().items() if k in _TOLD}
@@ -113,7 +118,18 @@ class SweepFolder:
             "history": result.history,
             "slot": slot,
         }
-        checkpoint.save_state(place, state, data_position=position, overwrite=True)
+        checkpoint.save_state(
+            place, state, data_position=position, overwrite=True,
+            base=self._fingerprint(state),
+        )  # fmt: skip
+
+    def _fingerprint(self, state: TrainState) -> Fingerprint:
+        """The base's, which is read once: all jobs share it."""
+        from jlora import checkpoint
+
+        if self._base is None:
+            self._base = checkpoint.fingerprint(state.params)
+        return self._base
 
     def state(self, result: Result, start: TrainState) -> tuple[TrainState, int | None]:
         """Where a job stands, and in which slot it was; its start if it never began."""
@@ -122,7 +138,8 @@ class SweepFolder:
         place = self.path / result.name / "state"
         if not place.exists():
             return start, None
-        state, position = checkpoint.restore_state(place, start)
+        base = self._fingerprint(start)
+        state, position = checkpoint.restore_state(place, start, base=base)
         _refill(result, position)
         return state, position["slot"]
 

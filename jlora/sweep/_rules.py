@@ -111,6 +111,9 @@ class Plateau:
 class Rising:
     """Stops a job whose value has risen far above its best, or is not finite.
 
+    The best may be the training loss of the first step, before any update: a job that
+    diverges from there has no good value to compare with.
+
     Attributes:
       times: how far.
     """
@@ -123,7 +126,8 @@ class Rising:
         for r in results:
             if r.status != RUNNING or not r.history:
                 continue
-            best = min((v for _, v in r.history if math.isfinite(v)), default=math.inf)
+            values = [*map(float, r.losses[:1]), *(v for _, v in r.history)]
+            best = min((v for v in values if math.isfinite(v)), default=math.inf)
             if not r.value <= self.times * best:
                 stopped[r.name] = f"rising: {r.value:.4g}, and {best:.4g} at best"
         return stopped

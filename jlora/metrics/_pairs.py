@@ -73,3 +73,27 @@ def _vector(name: str, values: ArrayLike) -> Any:
             "axis, of regressions [examples, 1] the only column."
         )
     return vector
+
+
+def texts(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """The predictions, and the references of each as a list, however many they are."""
+    for name, given in (("predictions", predictions), ("references", references)):
+        if isinstance(given, str):
+            raise DataError(
+                f"the {name} are one string.\nPass a list, with one entry an example."
+            )
+    equally_long(predictions, references)
+    several = [[each] if isinstance(each, str) else [*each] for each in references]
+    for i, (said, true) in enumerate(zip(predictions, several, strict=True)):
+        if not isinstance(said, str) or not all(isinstance(x, str) for x in true):
+            raise DataError(
+                f"example {i} has a prediction or a reference that is no text."
+            )
+        if not any(text.strip() for text in true):
+            raise DataError(
+                f"example {i} has no reference.\nLeave it out, here and among the "
+                "predictions."
+            )
+    return [*predictions], several

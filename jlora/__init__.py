@@ -31,6 +31,7 @@
     jlora.models              Flax models that read and write Hugging Face folders
     jlora.data                text and tables, tokens, batches
     jlora.metrics             predictions scored against references
+    jlora.tasks               what training scripts share: options, losses, reports
     jlora.cli                 the console
 
 Every error is a `LoraError`. A tree is any pytree of parameters:
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from jlora import optim as optim
     from jlora import peft as peft
     from jlora import sweep as sweep
+    from jlora import tasks as tasks
     from jlora import train as train
     from jlora._errors import CheckpointError as CheckpointError
     from jlora._errors import DataError as DataError
@@ -132,6 +134,7 @@ _SUBMODULES = (
     "optim",
     "peft",
     "sweep",
+    "tasks",
     "train",
 )
 _MODULE_OF = {

@@ -1,0 +1,38 @@
+"""Tasks: what training scripts share, so that each is read in five minutes.
+
+    AdapterOptions  TrainingOptions    options of the command line, and what they mean
+    seq2seq_loss  causal_loss  classification_loss      the loss of a kind of model
+    Generator                          a model's answers, in files
+    Translation  TranslationSettings   from text to text, measured by BLEU
+    run  KINDS                         a whole task, as `jlora train` runs it
+
+The examples are composed of these; nothing here is needed to use jlora.
+"""
+
+from jlora.tasks._generation import Generator as Generator
+from jlora.tasks._losses import Loss as Loss
+from jlora.tasks._losses import causal_loss as causal_loss
+from jlora.tasks._losses import classification_loss as classification_loss
+from jlora.tasks._losses import seq2seq_loss as seq2seq_loss
+from jlora.tasks._options import AdapterOptions as AdapterOptions
+from jlora.tasks._options import Loaded as Loaded
+from jlora.tasks._options import TrainingOptions as TrainingOptions
+from jlora.tasks._options import count_both_sides as count_both_sides
+from jlora.tasks._options import count_tokens as count_tokens
+from jlora.tasks._options import refuse as refuse
+from jlora.tasks._reports import closing_part as closing_part
+from jlora.tasks._reports import print_facts as print_facts
+from jlora.tasks._reports import training_part as training_part
+from jlora.tasks._run import KINDS as KINDS
+from jlora.tasks._run import Kind as Kind
+from jlora.tasks._run import Task as Task
+from jlora.tasks._run import facts_of as facts_of
+from jlora.tasks._run import run as run
+from jlora.tasks.translation import Translation as Translation
+from jlora.tasks.translation import TranslationSettings as TranslationSettings
+
+__all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,76 @@
+"""What a model says to a test, in files that a resumed run finds again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jlora
+from jlora import data, models
+
+Tree = Any
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A model that answers in text; `params` may carry adapters or not.
+
+    Attributes:
+      model: of `jlora.models`.
+      tokenizer: its tokenizer.
+      max_new_tokens: the longest answer.
+      settings: more of `jlora.models.generate`'s, `num_beams` say.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_new_tokens: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, params: Tree, batch: Batch) -> list[str]:
+        """Answer a batch of prompts, `input_ids` and `attention_mask` of `[B, S]`."""
+        tokens = models.generate(
+            self.model,
+            params,
+            batch["input_ids"],
+            batch["attention_mask"],
+            max_new_tokens=self.max_new_tokens,
+            transform=jlora.lora,
+            **self.settings,
+        )
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def to_file(
+        self,
+        params: Tree,
+        batches: data.Batches,
+        file: Path,
+        *,
+        keep: bool = False,
+        title: str | None = None,
+    ) -> list[str]:
+        """Answer every example, a line each, in their order.
+
+        Args:
+          params: the parameters.
+          batches: prompts.
+          file: to write; its folder is made.
+          keep: take the lines that are there, where they are as many as the examples.
+          title: of a progress bar; None shows none.
+
+        Returns:
+          The lines.
+        """
+        if keep and file.exists():
+            lines = data.read_lines(file)
+            if len(lines) == batches.examples:
+                return lines
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = batches.collect(functools.partial(self, params), title=title)
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return lines

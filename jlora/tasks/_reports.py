@@ -1,0 +1,48 @@
+"""The parts that the report of every run has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jlora import train
+
+
+def training_part(
+    report: train.Report, folder: train.RunFolder, facts: Mapping[str, str], title: str
+) -> train.Report:
+    """Add what training was and came to, and the plot of its losses.
+
+    Args:
+      report: to add to.
+      folder: of the run.
+      facts: lines of a table, those of `jlora.train.Fit.facts` among them.
+      title: of the plot.
+    """
+    train.plot_losses(folder.metrics, folder.plot, title)
+    report.section("Training").table(("what", ""), facts.items())
+    return report.image(folder.plot, "loss")
+
+
+def closing_part(
+    report: train.Report, folder: train.RunFolder, parameters: object
+) -> train.Report:
+    """Add the run's files, what it was made with, and its parameters; write it all.
+
+    Args:
+      report: to add to.
+      folder: of the run.
+      parameters: a `jlora.Summary`.
+    """
+    report.section("Files").table(("file", "size"), train.file_sizes(folder.path))
+    report.section("Made with").table(("what", ""), train.machine().items())
+    report.section("Parameters").code(str(parameters)).write(folder.report)
+    return report
+
+
+def print_facts(facts: Mapping[str, str], *tables: Sequence[Sequence[Any]]) -> None:
+    """Print facts, a line each, and tables whose first row is a head."""
+    for fact, value in facts.items():
+        print(f"{fact}: {value}")
+    for rows in tables:
+        print(f"\n{train.table(rows)}")

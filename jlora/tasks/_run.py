@@ -1,0 +1,110 @@
+"""A task from its settings to its report: what `jlora train CONFIG.toml` runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jlora
+from jlora import data, models
+from jlora.tasks._options import Loaded, count_tokens
+from jlora.tasks.translation import Translation, TranslationSettings
+from jlora.train import Fit, RunFolder
+
+Tree = Any
+
+
+class Task(Protocol):
+    """What `run` asks of a task; `Translation` is one.
+
+    Attributes:
+      train, valid: batches.
+      loss_fn: the loss, as `jlora.train` takes it.
+      remarks: what a user should know of the data.
+    """
+
+    train: data.Batches
+    valid: data.Batches
+    loss_fn: Callable[..., Any]
+    remarks: list[str]
+
+    def answer(self, when: str, params: Tree, folder: RunFolder) -> Any:
+        """Return what the model makes of the tests, `"before"` or `"after"`."""
+
+    def report(
+        self,
+        folder: RunFolder,
+        facts: Any,
+        before: Any,
+        after: Any,
+        parameters: Any,
+    ) -> None:
+        """Write the report, and print its gist."""
+
+
+class Kind(NamedTuple):
+    """A kind of task that a configuration file may name.
+
+    Attributes:
+      summary: a line of help.
+      settings: its settings, a dataclass of options.
+      make: `(settings, loaded) -> Task`.
+      load: `settings -> Loaded`; None loads `settings.model`.
+    """
+
+    summary: str
+    settings: type[Any]
+    make: Callable[[Any, Loaded], Task]
+    load: Callable[[Any], Loaded] | None = None
+
+
+KINDS: dict[str, Kind] = {
+    "translate": Kind(
+        "a T5 on pairs of sentences, measured by BLEU", TranslationSettings, Translation
+    ),
+}
+
+
+def run(name: str, settings: Any) -> None:
+    """Load, train, compare, merge, save, report.
+
+    Args:
+      name: one of `KINDS`.
+      settings: of that kind.
+
+    Raises:
+      LoraError: settings, data or a model that are not in order.
+      Interrupted: the run was asked to stop, and saved.
+    """
+    began, kind = time.perf_counter(), KINDS[name]
+    loaded = kind.load(settings) if kind.load else settings.load(settings.model)
+    tree = settings.adapt(loaded.params, settings.key)
+    summary, task = jlora.summary(tree), kind.make(settings, loaded)
+    print(summary, *(f"note: {remark}" for remark in task.remarks), sep="\n")
+    count = getattr(task, "count", count_tokens)
+    with settings.claim(name) as folder:
+        before = task.answer("before", tree, folder)
+        fit = settings.fit(
+            task.loss_fn, tree, task.train, folder, task.valid, count=count
+        )
+        after = task.answer("after", fit.params, folder)
+        models.save(
+            loaded.model, jlora.merge(fit.params), folder.merged, overwrite=True
+        )
+        loaded.tokenizer.save_pretrained(folder.merged)
+        facts = {
+            **facts_of(settings, summary, fit),
+            "whole run": f"{time.perf_counter() - began:.0f} s",
+        }
+        task.report(folder, facts, before, after, summary)
+
+
+def facts_of(settings: Any, summary: jlora.Summary, fit: Fit) -> dict[str, str]:
+    """Return what was trained and what it came to, in lines for a report."""
+    return {
+        "trained": settings.what_is_trained,
+        "parameters": f"{summary.trainable:,} ({summary.fraction:.2%} of "
+        f"{summary.total:,})",
+        **fit.facts(),
+    }

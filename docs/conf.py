@@ -35,7 +35,7 @@ extensions = [
     "generate",
     "messages",
 ]
-exclude_patterns = ["_build", "README.md"]  # README.md is for GitHub
+exclude_patterns = ["_build", "_generated", "README.md"]  # README.md is for GitHub
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3  # links to headings, as GitHub makes them

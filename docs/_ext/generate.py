@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import api
+import figures
 
 Maker = Callable[[], Mapping[str, str]]
-MAKERS: tuple[Maker, ...] = (api.pages,)
+MAKERS: tuple[Maker, ...] = (api.pages, figures.pages)
 FOLDERS = ("_generated", "reference/api")  # as in .gitignore
 HERE = pathlib.Path(__file__).parent.parent
 

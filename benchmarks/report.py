@@ -38,11 +38,12 @@ def report(folder: str | None) -> pathlib.Path:
     found = {p.stem: json.loads(p.read_text()) for p in sorted(place.glob("*.json"))}
     parts = [HEAD.format(folder=place.name, bars=table(list(bars(found)), BARS))]
     path = place.parent / "RESULTS.md"
-    path.write_text("\n".join([*parts, *map(_section, found, found.values())]))
+    path.write_text("\n".join([*parts, *map(section, found, found.values())]))
     return path
 
 
-def _section(name: str, result: Mapping[str, Any]) -> str:
+def section(name: str, result: Mapping[str, Any]) -> str:
+    """Return a result with its command and machine, under a title of its name."""
     machine, command = result["machine"], result["command"]
     versions = [f"{n} {v}" for n, v in machine["versions"].items()]
     module = importlib.import_module(f"benchmarks.{command}")

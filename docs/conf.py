@@ -34,6 +34,7 @@ extensions = [
     "docstrings",
     "generate",
     "messages",
+    "outside",
 ]
 exclude_patterns = ["_build", "_generated", "README.md"]  # README.md is for GitHub
 
@@ -62,13 +63,3 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sphinx = html_show_copyright = False
 pygments_dark_style = "github-dark"
-
-
-class _Whole(logging.Filter):
-    """Folders may be empty while their pages are being written."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "toctree glob pattern" not in str(record.msg)
-
-
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(_Whole())

@@ -132,19 +132,20 @@ def _data(name: str) -> tuple[str, str]:
     path = importlib.import_module(package).__path__
     for module in pkgutil.walk_packages(path, f"{package}."):
         analyzer = ModuleAnalyzer.for_module(module.name)
-        analyzer.analyze()
-        if ("", short) in analyzer.attr_docs:
-            return _code(analyzer.code, short), "\n".join(analyzer.attr_docs["", short])
-    raise ValueError(f"{name} has no comment that begins with '#:'")
+        code = _code(analyzer.code, short)
+        if code is not None:
+            analyzer.analyze()
+            return code, "\n".join(analyzer.attr_docs.get(("", short), []))
+    raise ValueError(f"no module of {package} assigns {short}")
 
 
-def _code(source: str, name: str) -> str:
+def _code(source: str, name: str) -> str | None:
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if name in [ast.unparse(target) for target in targets]:
                 return ast.unparse(node.value)
-    raise ValueError(name)
+    return None
 
 
 def _class(name: str, cls: type) -> str:

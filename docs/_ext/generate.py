@@ -12,10 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import api
+import code_map
+import console
 import figures
+import measured
 
 Maker = Callable[[], Mapping[str, str]]
-MAKERS: tuple[Maker, ...] = (api.pages, figures.pages)
+MODULES = (api, code_map, console, figures, measured)
+MAKERS: tuple[Maker, ...] = tuple(module.pages for module in MODULES)
 FOLDERS = ("_generated", "reference/api")  # as in .gitignore
 HERE = pathlib.Path(__file__).parent.parent
 

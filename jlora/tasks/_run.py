@@ -59,6 +59,7 @@ class Kind(NamedTuple):
     load: Callable[[Any], Loaded] | None = None
 
 
+#: The tasks of `jlora train`, by the word that a settings file names.
 KINDS: dict[str, Kind] = {
     "translate": Kind(
         "a T5 on pairs of sentences, measured by BLEU", TranslationSettings, Translation

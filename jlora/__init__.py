@@ -6,6 +6,7 @@
     labels  trainable_mask    the same as labels and as a mask, for optax
     merge  unmerge            adapters folded into their kernels, and undone bit for bit
     with_dropout              dropout on for a step
+    without_adapters          the model that training started from, inside a loss too
     quantize  dequantize      frozen kernels in 8 or 4 bits, and back
     quantizer                 the same while `models.load` reads, leaf by leaf
     survey                    how a function uses each parameter: exact targets and axes
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from jlora._transform.lora import lora as lora
     from jlora._transform.survey import Survey as Survey
     from jlora._transform.survey import survey as survey
+    from jlora._transform.without import without_adapters as without_adapters
     from jlora._tree.dropout import with_dropout as with_dropout
     from jlora._tree.lorafy import lorafy as lorafy
     from jlora._tree.merge import merge as merge
@@ -198,6 +200,7 @@ _MODULE_OF = {
     "weighted": "adapters._weighted",
     "with_dropout": "_tree.dropout",
     "with_ids": "adapters._mixed",
+    "without_adapters": "_transform.without",
 }
 
 __all__ = sorted(_MODULE_OF)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +107,11 @@ def rebind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
     params = eqn.primitive.get_bind_params(eqn.params)
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def programs_in(eqn: Eqn) -> Iterator[Jaxpr]:
+    """The programs inside of an equation."""
+    return iter(jex.jaxprs_in_params(eqn.params))
 
 
 def operation(eqn: Eqn) -> Any:

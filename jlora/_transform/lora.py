@@ -17,6 +17,7 @@ from jlora._transform.forwarded import forwarded
 from jlora._transform.frozen import freeze
 from jlora._transform.replay import OnMissing, Replay
 from jlora._transform.resolve import resolve, with_magnitudes
+from jlora._transform.without import check_bases
 
 
 def lora(
@@ -107,6 +108,7 @@ def transformed(
 
         operands = jax.tree.map(_as_jax, [leaves[i] for i in traced])
         jaxpr = jax.make_jaxpr(flat)(*[_dense(x) for x in operands])
+        check_bases(jaxpr, (args, kwargs))
         run = Replay(on_missing)
         before = len(jax.tree.leaves(args[:1], is_leaf=is_node))
         marks = {before + n: ((d, 0),) for n, d in enumerate(tokens) if d is not None}

@@ -27,6 +27,7 @@ from jlora._transform._rules._terms import (
     varying_axes,
 )
 from jlora._transform._rules.hadamard import Hadamard
+from jlora._transform.without import MARK
 
 
 @rule("convert_element_type", "reduce_precision")
@@ -43,8 +44,10 @@ def convert(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 
 @rule("copy", "copy_p", "name", "stop_gradient", *_compat.PVARY)
 def each_array(run: Run, eqn: Eqn, args: list[Any]) -> Any:
-    """The same operation on the base and on each factor."""
+    """The same operation on the base and on each factor; or on the base alone."""
     (w,) = args
+    if eqn.params.get("name") == MARK:
+        return [w.map(w.base, lambda t: None) if quantised.is_quantised(w) else w.base]
     apply = lambda x: _bind_if_needed(eqn, x)  # noqa: E731
     base = jax.tree.map(apply, w.base)  # of a quantised one each array
     return [w.map(base, lambda t: t.map(lambda x, d: (apply(x), d)))]

@@ -44,12 +44,15 @@ from jlora.train._fit import Fit as Fit
 from jlora.train._fit import fit as fit
 from jlora.train._gradients import LossFn as LossFn
 from jlora.train._linear_loss import linear_cross_entropy as linear_cross_entropy
+from jlora.train._linear_loss import linear_log_probs as linear_log_probs
 from jlora.train._loop import Callback as Callback
 from jlora.train._loop import Interrupted as Interrupted
 from jlora.train._loop import Loop as Loop
 from jlora.train._losses import cross_entropy as cross_entropy
 from jlora.train._metrics import MetricsLog as MetricsLog
 from jlora.train._plot import plot_losses as plot_losses
+from jlora.train._preference import AnswerScores as AnswerScores
+from jlora.train._preference import dpo_loss as dpo_loss
 from jlora.train._report import Report as Report
 from jlora.train._report import file_sizes as file_sizes
 from jlora.train._report import machine as machine

@@ -83,19 +83,64 @@ def linear_cross_entropy(
     (True, 2)
     """
     axis = _vocab_axis(hidden, kernel, vocab_axis)
-    if chunk < 1:
-        raise ShapeError(f"chunk={chunk}: expected a number of classes, at least 1.")
-    classes = kernel.shape[axis]
+    settings = _Settings(float(label_smoothing), float(z_loss), chunk, axis)
+    nll, weight = _losses_of(hidden, kernel, labels, mask, settings)
+    return jnp.sum(nll * weight), jnp.sum(weight)
+
+
+def linear_log_probs(
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    *,
+    chunk: int = 2048,
+    vocab_axis: int | None = None,
+) -> Array:
+    """The log-probability of each label, without the logits.
+
+    Its sum over an answer's tokens is what the model gives the answer, which preference
+    losses compare. As `linear_cross_entropy`, in all that it says of gradients.
+
+    Args:
+      hidden: `[..., d]`, what goes into the head.
+      kernel: `[d, V]`, or `[V, d]` of a tied head.
+      labels: `[...]`, integers.
+      chunk: classes at a time.
+      vocab_axis: 1 for `[d, V]`, 0 for `[V, d]`; `None` tells by d.
+
+    Returns:
+      `[...]`, float32; exactly 0 where a label is below 0.
+
+    Raises:
+      ShapeError: the shapes do not fit each other, or fit either way.
+      DtypeError: labels that are no integers.
+      DataError: a label that is no class, where labels have values.
+
+    >>> h, w = jnp.ones((3, 2)), jnp.ones((2, 5))
+    >>> log_p = linear_log_probs(h, w, jnp.array([1, 2, -100]))
+    >>> jnp.exp(log_p).round(3).tolist()[:2], float(log_p[2])
+    ([0.20000000298023224, 0.20000000298023224], 0.0)
+    """
+    settings = _Settings(0.0, 0.0, chunk, _vocab_axis(hidden, kernel, vocab_axis))
+    nll, _ = _losses_of(hidden, kernel, labels, None, settings)
+    return -nll.reshape(labels.shape)
+
+
+def _losses_of(
+    hidden: Array, kernel: Array, labels: Array, mask: Array | None, s: _Settings
+) -> tuple[Array, Array]:
+    """The loss of each label, and what it counts, both `[N]`."""
+    if s.chunk < 1:
+        raise ShapeError(f"chunk={s.chunk}: expected a number of classes, at least 1.")
+    classes = kernel.shape[s.axis]
     labels = check_labels("hidden", hidden, labels, mask, classes=classes)
     weight = weights_of(labels, mask, jnp.dtype(jnp.float32)).reshape(-1)
     counted = weight != 0
     safe = jnp.where(counted, labels.reshape(-1), 0)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    settings = _Settings(float(label_smoothing), float(z_loss), chunk, axis)
     # Inside shard_map a rule's gradients vary as its operands do.
     rows, kernel, safe, counted = _compat.alike_varying(rows, kernel, safe, counted)
-    nll = _nll(rows, kernel, safe, counted, settings)
-    return jnp.sum(nll * weight), jnp.sum(weight)
+    return _nll(rows, kernel, safe, counted, s), weight
 
 
 def _vocab_axis(hidden: Array, kernel: Array, given: int | None) -> int:

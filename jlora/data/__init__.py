@@ -5,6 +5,7 @@
     subset  hold_out                   some of the examples, and others held out
     tokenise  prompted                 text to tokens, with what that costs it
     shapes_for  Batches                length buckets, in an order that resumes
+    pack                               several examples in a row, kept apart
 
 What is read is never guessed: a file is what its name says, or an error that names the
 line. Nothing here knows of models or of LoRA.
@@ -19,6 +20,8 @@ from jlora.data._dataset import read_dataset_pairs as read_dataset_pairs
 from jlora.data._languages import LANGUAGES as LANGUAGES
 from jlora.data._languages import Direction as Direction
 from jlora.data._languages import direction as direction
+from jlora.data._packing import Packed as Packed
+from jlora.data._packing import pack as pack
 from jlora.data._parallel import Pair as Pair
 from jlora.data._parallel import read_pairs as read_pairs
 from jlora.data._splits import hold_out as hold_out

@@ -34,11 +34,23 @@ class QueryPlace(NamedTuple):
       first: where the first query stands among the keys; the others follow.
       keys: `[B, S]`, on where a key is a token and no padding; `None` where S is T and
         there is no padding.
+      segments: `[B, T]`, which text of its row a token is of; `None` where rows are of
+        one text. S is T.
     """
 
     positions: Array
     first: Array | int
     keys: Array | None
+    segments: Array | None = None
+
+    @property
+    def seen(self) -> Array | None:
+        """The keys that are to be seen before causality, `[B, 1 or T, S]`, or all."""
+        mask = None if self.keys is None else self.keys.astype(bool)[:, None]
+        if self.segments is None:
+            return mask
+        same = self.segments[:, :, None] == self.segments[:, None]
+        return same if mask is None else same & mask
 
 
 def positions_of(mask: Array) -> Array:
@@ -50,6 +62,17 @@ def positions_of(mask: Array) -> Array:
     """
     mask = mask.astype(bool)
     return jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+
+
+def positions_in(segments: Array) -> Array:
+    """Return the position of every token in its segment of `[B, T]`.
+
+    >>> positions_in(jnp.array([[1, 1, 1, 2, 2, 0]]))
+    Array([[0, 1, 2, 0, 1, 0]], dtype=int32)
+    """
+    places = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return places - lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 def visible(place: QueryPlace, window: int | None = None) -> Array:
@@ -64,7 +87,7 @@ def visible(place: QueryPlace, window: int | None = None) -> Array:
     behind = place.first + jnp.arange(T)[:, None] - jnp.arange(S)[None]  # [T, S]
     near = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     near = near[None]
-    return near if place.keys is None else near & place.keys.astype(bool)[:, None]
+    return near if place.seen is None else near & place.seen
 
 
 def attend(
@@ -155,8 +178,7 @@ class DecoderModule(Configured):
             return visible(place, window)
         if not alike:
             return self.masking(mask=visible(place, window), causal=True)
-        mask = None if place.keys is None else place.keys[:, None]
-        return self.masking(mask=mask, causal=True, window=window)
+        return self.masking(mask=place.seen, causal=True, window=window)
 
 
 class Decoder(DecoderModule):
@@ -208,6 +230,7 @@ class Decoder(DecoderModule):
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
     ) -> Array:
         """Return the logits of every position.
 
@@ -215,8 +238,11 @@ class Decoder(DecoderModule):
           input_ids: `[B, T]`.
           attention_mask: `[B, T]`, 0 at padding on either side; `None` is no padding.
           position_ids: `[B, T]`; `None` counts the tokens of `attention_mask`, so
-            that padding shifts nothing.
+            that padding shifts nothing, and those of each segment from 0.
           deterministic: `False` drops out, and needs `rngs={"dropout": key}`.
+          segment_ids: `[B, T]`, where several texts stand in a row, one behind the
+            other, as `jlora.data.pack` has them: the number of each token's text.
+            Tokens see those of their own alone.
 
         Returns:
           `[B, T, V]` in `dtype`; at padding they mean nothing.
@@ -224,9 +250,8 @@ class Decoder(DecoderModule):
         Raises:
           ShapeError: more tokens than the model has positions.
         """
-        return self.head(
-            self._last(input_ids, attention_mask, position_ids, deterministic)
-        )
+        given = (input_ids, attention_mask, position_ids, deterministic, segment_ids)
+        return self.head(self._last(*given))
 
     def features(self, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
         """Return what goes into the head, and the head's kernel.
@@ -260,6 +285,7 @@ class Decoder(DecoderModule):
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
     ) -> Array:
         """Return `[B, T, d]` after the last norm, of whole sequences."""
         self.check_room(input_ids.shape[1])
@@ -270,9 +296,20 @@ class Decoder(DecoderModule):
                 f"{input_ids.shape}: 1 at tokens, 0 at padding.\nWhat a token may see "
                 "before it, the model knows by itself."
             )
-        positions = positions_of(mask) if position_ids is None else position_ids
-        place = QueryPlace(positions, 0, attention_mask)
+        positions = position_ids
+        if segment_ids is not None:
+            self._check_segments(segment_ids, input_ids)
+            positions = positions_in(segment_ids) if positions is None else positions
+        positions = positions_of(mask) if positions is None else positions
+        place = QueryPlace(positions, 0, attention_mask, segment_ids)
         return self.hidden(input_ids, place, None, deterministic)[0]
+
+    def _check_segments(self, segment_ids: Array, input_ids: Array) -> None:
+        if segment_ids.shape != input_ids.shape:
+            raise ShapeError(
+                f"segment_ids {segment_ids.shape} must have the shape of input_ids "
+                f"{input_ids.shape}: for each token the number of its text."
+            )
 
     def prefill(
         self,

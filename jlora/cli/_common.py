@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 HEADS = ("base", "classification", "masked_lm")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def stay_on_host() -> None:
@@ -13,3 +19,13 @@ def stay_on_host() -> None:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+
+
+def progress(items: Iterable[T], total: int, unit: str, *, show: bool) -> Iterator[T]:
+    """Go over items; where a person looks at stderr, a bar says how far it is."""
+    if not (show and sys.stderr.isatty()):
+        yield from items
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(items, total=total, unit=unit)

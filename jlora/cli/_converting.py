@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora import checkpoint, models, peft
-from jlora._errors import CheckpointError, LoraError
+from jlora._errors import CheckpointError
 from jlora.checkpoint import _storage
 from jlora.checkpoint._entries import Check
-from jlora.cli._inspect._model import MISREAD
+from jlora.cli._sources import load_model, naming_of
 from jlora.peft._files import adapter_folder, adapters_in
 
 # The keys of a checkpoint's metadata that keep what PEFT's format says besides.
@@ -55,7 +55,7 @@ def to_checkpoint(
     config = peft.read_config(source, adapter=adapter)
     base = base or config.get("base_model_name_or_path")
     model, params = _loaded(base, source, head, num_labels)
-    tree = peft.load(source, params, model=_naming(model), adapter=adapter)
+    tree = peft.load(source, params, model=naming_of(model), adapter=adapter)
     metadata = {_PEFT: config, _BASE: _lasting(base)}
     checkpoint.save_adapter(target, tree, metadata=metadata, overwrite=overwrite)
     return str(base)
@@ -115,7 +115,7 @@ def to_peft(
     peft.save(
         target,
         tree,
-        model=_naming(model),
+        model=naming_of(model),
         adapter=adapter,
         base_model_name_or_path=base_name,
         task_type=task_type,
@@ -151,20 +151,7 @@ def _loaded(
             f"{str(source)!r} does not say what it was trained on.\nPass the model: "
             "--base DIR, or --base with its name on the Hugging Face hub."
         )
-    try:
-        return models.load(base, head=head, num_labels=num_labels)
-    except LoraError:
-        raise
-    except MISREAD as error:
-        raise CheckpointError(
-            f"the model {base!r} cannot be made from its config.json, which holds a "
-            f"value of the wrong type: {error}.\nCopy or download it again."
-        ) from error
-
-
-def _naming(model: Any) -> Any:
-    """The model if it tells its modules' names in PyTorch, else the paths are those."""
-    return model if hasattr(model, "torch_names") else None
+    return load_model(base, head=head, num_labels=num_labels)
 
 
 def _lasting(base: Any) -> str:

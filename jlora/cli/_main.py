@@ -84,6 +84,27 @@ COMMANDS = (
         "  jlora convert runs/adapter out/peft --base google/flan-t5-small \\\n"
         "      --task-type SEQ_2_SEQ_LM",
     ),
+    Command(
+        "merge",
+        "fold an adapter into its model, and say what rounding cost",
+        "  jlora merge someones/adapter out/merged\n"
+        "  jlora merge runs/translate-1 out/merged --base google/flan-t5-small \\\n"
+        "      --dtype bfloat16",
+    ),
+    Command(
+        "generate",
+        "answer or continue texts with a run's model, any model, or an adapter on one",
+        "  jlora generate runs/translate-1 'Der Wind ist kalt.' 'Die See ist ruhig.'\n"
+        "  jlora generate google/flan-t5-small --adapter someones/adapter \\\n"
+        "      --file questions.txt --num-beams 4 --json > answers.jsonl\n"
+        "  jlora generate meta-llama/Llama-3.2-1B 'Once upon a time' --sample --seed 1",
+    ),
+    Command(
+        "chat",
+        "talk with a model, by its chat template where it has one",
+        "  jlora chat Qwen/Qwen3-0.6B --sample --temperature 0.7\n"
+        "  jlora chat Qwen/Qwen3-0.6B --adapter someones/adapter --system 'Be brief.'",
+    ),
 )
 
 

@@ -1,0 +1,65 @@
+"""`jlora generate`: texts in, a model's answers out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from jlora._options import option
+from jlora.cli._common import DTYPES
+from jlora.cli._texts import GenerationOptions
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(GenerationOptions):
+    """What `jlora generate` takes."""
+
+    source: str = option(
+        about="a run, a model or an adapter: a folder, or a model's name on the hub",
+        metavar="SOURCE", positional=True)
+    texts: list[str] = option(
+        [], "what to answer or continue; without one lines are read from stdin",
+        metavar="TEXT", positional=True)
+    file: Path | None = option(
+        None, "take the lines of a file as texts", metavar="FILE")
+    adapter: Path | None = option(
+        None, "an adapter to put on the model SOURCE", metavar="DIR")
+    base: str | None = option(
+        None, "the model that the adapter SOURCE belongs to (what it says)",
+        metavar="DIR|NAME")
+    prefix: str | None = option(
+        None, "before each text (what a run's model was trained with)", metavar="TEXT")
+    dtype: str | None = option(
+        None, "of the model's weights (its own)", choices=DTYPES)
+    batch_size: int = option(16, "texts at once (16)", least=1)
+    json: bool = option(False, "a JSON object a text, on a line of its own")
+# fmt: on
+
+
+def run(options: Options) -> None:
+    """Answer each text, in their order."""
+    settings = options.settings()
+    from jlora.cli._texts import read_texts
+
+    texts = read_texts(options.texts, options.file)
+    if not texts:
+        return
+    from jlora.cli._common import progress
+    from jlora.cli._sources import writer
+
+    write, prefix = writer(options, settings)
+    prefix = prefix if options.prefix is None else options.prefix
+    prompts = [prefix + text for text in texts]
+    size = options.batch_size
+    batches = write.batches(prompts, size)
+    answers = (answer for batch in batches for answer in batch)
+    shown = progress(answers, len(texts), "text", show=len(texts) > size)
+    for text, said in zip(texts, shown, strict=True):
+        if options.json:
+            print(json.dumps({"text": text, "answers": said}, ensure_ascii=False))
+        else:
+            print("\n".join(said))
+        sys.stdout.flush()

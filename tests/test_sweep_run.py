@@ -233,14 +233,17 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(params, queued, tmp_path):
 # -- one stream, validation, rules -----------------------------------------------------
 
 
-def test_halving_on_one_stream(params):
+def test_halving_on_one_stream(params, capsys):
     jobs = sweep.grid(rank=[2], learning_rate=[1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 1.0])
     train = [make_batch(i) for i in range(3)]
     valid = train[:2]
     results = run(
         params, jobs, train, slots=None, steps=9, eval_every=1, valid=valid,
-        stop=sweep.Halving(first=2, factor=2),
+        stop=sweep.Halving(first=2, factor=2), progress="rates",
     )  # fmt: skip
+    *_, last = capsys.readouterr().err.strip().split("\r")
+    assert last.startswith("rates: 100%")
+    assert " 54/54 " in last  # steps that jobs do without are over too
     told = sorted(r.steps for r in results)
     assert told == [2, 2, 2, 4, 4, 9]
     assert results.compilations == 1

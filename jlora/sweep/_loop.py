@@ -140,6 +140,7 @@ class BankLoop:
         for _, member in running:
             member.made += 1
         self._pending.append((running, metrics))
+        self._queue.progress.say(len(running), len(self._queue))
 
     def _joined(self, batches: list[Batch]) -> Batch:
         return batches[0] if self._shared else stacked(self._queue.filler(batches))
@@ -155,6 +156,7 @@ class BankLoop:
                 result = member.result
                 result.losses = np.append(result.losses, losses[slot])
                 result.steps = len(result.losses)
+                self._queue.progress.made(1)
                 if bad[slot]:
                     norm = float(np.asarray(metrics["grad_norm"])[slot])
                     reason = (

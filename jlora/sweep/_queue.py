@@ -15,6 +15,7 @@ from jlora._tree.partition import combine
 from jlora.sweep._folder import SweepFolder
 from jlora.sweep._jobs import Job
 from jlora.sweep._plan import Plan
+from jlora.sweep._progress import Progress
 from jlora.sweep._results import FAILED, RUNNING, Result
 from jlora.sweep._settings import Settings
 from jlora.sweep._streams import Checks, Filler, Source
@@ -65,9 +66,10 @@ class Queue:
         sources: tuple[Source, Source | None],
         filler: Filler,
         folder: SweepFolder | None,
+        progress: Progress,
     ) -> None:
         self.source, self.valid = sources
-        self.filler, self.folder = filler, folder
+        self.filler, self.folder, self.progress = filler, folder, progress
         self.results = {job.name: Result(job) for job in plan.jobs}
         self.like: Batch = None
         self._settings, self._plan = settings, plan
@@ -103,6 +105,7 @@ class Queue:
             row = self.folder.ended(job)
             if row is not None:
                 self.folder.restored(result, row, state)
+                self.progress.made(self._settings.steps_of(job))
                 return None
             state, slot = self.folder.state(result, state)
         steps, made = self._settings.steps_of(job), int(state.step)
@@ -119,6 +122,7 @@ class Queue:
             self._later.append(job)
             return None
         result.status = RUNNING
+        self.progress.made(made)
         every = self._settings.every(job)
         return Member(result, state, feed, first, valid, steps, every, made, slot)
 
@@ -144,6 +148,7 @@ class Queue:
     def end(self, result: Result, status: str, reason: str = "") -> None:
         """End a job: save it, and hand it out."""
         result.status, result.reason = status, reason
+        self.progress.made(self._settings.steps_of(result.job) - result.steps)
         if self.folder is not None:
             self.folder.save_result(result)
         if self._settings.on_result is not None:

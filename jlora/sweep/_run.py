@@ -12,6 +12,7 @@ from jlora.sweep._folder import SweepFolder
 from jlora.sweep._jobs import Job, check_jobs
 from jlora.sweep._loop import BankLoop
 from jlora.sweep._plan import Adapt, Optimizer, Plan, adamw
+from jlora.sweep._progress import Progress
 from jlora.sweep._queue import Queue
 from jlora.sweep._results import Result, Results
 from jlora.sweep._rules import Rule
@@ -42,6 +43,7 @@ def run(
     on_result: Callable[[Result], None] | None = None,
     memory_limit: int | None = None,
     adapt: Adapt | None = None,
+    progress: str | None = None,
     **options: Any,
 ) -> Results:
     """Train many adapters on one base, in one compiled step.
@@ -80,6 +82,7 @@ def run(
       memory_limit: bytes that a step may take; more slots than that allows are computed
         group by group. Measuring costs two compilations.
       adapt: makes a job's tree, `(params, job) -> tree`, in the place of `Job.lorafy`.
+      progress: the title of a progress bar over the steps of all jobs; None shows none.
       **options: of the step (`accumulate`, `clip_norm`, `compute_dtype`, `cast_batch`,
         `hooks`, `on_missing`), and what all jobs share of `jlora.lorafy` (`targets`,
         `train`, `dora`, ...).
@@ -120,7 +123,12 @@ def run(
     plan = Plan(params, found, optimizer, adapt=adapt, **options)
     place = None if folder is None else SweepFolder(folder, found, resume)
     sources = Source(batches), None if valid is None else Source(valid)
-    return _run(settings, plan, Queue(settings, plan, sources, Filler(fill), place))
+    bar = Progress(progress, sum(map(settings.steps_of, found)))
+    queue = Queue(settings, plan, sources, Filler(fill), place, bar)
+    try:
+        return _run(settings, plan, queue)
+    finally:
+        bar.close()
 
 
 def _run(settings: Settings, plan: Plan, queue: Queue) -> Results:

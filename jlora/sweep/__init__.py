@@ -33,6 +33,9 @@ from jlora.sweep._memory import Account as Account
 from jlora.sweep._memory import account as account
 from jlora.sweep._plan import Plan as Plan
 from jlora.sweep._plan import adamw as adamw
+from jlora.sweep._plots import Line as Line
+from jlora.sweep._plots import plot_heat_map as plot_heat_map
+from jlora.sweep._plots import plot_lines as plot_lines
 from jlora.sweep._results import Result as Result
 from jlora.sweep._results import Results as Results
 from jlora.sweep._rules import Halving as Halving

@@ -4,12 +4,15 @@
     seq2seq_loss  causal_loss  classification_loss      the loss of a kind of model
     Generator                          a model's answers, in files
     Translation  TranslationSettings   from text to text, measured by BLEU
+    Grid  GridRun                      runs of many settings: table, pictures, advice
     run  KINDS                         a whole task, as `jlora train` runs it
 
 The examples are composed of these; nothing here is needed to use jlora.
 """
 
 from jlora.tasks._generation import Generator as Generator
+from jlora.tasks._grid import Grid as Grid
+from jlora.tasks._grid import GridRun as GridRun
 from jlora.tasks._losses import Loss as Loss
 from jlora.tasks._losses import causal_loss as causal_loss
 from jlora.tasks._losses import classification_loss as classification_loss

@@ -440,6 +440,29 @@ def sharded_like(x: Any, like: Any) -> Any:
     return reshard(x, want)
 
 
+def without_explicit_axes(f: Callable[..., Any], like: int | None = None) -> Any:
+    """F, computed where XLA chooses the shardings; to be called under `jax.jit`.
+
+    Explicit sharding has no rule for decompositions, and wants to be told of reshapes.
+
+    Args:
+      f: a function of arrays; its keyword arguments are handed on as they are.
+      like: the number of the operand whose sharding the results have; None leaves them
+        whole on every device of the mesh.
+    """
+
+    @functools.wraps(f)
+    def run(*args: Any, **static: Any) -> Any:
+        x = next((x for x in jax.tree.leaves(args) if is_explicit(x)), None)
+        if x is None:
+            return f(*args, **static)
+        where = on_mesh_of(x, () if like is None else spec(args[like]))
+        own = functools.partial(f, **static)
+        return jax.sharding.auto_axes(own, out_sharding=where)(*args)
+
+    return run
+
+
 def coordination_client() -> Any:
     """The client of the service that `jax.distributed.initialize` starts, or None."""
     from jax._src import distributed

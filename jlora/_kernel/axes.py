@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from jlora import _compat
 from jlora._kernel.product import factor_product
@@ -82,7 +81,8 @@ def contract(
     if clash or any(spec.get(n) for spec in specs for n in inner):
         # Explicit sharding wants to be told what a sharded contraction gives: what
         # remains keeps its sharding, the contracted axes are summed over the mesh.
-        dot_params["out_sharding"] = PartitionSpec(*kept)
+        on = x if _compat.is_explicit(x) else y
+        dot_params["out_sharding"] = _compat.on_mesh_of(on, kept)
     return lax.dot_general(x, y, numbers, **dot_params), labels
 
 

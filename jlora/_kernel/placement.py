@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora import _compat
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, Dims
 from jlora._kernel.nodes import LowRank
@@ -78,3 +79,18 @@ def sharding_of(leaf: Any) -> Any:
 def placed_adapter(adapter: Adapter, leaf: Any) -> Adapter:
     """An abstract adapter, sharded along with its kernel."""
     return adapter.map(lambda x, dims: (placed(x, dims, leaf), dims))
+
+
+def along(x: Array, dims: Dims, kernel: Any) -> Array:
+    """An array that lies along `dims` of a kernel, sharded as that is.
+
+    A kernel that is traced says so only of the explicit axes of its mesh.
+    """
+    if isinstance(kernel, jax.core.Tracer) and _compat.is_explicit(kernel):
+        spec = factor_spec(PartitionSpec(*_compat.spec(kernel)), dims)
+        return _compat.reshard(x, _compat.on_mesh_of(kernel, tuple(spec)))
+    sharding = sharding_of(kernel)
+    if not isinstance(sharding, NamedSharding):
+        return x
+    where = NamedSharding(sharding.mesh, factor_spec(sharding.spec, dims))
+    return jax.device_put(x, where)

@@ -20,10 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._compat import without_explicit_axes
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims, accumulation_dtype, align, expand
 from jlora._kernel.dora import with_gain, with_magnitude
+from jlora._kernel.forms import as_lora
 from jlora._kernel.nodes import LowRank
+from jlora._kernel.quantized import dense
 from jlora.adapters._compress import compressed, decomposed, norm_of
 from jlora.adapters._sparse import Sparse
 
@@ -32,28 +35,40 @@ _LEAST_GAIN = 1e-5
 Figures = dict[str, Array]
 
 
-def window_of(base: Array, t: Adapter) -> Array:
+def _window_of(base: Any, t: Adapter) -> Any:
     """The part of a kernel that an adapter's term is on."""
+    if base is None or t.covers(base.shape):
+        return base
     sizes = [t.size(d) or n for d, n in enumerate(base.shape)]
     ends = [start + n for start, n in zip(t.starts, sizes, strict=True)]
-    return base if t.covers(base.shape) else lax.slice(base, t.starts, ends)
+    return lax.slice(dense(base), t.starts, ends)
 
 
-def at_start(t: Adapter) -> Adapter:
+def _at_start(t: Adapter) -> Adapter:
     """The term as one of its window."""
     return dataclasses.replace(t, starts=(0,) * len(t.starts))
 
 
+def plain_term(t: Adapter, shape: Sequence[int]) -> Adapter:
+    """The term as one of LoRA, whatever its form is."""
+    return t if t.parts is None else _plain_term(t, shape=tuple(shape))
+
+
+_plain_term = jax.jit(without_explicit_axes(as_lora), static_argnames="shape")
+
+
 @functools.partial(jax.jit, static_argnames="rank")
+@without_explicit_axes
 def exact_sum(
-    window: Array | None, terms: Sequence[Adapter], weights: Sequence[Array],
-    rank: int | None = None,
+    base: Any, terms: Sequence[Adapter], weights: Sequence[Array],
+    *, rank: int | None = None,
 ) -> tuple[Adapter, Figures]:  # fmt: skip
     """The weighted sum of terms with the same axes.
 
     Args:
-      window: their part of the kernel, which DoRA needs; None where there is none.
-      terms: of that window.
+      base: their kernel, an array or quantised, which DoRA needs; None where there is
+        none.
+      terms: of one window of it.
       weights: as many scalars.
       rank: what to compress the sum to; None leaves it exact.
 
@@ -61,6 +76,8 @@ def exact_sum(
       The term, with scale 1. Its figures: `norm` of the low-rank update, `lost` of it
       by the compression, and whether a gain `vanishes`.
     """
+    starts, window = terms[0].starts, _window_of(base, terms[0])
+    terms = [_at_start(t) for t in terms]
     terms = [t if window is None else with_gain(window, t) for t in terms]
     first, dtype = terms[0], jnp.result_type(*(x for t in terms for x in (t.a, t.b)))
     a = [align(t.a, t.a_dims, first.a_dims).astype(dtype) for t in terms]
@@ -80,23 +97,25 @@ def exact_sum(
     else:
         out, figures = compressed(out, rank)
     if out.gain is None:
-        return out, figures
+        return dataclasses.replace(out, starts=starts), figures
     small = jnp.abs(out.gain) < _LEAST_GAIN
     used = jnp.any(align(out.b, out.b_dims, (RANK, *out.o_dims)) != 0, axis=0)
     figures["vanishes"] = jnp.any(small & used)
-    return with_magnitude(window, out), figures
+    out = with_magnitude(window, out)
+    return dataclasses.replace(out, starts=starts), figures
 
 
 @functools.partial(jax.jit, static_argnames=("sparse", "rank"))
+@without_explicit_axes
 def sparse_sum(
-    window: Array, terms: Sequence[Adapter], weights: Sequence[Array],
-    keys: Array | None, sparse: Sparse, rank: int,
+    base: Any, terms: Sequence[Adapter], weights: Sequence[Array],
+    keys: Array | None, *, sparse: Sparse, rank: int,
 ) -> tuple[Adapter, Figures]:  # fmt: skip
     """The sum of thinned updates, as the nearest term of that rank.
 
     Args:
-      window: their part of the kernel.
-      terms: of that window, each spanning all its axes.
+      base: their kernel, an array or quantised.
+      terms: of one window of it, each spanning all its axes.
       weights: as many scalars.
       keys: as many PRNG keys, where random entries are dropped.
       sparse: how to thin and sum them.
@@ -105,6 +124,8 @@ def sparse_sum(
     Returns:
       The term, with scale 1, and its figures: `norm` of the sum, `lost` of it.
     """
+    starts, window = terms[0].starts, _window_of(base, terms[0])
+    terms = [_at_start(t) for t in terms]
     first, each = terms[0], jnp.stack(list(weights))
     updates = [LowRank(window, {"": t}).delta() for t in terms]
     batch = first.batch_axes
@@ -122,7 +143,7 @@ def sparse_sum(
         own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
         total = _summed(stack, each, own, sparse, len(batch)).astype(dtype)
         out = dataclasses.replace(out, bias=total, o_dims=dims)
-    return out, figures
+    return dataclasses.replace(out, starts=starts), figures
 
 
 def _summed(

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jlora._errors import OptionError, ShapeError, StructureError
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.forms import as_lora
 from jlora._kernel.nodes import Full, LowRank, Rows
+from jlora._kernel.placement import along
+from jlora._kernel.quantized import Quantized
 from jlora._paths import leaf_paths
 from jlora._text import table
 from jlora._tree import options
@@ -21,7 +22,7 @@ from jlora._tree.initializers import leaf_key
 from jlora.adapters._parts import Part, is_part, put_on
 from jlora.adapters._set import AdapterSet
 from jlora.adapters._sparse import Drop, Sign, Sparse
-from jlora.adapters._terms import Figures, at_start, exact_sum, sparse_sum, window_of
+from jlora.adapters._terms import Figures, exact_sum, plain_term, sparse_sum
 from jlora.adapters._whole import sum_of_rows, sum_of_wholes
 
 # What of the updates is left out, and whether signs are elected.
@@ -177,7 +178,7 @@ class _Sums:
         groups: dict[Any, list[tuple[str, str, Adapter]]] = {}
         for name, node in held.items():
             for role, held_t in node.adapters.items():
-                t = as_lora(held_t, base.shape)
+                t = plain_term(held_t, base.shape)
                 groups.setdefault(_axes(t), []).append((name, role, t))
         adapters: dict[str, Adapter] = {}
         for members in groups.values():
@@ -191,21 +192,25 @@ class _Sums:
         self, path: str, role: str, base: Any, names: Any, terms: Any
     ) -> Adapter:
         where = "/".join(filter(None, (path, role)))
-        starts, joined = terms[0].starts, sum(t.rank for t in terms)
-        own = [at_start(t) for t in terms]
+        joined = sum(t.rank for t in terms)
         weights = [jnp.asarray(self.weights[name], jnp.float32) for name in names]
         rank = self.rank or max(t.rank for t in terms)
         needs_base = self.sparse or any(t.magnitude is not None for t in terms)
-        window = window_of(base, terms[0]) if needs_base else None
+        kernel = base if needs_base else None
+        if isinstance(kernel, Quantized):  # alike ones share a program
+            kernel = dataclasses.replace(kernel, path="")
         if self.sparse:
             _check_spans(where, base, terms[0])
             keys = self._keys(where, names)
-            out, figures = sparse_sum(window, own, weights, keys, self.sparse, rank)
+            out, figures = sparse_sum(
+                kernel, terms, weights, keys, sparse=self.sparse, rank=rank
+            )
         else:
             to = rank if self.compress and rank < joined else None
-            out, figures = exact_sum(window, own, weights, to)
+            out, figures = exact_sum(kernel, terms, weights, rank=to)
+        out = out.map(lambda x, dims: (along(x, dims, base), dims))
         self.made[where] = (joined, out.rank, figures)
-        return dataclasses.replace(out, starts=starts, role=terms[0].role)
+        return dataclasses.replace(out, role=terms[0].role)
 
     def _keys(self, where: str, names: Any) -> jax.Array | None:
         if self.key is None:

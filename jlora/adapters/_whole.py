@@ -12,8 +12,10 @@ import numpy as np
 
 from jlora import _compat
 from jlora._errors import ShapeError
-from jlora._kernel.axes import Array, accumulation_dtype
+from jlora._kernel.axes import RANK, Array, accumulation_dtype
 from jlora._kernel.nodes import Full, Rows
+from jlora._kernel.placement import along
+from jlora._kernel.quantized import dense
 from jlora.adapters._sparse import Sparse
 
 
@@ -33,7 +35,8 @@ def sum_of_wholes(
                 f"the shape {x.shape}, so that its change has no sum with others.\n"
                 "Give the base that shape first."
             )
-    return Full(_moved(base, [x.value for x in nodes], weights, sparse, keys))
+    values = [x.value for x in nodes]
+    return Full(_moved_whole(base, values, weights, keys, sparse=sparse))
 
 
 def sum_of_rows(
@@ -45,28 +48,28 @@ def sum_of_rows(
     at = [np.array([indices.index(i) for i in x.indices]) for x in nodes]
     rows = [x.rows for x in nodes]
     where = np.array(indices)
-    return Rows(
-        None, _moved_rows(base, where, rows, at, weights, sparse, keys), indices
-    )
+    moved = _moved_rows(base, where, rows, at, weights, keys, sparse=sparse)
+    return Rows(None, along(moved, (RANK, 1), base), indices)
 
 
 @functools.partial(jax.jit, static_argnames="sparse")
+@_compat.without_explicit_axes
 def _moved_rows(
     base: Array, where: Array, rows: Sequence[Array], at: Sequence[Array],
-    weights: Sequence[Any], sparse: Sparse | None, keys: jax.Array | None,
+    weights: Sequence[Any], keys: jax.Array | None, *, sparse: Sparse | None,
 ) -> Array:  # fmt: skip
     """The sum of trained rows; an adapter that has not one leaves it as it is."""
     dtype = jnp.result_type(*rows)
-    start = _compat.take_rows(base, where).astype(dtype)
+    start = dense(base)[where].astype(dtype)
     values = [start.at[n].set(x.astype(dtype)) for n, x in zip(at, rows, strict=True)]
-    return _moved(start, values, weights, sparse, keys)
+    return _moved(start, values, weights, keys, sparse=sparse)
 
 
-@functools.partial(jax.jit, static_argnames="sparse")
 def _moved(
     base: Array, values: Sequence[Array], weights: Sequence[Any],
-    sparse: Sparse | None, keys: jax.Array | None,
+    keys: jax.Array | None, *, sparse: Sparse | None,
 ) -> Array:  # fmt: skip
+    """The sum of values that stand in the place of the base."""
     dtype = accumulation_dtype(base.dtype)
     start, ends = base.astype(dtype), [x.astype(dtype) for x in values]
     if sparse is None:
@@ -79,3 +82,8 @@ def _moved(
         each = jnp.stack([jnp.asarray(w, dtype) for w in weights])
         total = start + sparse.sum(updates, each, keys).reshape(base.shape)
     return total.astype(values[0].dtype)
+
+
+_moved_whole = jax.jit(
+    _compat.without_explicit_axes(_moved, like=0), static_argnames="sparse"
+)

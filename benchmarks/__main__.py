@@ -15,7 +15,10 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
-            "sweep", "many", "mixed_batches", "initialise", "qlora")  # fmt: skip
+            "sweep", "many", "mixed_batches", "initialise", "qlora",
+            "optimisers")  # fmt: skip
+# They load a checkpoint, and train on text.
+TRAINING = ("initialise", "qlora", "optimisers")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         add("--results", metavar="DIR", help="of result files (benchmarks/results)")
         if name != "report":
             _add_run(one.add_argument_group("run").add_argument)
-        if name not in ("load", "text", "initialise", "qlora", "report"):
+        if name not in ("load", "text", *TRAINING, "report"):
             _add_case(one.add_argument_group("what is measured").add_argument)
         if name == "memory":
             words = "XLA's account for a GPU that is not here; needs jax[cuda12]"
@@ -49,10 +52,16 @@ def parser() -> argparse.ArgumentParser:
             add("--sentences", type=int, default=1024, help="a pass (1024)")
             add("--batch", type=int, default=32)
             add("--buckets", type=int, default=6)
-        if name in ("initialise", "qlora"):
+        if name in TRAINING:
             add("--model", metavar="DIR", required=True, help="a T5 with its tokenizer")
             add("--data", metavar="DIR", required=True, help="holds train.{de,en}[.gz]")
-            add("--layers", nargs="+", default=["query", "value"], metavar="NAME")
+            add(
+                "--layers",
+                nargs="+",
+                default=["query", "value"],
+                metavar="NAME",
+                help="to adapt, or all-linear",
+            )
             add("--rank", type=int, default=8)
             add("--steps", type=int, default=150)
             add("--batch", type=int, default=32)

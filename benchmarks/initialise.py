@@ -109,9 +109,9 @@ def _schedule(rate: float, steps: int) -> Any:
 
 
 def text(
-    options: Any, model: Any, steps: int, size: int
+    options: Any, model: Any, steps: int, size: int, held_out: int = 2
 ) -> tuple[list[Any], list[Any]]:
-    """Batches of one shape: `steps` to train on, and two that are held out."""
+    """Batches of one shape: `steps` to train on, and some that are held out."""
     import random
 
     import numpy as np
@@ -122,7 +122,7 @@ def text(
     files = [next(folder.glob(f"train.{code}*")) for code in ("de", "en")]
     pairs = data.read_pairs(files, "de-en", empty="skip")
     random.Random(0).shuffle(pairs)
-    wanted = list(itertools.islice(itertools.cycle(pairs), (steps + 2) * size))
+    wanted = list(itertools.islice(itertools.cycle(pairs), (steps + held_out) * size))
     tokenizer = data.load_tokenizer(options.model)
 
     def side(number: int, prefix: str) -> list[Any]:

@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
 from benchmarks import jax_steps, report, results, step_time, sweep  # noqa: E402
-from benchmarks.__main__ import COMMANDS, main, parser  # noqa: E402
+from benchmarks.__main__ import COMMANDS, TRAINING, main, parser  # noqa: E402
 from benchmarks.cases import Case, cases  # noqa: E402
 from benchmarks.race import (  # noqa: E402
     ENVIRONMENTS,
@@ -52,6 +52,7 @@ RUNS = {
     ],
     "qlora": ["--model", T5, "--contenders", "LoRA", "nf4"],
     "initialise": ["--model", T5, "--contenders", "default", "PiSSA"],
+    "optimisers": ["--model", T5, "--contenders", "AdamW", "LoRA-FA"],
 }
 
 
@@ -76,7 +77,7 @@ def test_all_commands_are_run():
 
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_measures_saves_and_is_reported(command, corpus, tmp_path):
-    data = ["--data", str(corpus)] if command in ("text", "initialise", "qlora") else []
+    data = ["--data", str(corpus)] if command in ("text", *TRAINING) else []
     folder = tmp_path / "results"
     rows = main([command, *TINY, *RUNS[command], *data, "--results", str(folder)])
     saved = json.loads((folder / f"{command}.json").read_text())
@@ -127,8 +128,17 @@ def check_text(rows):
     assert 0 <= rows[0]["padding"] < 0.5
 
 
+def check_optimisers(rows):
+    adam, fixed = rows
+    assert adam["losses"][0] == pytest.approx(fixed["losses"][0], 1e-6)  # one start
+    assert adam["loss"] != fixed["loss"]
+    assert 0 < fixed["state_mb"] < 0.7 * adam["state_mb"]  # none of A
+    assert adam["step_mflop"] > adam["update_mflop"] > 0
+
+
 CHECKS = {"step_time": check_step_time, "compile_time": check_compile_time,
-          "memory": check_memory, "text": check_text}  # fmt: skip
+          "memory": check_memory, "text": check_text,
+          "optimisers": check_optimisers}  # fmt: skip
 
 
 # -- the report ------------------------------------------------------------------------
@@ -213,8 +223,8 @@ def test_rounds_differ_in_their_order():
 
 def test_contenders_that_nobody_knows():
     for command in {*RUNS} - {"compile_time"}:
-        data = ["--data", "."] if command in ("text", "initialise", "qlora") else []
-        data += ["--model", T5] if command in ("initialise", "qlora") else []
+        data = ["--data", "."] if command in ("text", *TRAINING) else []
+        data += ["--model", T5] if command in TRAINING else []
         with pytest.raises(SystemExit, match="no contender nothing; there are "):
             main([command, *TINY, *data, "--contenders", "nothing"])
 

@@ -68,16 +68,16 @@ KINDS = {
     "tied": ((16, 8), "tied/embedding", T(), IDS, _tied),
 }  # fmt: skip
 VARIANTS = {
-    "LoRA": {}, "DoRA": {"dora": True},
-    "bias": {"lora_bias": True}, "PiSSA": {"init": "pissa"},
+    "LoRA": {}, "rsLoRA": {"rslora": True, "alpha": 3.0}, "DoRA": {"dora": True},
+    "dropout": {"dropout": 1e-6}, "bias": {"lora_bias": True}, "PiSSA": {"init": "pissa"},
     "VeRA": {"variant": "vera"}, "LoHa": {"variant": "loha"},
     "LoKr": {"variant": jlora.LoKr(factor=2)}, "AdaLoRA": {"variant": "adalora"},
 }  # fmt: skip
-BASES = {"int8": "int8", "nf4": "nf4"}
+QUANTISED = ("int8", "nf4")
+BASES = (*QUANTISED, "sharded")
 ROWS = [
     *((variant, "plain") for variant in VARIANTS),
-    *(("LoRA", base) for base in (*BASES, "sharded")),
-    ("DoRA", "nf4"),
+    *(("LoRA", base) for base in BASES),
 ]
 
 
@@ -101,14 +101,17 @@ def cell(variant, base, kind):
     tree = jlora.lorafy(own, rank, {entry: target}, **VARIANTS[variant])
     flags = jax.tree.leaves(jlora.trainable_mask(tree))
     leaves, structure = jax.tree.flatten(tree)
+    noisy = lambda x: np.asarray(x) + rng.normal(0, 0.3, x.shape).astype(x.dtype)
     some = [
-        x + jax.device_put(rng.normal(0, 0.3, x.shape).astype(x.dtype), x.sharding) if t else x
+        jax.device_put(noisy(x), x.sharding) if t else x
         for x, t in zip(leaves, flags, strict=True)
-    ]  # fmt: skip
+    ]
     tree = jax.tree.unflatten(structure, some)
-    if base in BASES:
+    if base in QUANTISED:
         block = (2 if len(shape) == 4 else 8) if base == "nf4" else None
-        tree = jlora.quantize(tree, BASES[base], block=block, targets=[path])
+        tree = jlora.quantize(tree, base, block=block, targets=[path])
+    if variant == "dropout":
+        tree = jlora.with_dropout(tree, jax.random.key(7))
     return tree
 
 
@@ -138,29 +141,33 @@ def error_of(e):
     return f"{type(e).__name__}: {str(e).splitlines()[0]}"
 
 
-def row(variant, base):
-    """Of each kind None or its error, and the largest differences of the row."""
+def compared(cells):
+    """Of each cell None or its error, and the largest differences of them.
+
+    Args:
+      cells: its variant, base and kind, by any name.
+    """
     out, made = {}, {}
-    for kind in KINDS:
+    for name, (variant, base, kind) in cells.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = cell(variant, base, kind)
                 f = jlora.lora(function(kind), stop_frozen=False)
                 jax.eval_shape(f, tree)
-            made[kind], out[kind] = tree, None
+            made[name], out[name] = tree, None
         except jlora.LoraError as e:
-            out[kind] = error_of(e)
-    halves = {kind: jlora.split(tree) for kind, tree in made.items()}
+            out[name] = error_of(e)
+    halves = {name: jlora.split(tree) for name, tree in made.items()}
 
     @jax.jit
     def both(halves):
         done = {}
-        for kind, (half, frozen) in halves.items():
-            f = function(kind)
+        for name, (half, frozen) in halves.items():
+            f = function(cells[name][-1])
             low = jlora.lora(f, stop_frozen=False)
             dense = lambda p, f=f: f(jlora.merge(p))
-            done[kind] = [
+            done[name] = [
                 jax.value_and_grad(lambda t, g=g, z=frozen: g(jlora.combine(t, z)), has_aux=True)(half)
                 for g in (low, dense)
             ]  # fmt: skip
@@ -179,37 +186,61 @@ def row(variant, base):
 
 
 @functools.cache
-def rows():
-    """All rows by variant and base."""
-    return {(v, b): row(v, b) for v, b in ROWS}
+def row(variant, base):
+    """A variant on every kind of kernel."""
+    return compared({kind: (variant, base, kind) for kind in KINDS})
 
 
-def page(found):
-    """The page: a table, and the errors that its cells point to."""
-    notes, lines = {}, []
-    for (variant, base), (cells, _) in found.items():
-        words = []
-        for error in cells.values():
+@functools.cache
+def column(base):
+    """Every variant on a linear kernel that is quantised, or lies on a mesh."""
+    return compared({variant: (variant, base, "linear") for variant in VARIANTS})
+
+
+def page():
+    """The page: two tables, and the errors that their cells point to."""
+    notes = {}
+
+    def words(errors):
+        for error in errors:
             number = error and notes.setdefault(error, len(notes) + 1)
-            words.append(f"[{number}]" if number else "yes")
-        lines.append(f"| {variant} | {base} | {' | '.join(words)} |")
-    head = f"| variant | base | {' | '.join(KINDS)} |\n|{'---|' * (2 + len(KINDS))}"
+            yield f"[{number}]" if number else "yes"
+
+    def table(head, lines):
+        start = f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        return "\n".join((start, *(f"| {' | '.join(cells)} |" for cells in lines)))
+
+    kinds = table(
+        ["variant", "base", *KINDS],
+        ([*key, *words(row(*key)[0].values())] for key in ROWS),
+    )
+    bases = table(
+        ["variant", *BASES],
+        ([v, *words(column(base)[0][v] for base in BASES)] for v in VARIANTS),
+    )
     listed = "\n".join(f"{n}. `{error}`" for error, n in notes.items())
-    table = "\n".join((head, *lines))
     return f"""# What works on what
 
 Written by `python tests/variant_table.py`; a test holds it and the code together. "yes":
 value and gradient of every trained leaf are those of the function of the merged kernel,
 to 2e-5 of the largest number, in one compiled program a row. A number: the error
-below. "sharded" kernels are split over two devices by their last axis.
+below. "sharded" kernels are split over two devices by their last axis. Dropout is
+switched on, with a rate at which nothing is dropped; a looked-up row has no inputs to
+drop, as in PEFT.
 
-{table}
+{kinds}
+
+Every variant on a linear kernel that is quantised or sharded:
+
+{bases}
 
 {listed}
 """
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(rows()))
-    for key, (_, off) in rows().items():
-        print(key, off)
+    PAGE.write_text(page())
+    for key in ROWS:
+        print(key, row(*key)[1])
+    for base in BASES:
+        print(base, column(base)[1])

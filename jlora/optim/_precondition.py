@@ -52,6 +52,8 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
 
     Raises:
       OptionError: `delta` is not above 0, or `update` got no `params`.
+      StructureError: an adapter of another form than LoRA, DoRA or PiSSA, which has no
+        such pair of factors, unless it is masked.
 
     Source: Zhang and Pilanci 2024, arXiv:2402.02347, algorithm 1.
 
@@ -60,7 +62,9 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     positive(delta=delta)
 
     def update(grads: Tree, params: Tree | None) -> Tree:
-        terms = _pairs(needed(params, "riemannian"))
+        half = needed(params, "riemannian")
+        _refuse_forms(half, "riemannian", "scale")
+        terms = _pairs(half)
         of_a = _inverses({n: _gram(t, "a") for n, t in terms.items()}, delta)
         of_b = _inverses({n: _gram(t, "b") for n, t in terms.items()}, delta)
 
@@ -143,15 +147,23 @@ def _pairs(tree: Tree) -> dict[Term, Adapter]:
     }
 
 
+def _refuse_forms(tree: Tree, name: str, what: str) -> None:
+    """Refuse adapters that are trained as something else than two factors.
+
+    What `optax.masked` hides holds no arrays, and is nobody's business here.
+    """
+    for (path, _), t in terms_of(tree).items():
+        if t.form and any(hasattr(x, "shape") for x in t.trained().values()):
+            factors = "factor A" if what == "fix" else "factors A and B"
+            raise StructureError(
+                f"{name}: the adapter of {path!r} is of the form {t.form!r} and has no "
+                f"{factors} to {what}.\nUse LoRA, or another optimiser."
+            )
+
+
 def _scales(tree: Tree) -> dict[Term, np.ndarray]:
     """Each adapter's scale as a constant."""
-    forms = [(path, t.form) for (path, _), t in terms_of(tree).items() if t.form]
-    if forms:
-        path, form = forms[0]
-        raise StructureError(
-            f"lora_fa: the adapter of {path!r} is of the form {form!r} and has no "
-            "factor A to fix.\nUse LoRA, or another optimiser."
-        )
+    _refuse_forms(tree, "lora_fa", "fix")
     terms = _pairs(tree)
     if not terms:
         raise StructureError(

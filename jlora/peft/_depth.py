@@ -35,5 +35,6 @@ def check_depth(config: Config, table: Table, where: str) -> None:
         raise CheckpointError(
             f"{where}: layer_replication is {ranges}, a model of {depth} layers, and "
             f"the parameters are of one with {layers}.\nRepeat them first: "
+            f"jlora.models.load(folder, layer_replication={ranges}), or "
             f"jlora.replicate_layers(params, {ranges}, at=[...])."
         )

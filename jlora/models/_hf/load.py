@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from jlora._errors import CheckpointError
+from jlora._errors import CheckpointError, OptionError
 from jlora._files import check_local, read_json
 from jlora._text import listed
 from jlora.models._generate.settings import said_in_config
@@ -24,6 +24,7 @@ from jlora.models._hf.quantised import (
     Quantizer,
     check_quantizer,
 )
+from jlora.models._hf.replicated import Copies, Ranges, replicated
 from jlora.models._hf.sources import Source, names, places
 from jlora.models._hf.tables import check_untying
 from jlora.models._hf.tensors import TensorFolder
@@ -61,6 +62,7 @@ def load(
     untie: bool = False,
     key: jax.Array | None = None,
     quantize: Quantizer | None = None,
+    layer_replication: Ranges | None = None,
 ) -> tuple[Any, Params]:
     """Return the model and the parameters of a Hugging Face checkpoint.
 
@@ -102,6 +104,9 @@ def load(
       quantize: what makes of each kernel something else as soon as it is read,
         `jlora.quantizer("nf4")` say; `jlora.quantizer()` takes the codes of a
         checkpoint that bitsandbytes quantised. `jlora.lora` is for such parameters.
+      layer_replication: ranges of the checkpoint's layers that are this model's, as in
+        a PEFT adapter's config: `[[0, 4], [2, 5]]` is layers 0 to 3 and then 2 to 4,
+        seven of five. Copies share their arrays, but in a model that scans its blocks.
 
     Returns:
       A Flax module, and its parameters for `model.apply({"params": params}, ...)`.
@@ -110,7 +115,8 @@ def load(
       CheckpointError: files missing or damaged, tensors that are missing, unknown or
         of another shape, or a configuration that no model here honours.
       ShapeError: a sharding that does not divide its leaf.
-      OptionError: a `quantize` that does not fit the checkpoint.
+      OptionError: a `quantize` that does not fit the checkpoint; ranges of layers that
+        it does not have, of a model with two stacks, or whose layers go by number.
       StructureError: shardings that are not those of the parameters, blocks that are
         not alike and shall be scanned, or an encoder that shall be untied.
 
@@ -136,6 +142,13 @@ def load(
         config = dataclasses.replace(config, generation=said)
     if untie:
         config = _untied(tensors, family, config)
+    if codes is not None and layer_replication is not None:
+        raise OptionError(
+            f"layer_replication={layer_replication!r}: layers of a checkpoint that is "
+            "quantised cannot be repeated.\nTake its dense original, with "
+            "quantize=jlora.quantizer('nf4')."
+        )
+    config, copies = replicated(tensors, family, config, layer_replication)
     form: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
     form["attn_implementation"] = attn_implementation
     model = family.model(config=config, **form)
@@ -147,7 +160,7 @@ def load(
     plan = quantize.plan(abstract) if quantize is not None and codes is None else {}
     quantise = _Quantise(quantize, codes, plan)
     params, dtypes_read = _fill(
-        tensors, family, config, abstract, dtype, shardings, new, quantise
+        tensors, family, config, abstract, dtype, shardings, new, quantise, copies
     )
     if new:
         heads.report(folder, {path: leaf.shape for path, leaf in new.items()})
@@ -255,6 +268,7 @@ def _fill(
     shardings: list[Sharding | None],
     new: Mapping[str, jax.Array],
     quantise: _Quantise,
+    copies: Copies,
 ) -> tuple[Params, list[Any]]:
     """Return `abstract` with every leaf taken from `new` or read from `tensors`.
 
@@ -281,8 +295,13 @@ def _fill(
         for path, source in read.items()
     }
     like = next(iter(dtypes.values()))
-    filled = []
+    filled: list[Any] = []
+    first: dict[Any, Any] = {}  # of leaves that are copies of one
     for path, sharding in zip(sources, shardings, strict=True):
+        same = copies.original(path), sharding, path in quantise.plan
+        if path not in new and same in first:
+            filled.append(first[same])
+            continue
         if path in new:
             leaf = new[path].astype(like)
             leaf = leaf if sharding is None else jax.device_put(leaf, sharding)
@@ -296,7 +315,7 @@ def _fill(
             )
         if path in quantise.plan:
             leaf = jax.block_until_ready(quantise.plan[path](leaf))
-        filled.append(leaf)
+        filled.append(first.setdefault(same, leaf))
     return jax.tree.unflatten(treedef, filled), list(dtypes.values())
 
 

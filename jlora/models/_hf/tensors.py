@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,26 @@ class TensorFolder:
     def repeat(self, name: str, other: str) -> None:
         """Let a tensor be found by another name, too."""
         self._held[other] = self._held[name]
+
+    def repeat_blocks(self, prefix: str, order: Sequence[int]) -> None:
+        """Let block i be the one that is held as block `order[i]`.
+
+        Args:
+          prefix: what the names of all blocks begin with, before the number.
+          order: for each block from here on its number in the files.
+        """
+        blocks: dict[str, dict[str, _Held]] = {}
+        renamed: dict[str, _Held] = {}
+        for name, held in self._held.items():
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and number.isdigit():
+                blocks.setdefault(number, {})[rest] = held
+            else:
+                renamed[name] = held
+        for i, number_there in enumerate(order):
+            for rest, held in blocks.get(str(number_there), {}).items():
+                renamed[f"{prefix}{i}.{rest}"] = held
+        self._held = renamed
 
     def where(self, name: str) -> str:
         """Return the path of the file that holds a tensor."""

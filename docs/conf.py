@@ -41,7 +41,7 @@ exclude_patterns = ["_build", "_generated", "README.md"]  # README.md is for Git
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 
-smartquotes = False  # docstrings name options, --resume
+smartquotes_action = "D"  # dashes alone
 default_role = "name"  # of docstrings.py
 autodoc_default_options = {"member-order": "bysource"}
 autodoc_preserve_defaults = True

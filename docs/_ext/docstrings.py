@@ -18,6 +18,7 @@ from typing import Any
 import api
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.domains.python import PyObject
 from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 from sphinx.util.inspect import stringify_signature
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 def as_rst(app: Any, what: str, name: str, obj: Any, *rest: Any) -> None:
     """Mend in place what reStructuredText, or napoleon, would read otherwise."""
     lines = rest[-1]
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")  # or the text before a colon would be the type
     start = len(lines)
     if what != "module":
         start = next((i for i, x in enumerate(lines) if SECTION.match(x)), start)
@@ -62,6 +65,9 @@ def _returns(lines: list[str]) -> list[str]:
     for line in lines:
         if line in ("Returns:", "Yields:"):
             made.append(f":{line.lower()}")
+        elif several := re.match(r"^  (\w+(?:, \w+)+):", line):  # "a, b: factors"
+            names = several[1]
+            made.append(line.replace(names, names.replace(", ", ","), 1))
         elif made and made[-1] in (":returns:", ":yields:"):
             made[-1] += f" {line.strip()}"
         else:
@@ -180,6 +186,9 @@ def public_type(app: Any, env: Any, node: Any, content: Any) -> nodes.Node | Non
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("autodoc-process-docstring", as_rst, priority=100)
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("missing-reference", public_type)

@@ -51,7 +51,7 @@ def read_settings(
     file: Mapping[str, Any] | None = None,
     source: str = "",
 ) -> S:
-    """Read a command line; with --resume, what is not given is taken from the run.
+    """Read a command line; with `--resume`, what is not given is taken from the run.
 
     Args:
       kind: a dataclass of `option`s.

@@ -57,8 +57,11 @@ def generate_with(
     function objects again, since a new closure is a new program.
 
     Args:
-      apply_encode: starts the cache; see the top of this file.
-      apply_decode: makes one step.
+      apply_encode: `(params, input_ids, attention_mask, *, length, beams)`, starts:
+        returns the first tokens `[B*K]`, and a cache in which `"beams"` holds the
+        leaves `[B*K, ...]` that follow their beam. K is the beams of a prompt.
+      apply_decode: `(params, tokens, cache)`, makes one step: returns the logits
+        `[B*K, V]` and the cache.
       params: the first argument of both.
       input_ids: `[B, S]`.
       attention_mask: `[B, S]`, 0 at padding; `None` is no padding. A row that is all

@@ -73,15 +73,34 @@ def _index() -> str:
     unknown = {_room(name) for name in _top()} - {*ROOMS}
     assert not unknown, f"docs/_ext/api.py has no page for {unknown}"
     slugs = [slug for slug, _ in ROOMS.values()]
+    rows = "".join(_page_row(*item) for item in [*ROOMS.items()])
+    rows += "".join(
+        f"   * - :doc:`{name}`\n     - {_about(name)}\n" for name in packages()
+    )
     return f"""{_title("API")}
 .. automodule:: jlora
    :no-members:
 
+.. list-table::
+   :class: names
+
+{rows}
 .. toctree::
    :hidden:
 
 {_indented([*slugs, *packages()])}
 """
+
+
+def _page_row(room: str, page: tuple[str, str]) -> str:
+    """A page of `jlora` itself, and its names."""
+    names = [f":py:obj:`~{name}`" for name in _top() if _room(name) == room]
+    slug, title = page
+    return f"   * - :doc:`{title} <{slug}>`\n     - {' '.join(names)}\n"
+
+
+def _about(package: str) -> str:
+    return _sentence(inspect.getdoc(importlib.import_module(package)) or "")
 
 
 def _page(title: str, names: list[str], module: str, head: str = "") -> str:

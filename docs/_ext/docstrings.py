@@ -35,7 +35,7 @@ def as_rst(app: Any, what: str, name: str, obj: Any, *rest: Any) -> None:
     """Mend in place what reStructuredText, or napoleon, would read otherwise."""
     lines = rest[-1]
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")  # or the text before a colon would be the type
+        lines.insert(0, "\\ ")  # or the text before a colon would be the type
     start = len(lines)
     if what != "module":
         start = next((i for i, x in enumerate(lines) if SECTION.match(x)), start)
@@ -102,6 +102,8 @@ def signature_as_written(
         parameters = parameters[1:]
     if what == "class" and hasattr(obj, "__flax_module__"):
         parameters = [p for p in parameters if p.name not in ("parent", "name")]
+    if getattr(obj, "_is_protocol", False):
+        return "", ""
     if what == "class":
         signature = signature.replace(return_annotation=signature.empty)
     text = stringify_signature(signature.replace(parameters=parameters))

@@ -153,7 +153,7 @@ def _code(text: str, module: str, place: Any) -> nodes.Node:
 @functools.cache
 def names(module: str) -> dict[str, str]:
     """What public names are called in a module's docstrings, and their full names."""
-    found = {name: name for name in api.public()}
+    found = {name: name for name in [*api.public(), *api.packages()]}
     if module:
         found |= {name.removeprefix("jlora."): name for name in api.public()}
         local = [n for n in api.public() if n.rpartition(".")[0] == module]

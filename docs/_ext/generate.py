@@ -15,10 +15,11 @@ import api
 import code_map
 import console
 import figures
+import gallery
 import measured
 
 Maker = Callable[[], Mapping[str, str]]
-MODULES = (api, code_map, console, figures, measured)
+MODULES = (api, code_map, console, figures, gallery, measured)
 MAKERS: tuple[Maker, ...] = tuple(module.pages for module in MODULES)
 FOLDERS = ("_generated", "reference/api")  # as in .gitignore
 HERE = pathlib.Path(__file__).parent.parent

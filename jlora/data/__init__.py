@@ -6,6 +6,8 @@
     tokenise  prompted                 text to tokens, with what that costs it
     shapes_for  Batches                length buckets, in an order that resumes
     pack                               several examples in a row, kept apart
+    read_conversations  read_preferences    chats, and answers of which one is better
+    tokenise_chats  chat_prompt        by the tokenizer's template, answers labelled
 
 What is read is never guessed: a file is what its name says, or an error that names the
 line. Nothing here knows of models or of LoRA.
@@ -15,6 +17,17 @@ from jlora.data._batches import IGNORED as IGNORED
 from jlora.data._batches import Batch as Batch
 from jlora.data._batches import Batches as Batches
 from jlora.data._batches import shapes_for as shapes_for
+from jlora.data._chat import Conversation as Conversation
+from jlora.data._chat import Message as Message
+from jlora.data._chat import Preference as Preference
+from jlora.data._chat import read_conversations as read_conversations
+from jlora.data._chat import read_preferences as read_preferences
+from jlora.data._chat_tokens import ChatTokens as ChatTokens
+from jlora.data._chat_tokens import PreferenceTokens as PreferenceTokens
+from jlora.data._chat_tokens import chat_prompt as chat_prompt
+from jlora.data._chat_tokens import tokenise_chats as tokenise_chats
+from jlora.data._chat_tokens import tokenise_preferences as tokenise_preferences
+from jlora.data._chat_tokens import with_template as with_template
 from jlora.data._dataset import read_dataset as read_dataset
 from jlora.data._dataset import read_dataset_pairs as read_dataset_pairs
 from jlora.data._languages import LANGUAGES as LANGUAGES

@@ -119,13 +119,15 @@ class Batches:
 
     A batch is a dict of arrays, one for each column: `[size, length]` of sequences,
     `[size]` of numbers. `input_ids` bring an `attention_mask`. A batch that is not full
-    is filled up with copies whose `labels` are `IGNORED`.
+    is filled up with copies whose `labels` are `IGNORED`. Of examples with several
+    texts, `chosen_input_ids` bring a `chosen_attention_mask`, `chosen_labels` are
+    labels, and so on.
 
     Attributes:
       columns: the examples: by name, a list of int32 arrays or an array of numbers.
       shapes: from `shapes_for`, over these examples and perhaps others.
       size: examples a batch.
-      pad: the padding token; `labels` are padded with `IGNORED`, other columns with 0.
+      pad: the padding token; labels are padded with `IGNORED`, other columns with 0.
       seed: orders the examples anew each epoch; None keeps their order.
 
     >>> rows = [np.ones(n, np.int32) for n in (3, 7, 2)]
@@ -198,17 +200,19 @@ class Batches:
                 rows = [column[i] for i in fill]
                 length = next(lengths)
                 out[name] = _padded(rows, length, self._fill(name))
-                if name == "input_ids":
+                if _is(name, "input_ids"):
                     real = np.arange(length) < np.array([[len(row)] for row in rows])
-                    out["attention_mask"] = real.astype(np.int32)
+                    mask = name.removesuffix("input_ids") + "attention_mask"
+                    out[mask] = real.astype(np.int32)
             else:
                 out[name] = np.asarray(column)[fill]
-            if name == "labels":
+            if _is(name, "labels"):
                 out[name][len(batch.rows) :] = IGNORED
         return out
 
     def _fill(self, name: str) -> int:
-        return {"labels": IGNORED, "input_ids": self.pad}.get(name, 0)
+        fills = {"labels": IGNORED, "input_ids": self.pad}
+        return next((x for kind, x in fills.items() if _is(name, kind)), 0)
 
     def stream(self, step: int = 0) -> Iterator[Arrays]:
         """Yield batches without end, from the one that stands at `step`."""
@@ -244,6 +248,11 @@ class Batches:
             for row, result in zip(batch.rows, results, strict=False):
                 out[row] = result
         return out
+
+
+def _is(name: str, kind: str) -> bool:
+    """Whether a column is of a kind: `labels`, or `chosen_labels`."""
+    return name == kind or name.endswith(f"_{kind}")
 
 
 def _padded(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:

@@ -2,14 +2,20 @@
 
     AdapterOptions  TrainingOptions    options of the command line, and what they mean
     seq2seq_loss  causal_loss  classification_loss      the loss of a kind of model
+    preference_loss  step_memory       DPO's, and what a step takes
     Generator                          a model's answers, in files
     Translation  TranslationSettings   from text to text, measured by BLEU
     Grid  GridRun                      runs of many settings: table, pictures, advice
+    Chat  ChatSettings                 conversations, the assistant's answers learned
+    Preferences  PreferenceSettings    of two answers the better one: DPO
     run  KINDS                         a whole task, as `jlora train` runs it
 
 The examples are composed of these; nothing here is needed to use jlora.
 """
 
+from jlora.tasks._chats import Answers as Answers
+from jlora.tasks._chats import ChatOptions as ChatOptions
+from jlora.tasks._chats import Measure as Measure
 from jlora.tasks._generation import Generator as Generator
 from jlora.tasks._grid import Grid as Grid
 from jlora.tasks._grid import GridRun as GridRun
@@ -31,6 +37,14 @@ from jlora.tasks._run import Kind as Kind
 from jlora.tasks._run import Task as Task
 from jlora.tasks._run import facts_of as facts_of
 from jlora.tasks._run import run as run
+from jlora.tasks.chat import Chat as Chat
+from jlora.tasks.chat import ChatSettings as ChatSettings
+from jlora.tasks.preference import LIKELIER as LIKELIER
+from jlora.tasks.preference import Preferences as Preferences
+from jlora.tasks.preference import PreferenceSettings as PreferenceSettings
+from jlora.tasks.preference import answer_scores as answer_scores
+from jlora.tasks.preference import preference_loss as preference_loss
+from jlora.tasks.preference import step_memory as step_memory
 from jlora.tasks.translation import Translation as Translation
 from jlora.tasks.translation import TranslationSettings as TranslationSettings
 

@@ -51,8 +51,8 @@ def causal_loss(model: Any, label_smoothing: float = 0.0) -> Loss:
 
     Returns:
       `loss_fn(params, batch, key)` of batches with `input_ids`, `attention_mask` and
-      `labels`, all `[B, T]`. The labels stand where their tokens stand, and are below 0
-      at what does not count: a prompt, padding.
+      `labels`, all `[B, T]`, and of packed ones `segment_ids`. The labels stand where
+      their tokens stand, and are below 0 at what does not count: a prompt, padding.
     """
 
     def loss_fn(params: Tree, batch: Batch, key: Any) -> Any:
@@ -60,6 +60,7 @@ def causal_loss(model: Any, label_smoothing: float = 0.0) -> Loss:
             {"params": params},
             batch["input_ids"],
             batch["attention_mask"],
+            segment_ids=batch.get("segment_ids"),
             method="features",
         )
         # The last position has no next token. A label that does not count is cheaper

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import jlora
 from jlora import data, models
 from jlora.tasks._options import Loaded, count_tokens
+from jlora.tasks.chat import Chat, ChatSettings
+from jlora.tasks.preference import Preferences, PreferenceSettings
 from jlora.tasks.translation import Translation, TranslationSettings
 from jlora.train import Fit, RunFolder
 
@@ -63,6 +65,14 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "translate": Kind(
         "a T5 on pairs of sentences, measured by BLEU", TranslationSettings, Translation
+    ),
+    "chat": Kind(
+        "a language model on conversations: supervised fine-tuning", ChatSettings, Chat
+    ),
+    "preference": Kind(
+        "a language model on answers of which one is preferred: DPO",
+        PreferenceSettings,
+        Preferences,
     ),
 }
 

@@ -52,6 +52,7 @@ from jlora.train._losses import cross_entropy as cross_entropy
 from jlora.train._metrics import MetricsLog as MetricsLog
 from jlora.train._plot import plot_losses as plot_losses
 from jlora.train._preference import AnswerScores as AnswerScores
+from jlora.train._preference import PreferenceKind as PreferenceKind
 from jlora.train._preference import dpo_loss as dpo_loss
 from jlora.train._report import Report as Report
 from jlora.train._report import file_sizes as file_sizes

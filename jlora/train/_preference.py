@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jlora._errors import OptionError, ShapeError
 from jlora._tree.options import one_of
+from jlora.train._gradients import at_least_f32
 
 Array = Any
 PreferenceKind = Literal["sigmoid", "ipo", "hinge"]
@@ -76,11 +77,8 @@ def dpo_loss(
     [0.5, 0.474]
     """
     _check(policy, reference, mask, beta, label_smoothing, kind)
-    dtype = jnp.promote_types(policy.chosen.dtype, jnp.float32)
-    gains = [
-        x.astype(dtype) - jax.lax.stop_gradient(y).astype(dtype)
-        for x, y in zip(policy, reference, strict=True)
-    ]
+    pairs = zip(map(jnp.asarray, policy), map(jnp.asarray, reference), strict=True)
+    gains = [at_least_f32(x) - at_least_f32(jax.lax.stop_gradient(y)) for x, y in pairs]
     h = gains[0] - gains[1]
     if kind == "sigmoid":
         right, wrong = jax.nn.log_sigmoid(beta * h), jax.nn.log_sigmoid(-beta * h)
@@ -89,7 +87,7 @@ def dpo_loss(
         losses = (h - 1 / (2 * beta)) ** 2
     else:
         losses = jax.nn.relu(1 - beta * h)
-    weight = jnp.ones(h.shape, dtype) if mask is None else mask.astype(dtype)
+    weight = jnp.ones_like(h) if mask is None else jnp.asarray(mask).astype(h.dtype)
     count = jnp.sum(weight)
     # A pair that does not count may hold anything.
     total = lambda x: jnp.sum(jnp.where(weight != 0, x * weight, 0))  # noqa: E731
@@ -97,7 +95,7 @@ def dpo_loss(
         "reward_chosen": beta * gains[0],
         "reward_rejected": beta * gains[1],
         "margin": beta * h,
-        "accuracy": (h > 0).astype(dtype),
+        "accuracy": (h > 0).astype(h.dtype),
     }
     return (total(losses), count), {k: (total(x), count) for k, x in metrics.items()}
 

@@ -1,0 +1,181 @@
+"""Supervised fine-tuning on conversations: the assistant's answers are learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jlora
+from jlora import data, train
+from jlora.tasks._chats import (
+    ASKED,
+    Answers,
+    ChatOptions,
+    Measure,
+    Prompts,
+    padding_of,
+    prepared,
+    score_rows,
+    use_of,
+)
+from jlora.tasks._losses import causal_loss
+from jlora.tasks._options import Loaded, count_tokens
+from jlora.tasks._reports import closing_part, print_facts, training_part
+from jlora.train import option
+
+Tree = Any
+Talks = list[data.Conversation]
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatSettings(ChatOptions):
+    """What was asked for; the defaults stand in brackets."""
+
+    answers: str = option(
+        "all", "which of the assistant's messages are learned (all)",
+        choices=("all", "last"))
+    pack: bool = option(
+        False, "several conversations a row of --max-length; a batch is of rows")
+    # fmt: on
+
+
+class Chat:
+    """Conversations in batches, and how a model answers.
+
+    Args:
+      settings: what to read, and how.
+      loaded: the model, its parameters and its tokenizer, which gets the template.
+      measures: of an answer, by name; their means stand in the report.
+
+    Attributes:
+      train, valid: batches of `input_ids`, `attention_mask` and `labels`; packed ones
+        have `segment_ids`.
+      remarks: what a user should know of the data, conversations that are cut say.
+      loss_fn: the loss, as `jlora.train` takes it.
+      count: how many tokens a batch holds.
+      prompts: what is held out and answered.
+    """
+
+    def __init__(
+        self,
+        settings: ChatSettings,
+        loaded: Loaded,
+        measures: Mapping[str, Measure] | None = None,
+    ) -> None:
+        self.settings, self.remarks = settings, list[str]()
+        self._known = prepared(settings, loaded)
+        training, valid = settings.read(data.read_conversations)
+        columns = {
+            name: self._columns(name, talks, loaded.tokenizer)
+            for name, talks in (("train", training), ("held out", valid))
+        }
+        shapes = data.shapes_for(list(columns.values()), settings.buckets)
+        if settings.pack:
+            shapes = [(settings.max_length,) * 3]
+        pad, s = padding_of(loaded), settings
+        self.train = data.Batches(columns["train"], shapes, s.batch_size, pad, s.seed)
+        self.valid = data.Batches(columns["held out"], shapes, s.eval_batch_size, pad)
+        self.loss_fn, self.count = causal_loss(loaded.model), count_tokens
+        self.prompts = prompts_of(settings, loaded, valid, measures or {})
+        self._measure = train.make_eval_step(
+            lambda params, batch: {"loss": self.loss_fn(params, batch, None)}
+        )
+
+    def _columns(self, name: str, talks: Talks, tokenizer: Any) -> dict[str, Any]:
+        s = self.settings
+        tokens = data.tokenise_chats(
+            tokenizer,
+            talks,
+            s.max_length,
+            answers="last" if s.answers == "last" else "all",
+            **self._known,
+        )
+        self.remarks.extend(tokens.remarks(name))
+        if not s.pack:
+            return tokens.columns
+        packed = data.pack(tokens.columns, s.max_length)
+        self.remarks.append(
+            f"{name}: {len(tokens.kept):,} conversations in {len(packed.members):,} "
+            f"rows of {s.max_length}, {packed.fraction:.0%} of them tokens."
+        )
+        return packed.columns
+
+    def answer(self, when: str, params: Tree, folder: train.RunFolder) -> Answers:
+        """Measure the loss of what is held out, and answer its prompts.
+
+        Args:
+          when: `"before"` or `"after"` training.
+          params: the parameters.
+          folder: of the run.
+        """
+        loss = train.evaluate(self._measure, params, self.valid)["loss"]
+        texts, scores = self.prompts.answer(when, params, folder)
+        return Answers({"loss": loss, "perplexity": math.exp(loss), **scores}, texts)
+
+    def report(
+        self,
+        folder: train.RunFolder,
+        facts: Mapping[str, str],
+        before: Answers,
+        after: Answers,
+        parameters: jlora.Summary,
+    ) -> None:
+        """Write the plot and the report, and print the gist of it.
+
+        Args:
+          folder: of the run.
+          facts: lines on training.
+          before: how the model answered before it.
+          after: how it answers after.
+          parameters: what was trained.
+        """
+        s, head = self.settings, ("held out", "before", "after")
+        scores = score_rows(before.scores, after.scores, self.prompts.measures)
+        chosen = self.prompts.samples(before.texts, after.texts)
+        use = use_of(folder.merged, chosen[0][0], s.max_new_tokens)
+        title = f"{Path(s.model or '').name}: conversations"
+        document = train.Report(title).section("Before and after").table(head, scores)
+        document.text(FIGURES).items(self.remarks)
+        training_part(document, folder, facts, title)
+        document.section("Answers to held-out prompts")
+        document.table(("prompt", "in the data", "before", "after"), chosen)
+        document.section("Now use it").code(use, "python")
+        closing_part(document, folder, parameters)
+
+        print_facts(facts)
+        show_samples(chosen[:3])
+        print(f"\n{train.table([head, *scores])}")
+        print(f"\nNow use it:\n\n{use}\n\nThe report is {folder.report}.")
+
+
+def prompts_of(
+    settings: ChatOptions,
+    loaded: Loaded,
+    talks: Talks,
+    measures: Mapping[str, Measure],
+) -> Prompts:
+    """Return what stands before the last answer of some conversations."""
+    prompts, wanted = [], []
+    for talk in talks[: settings.ask or ASKED]:
+        last = max(n for n, m in enumerate(talk.messages) if m.role == "assistant")
+        if last:
+            prompts.append(talk.messages[:last])
+            wanted.append(talk.messages[last].content)
+    return Prompts(settings, loaded, prompts, wanted, measures)
+
+
+def show_samples(rows: list[tuple[str, str, str, str]]) -> None:
+    """Print prompts with their answers."""
+    for asked, wanted, old, new in rows:
+        print(f"\n  prompt     {asked}\n  in data    {wanted}")
+        print(f"  before     {old}\n  after      {new}")
+
+
+FIGURES = """\
+The loss is the mean of -log p of a token of the assistant's answers, given all before
+it; e to its power is the perplexity. The adapter of the lowest loss is kept; `after`
+speaks of it. Answers are greedy."""

@@ -19,30 +19,42 @@ CONTENDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one step": ("jax", "many:training", {"together": True}),
 }
 COLUMNS = (
-    "what", "case", "contender", "adapters", "steps", "median_ms", "to_one_by_one",
-    "compilations", "ms_an_adapter", "peak_mib", "error",
+    "what", "case", "contender", "adapters", "steps", "median_ms", "cpu_ms",
+    "to_one_by_one", "compilations", "ms_an_adapter", "peak_mib", "predicted_mib",
+    "error",
 )  # fmt: skip
 
 
 def run(options: Any) -> Iterator[Rows]:
-    """Yield nine configurations, compilation included; then time against number."""
+    """Yield nine configurations, compilation included; then time against number.
+
+    The more steps, the less compilation counts: a step of nine and one of one, by
+    themselves, say how much.
+    """
     steps = 2 if options.quick else options.steps
     warmup, options.warmup = options.warmup, 0
-    for one in cases(options, *CPU):
+    chosen_cases = cases(options, *CPU) if options.shape or options.quick else CPU
+    for one in chosen_cases:
         wanted = options.contenders or [*CONTENDERS]
         entries = chosen(CONTENDERS, wanted, case=one.json, steps=steps)
         result = race(entries, options)
         head = {"what": "with compilation", "case": one.title, "steps": steps}
         yield result.rows(head, wanted), result.about
     options.warmup = max(1, warmup)
-    slots = SLOTS[:2] if options.quick else SLOTS
+    for one in chosen_cases:
+        yield _curve(one, (1, len(RANKS) * len(RATES)), options)
+    yield _curve(TINY, SLOTS[:2] if options.quick else SLOTS, options)
+
+
+def _curve(case: Case, slots: tuple[int, ...], options: Any) -> Rows:
+    """Time and memory of a step against the number of adapters."""
     table = {str(k): ("jax", "many:stepping", {"slots": k}) for k in slots}
-    result = race(chosen(table, [*table], case=TINY.json), options)
-    rows = result.rows({"what": "a step", "case": TINY.title}, [*table])
+    result = race(chosen(table, [*table], case=case.json), options)
+    rows = result.rows({"what": "a step", "case": case.title}, [*table])
     for row in rows:
         if "median_ms" in row:
             row["ms_an_adapter"] = row["median_ms"] / int(row["contender"])
-    yield rows, result.about
+    return rows, result.about
 
 
 def _loss_fn(work: Any) -> Any:
@@ -93,7 +105,7 @@ def stepping(case: Mapping[str, Any], slots: int) -> Any:
 
     from benchmarks.work import Workload
     from jlora import sweep
-    from jlora.sweep._memory import peak_of
+    from jlora.sweep._memory import peak_of, resized
 
     work = Workload(Case(**case))
     rank, targets = work.case.rank, work.case.names
@@ -107,6 +119,10 @@ def stepping(case: Mapping[str, Any], slots: int) -> Any:
         "compile_s": time.perf_counter() - start,
         "peak_mib": peak_of(compiled) / 2**20,
     }
+    if slots > 1:  # from half as many, and a quarter
+        half = resized(bank, slots // 2)
+        account = sweep.account(step, half, work.batch, shared=True)
+        facts["predicted_mib"] = account.peak(slots) / 2**20
 
     def one() -> None:
         nonlocal bank

@@ -1,10 +1,13 @@
 """Jobs in one step end as they would alone, at their own rank."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tools import assert_close
 
 import jlora
@@ -209,6 +212,35 @@ def test_what_lies_below_the_adapters_is_computed_once(params):
     assert f"tensor<{B}x3x{H}xf32>" in tanh[0]
     # and above them the slots' inputs meet the base in one product
     assert f"tensor<3x{B}x3x{D}xf32>, tensor<{D}x{V}xf32>" in text
+
+
+def test_slots_divide_over_devices(params):
+    """Each device trains its own slots, and none tells another anything."""
+    axes = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("slots",), axis_types=axes)
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    jobs = sweep.paired(rank=[1, 2, 3, 4], seed=[1, 2, 3, 4], dropout=0.1)
+    batch = stacked([make_batch(0, s) for s in range(4)])
+    ends = []
+    for on_mesh in (False, True):
+        base = jax.device_put(params, place()) if on_mesh else params
+        plan = sweep.Plan(base, jobs, targets=TARGETS)
+        bank = plan.bank(jobs, sharding=place("slots") if on_mesh else None)
+        given = jax.device_put(batch, place("slots")) if on_mesh else batch
+        step = sweep.sweep_step(loss_fn, clip_norm=0.5)
+        bank, _ = step(bank, given)
+        bank = plan.put(bank, 2, jobs[0], plan.start(jobs[0]))
+        bank, metrics = step(bank, given)
+        ends.append((bank, np.array(metrics["loss"])))
+    assert step.cache_size() == 1
+    text = step.lower(bank, given).compile().as_text()
+    assert not re.findall(r"all-\w+|collective-\w+|reduce-scatter", text)
+    (one, losses), (two, again) = ends
+    a, b = (x.trainable["value"]["kernel"].adapters[""].b for x in (one, two))
+    assert [s.data.shape for s in b.addressable_shards] == [(1, *a.shape[1:])] * 4
+    assert_close(again, losses, atol=1e-6, rtol=0)
+    assert_close(b, a, atol=1e-6, rtol=0)
+    assert np.all(np.any(a, axis=(1, 2)))
 
 
 def test_evaluation_of_all_slots(params, plan, trained):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jlora.train._step import named_sharding
+
 Tree = Any
 
 
@@ -70,10 +72,17 @@ def stack(slots: Sequence[Sequence[Any]]) -> list[Array]:
     return [one(*xs) for xs in zip(*slots, strict=True)]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def put(leaves: list[Array], slot: Any, new: list[Any]) -> list[Array]:
-    """Write one slot's arrays over what was there."""
-    return [x.at[slot].set(y) for x, y in zip(leaves, new, strict=True)]
+    """Write one slot's arrays over what was there; all stay on their devices."""
+    return _put(tuple(map(named_sharding, leaves)))(leaves, slot, new)
+
+
+@functools.cache
+def _put(shardings: tuple[Any, ...]) -> Any:
+    def write(leaves: list[Array], slot: Any, new: list[Any]) -> list[Array]:
+        return [x.at[slot].set(y) for x, y in zip(leaves, new, strict=True)]
+
+    return jax.jit(write, donate_argnums=0, out_shardings=list(shardings))
 
 
 @jax.jit

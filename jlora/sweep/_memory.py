@@ -15,7 +15,7 @@ from jlora.sweep._step import SweepStep
 
 Tree = Any
 
-_MEASURED = (4, 8)  # slots
+_FEWEST = 4  # slots that are measured, and twice as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +71,32 @@ class Account:
 def account(
     step: SweepStep, bank: Bank, batch: Any, *, shared: bool = False
 ) -> Account:
-    """Measure what a step needs, by compiling it for four and for eight slots.
+    """Measure what a step needs, by compiling it for two numbers of slots.
+
+    These are the bank's own number and half of it, but at least eight and four. What
+    lies between and beyond is taken from the line through the two. Far above it may be
+    wrong: on a CPU, XLA divides large loops among threads, and then needs up to twice
+    the memory for each slot. So give it a bank of about as many slots as you mean.
 
     Args:
       step: from `sweep_step`.
-      bank: a bank of any number of slots; only its shapes count.
+      bank: a bank of about that many slots; only its shapes count.
       batch: as the step takes it.
       shared: as there.
     """
-    few, more = (_temporary(step, bank, batch, shared, n) for n in _MEASURED)
-    activations = max(0, (more - few) // (_MEASURED[1] - _MEASURED[0]))
+    least = max(_FEWEST, bank.slots // 2)
+    most = max(2 * _FEWEST, bank.slots)
+    few, more = (_temporary(step, bank, batch, shared, n) for n in (least, most))
+    activations = max(0, (more - few) // (most - least))
+    fixed = few - least * activations
+    if fixed < 0:  # the larger is of the costlier kind, and right at its own number
+        activations, fixed = more // most, 0
     kept = bank.frozen
     batch_bytes = _bytes(batch)
     own = (bank.trainable, kept.own, kept.hyper, kept.sizes, bank.step)
     return Account(
         base=_bytes(kept.shared) + (batch_bytes if shared else 0),
-        fixed=max(0, few - _MEASURED[0] * activations),
+        fixed=fixed,
         adapter=_bytes(own) // bank.slots,
         optimiser=_bytes(bank.opt_state) // bank.slots,
         batch=0 if shared else batch_bytes // bank.slots,

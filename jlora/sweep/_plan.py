@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import NamedSharding
 
 from jlora._errors import OptionError
 from jlora._kernel.adapter import Adapter
@@ -170,17 +171,27 @@ class Plan:
     # -- in and out --------------------------------------------------------------------
 
     def bank(
-        self, jobs: Sequence[Job], states: Sequence[TrainState] | None = None
+        self,
+        jobs: Sequence[Job],
+        states: Sequence[TrainState] | None = None,
+        *,
+        sharding: NamedSharding | None = None,
     ) -> Bank:
         """A bank with a job in each slot.
 
         Args:
           jobs: the jobs.
           states: where each of them stands; None starts all anew.
+          sharding: of the slots, `NamedSharding(mesh, PartitionSpec("slots"))` say, so
+            that each device trains its own. The plan's base has to be on all devices of
+            that mesh, whose axes are of the automatic type.
         """
         states = states or [self.start(job) for job in jobs]
         slots = [self._slot(j, s) for j, s in zip(jobs, states, strict=True)]
-        return self._as_bank(stack(slots))
+        leaves = stack(slots)
+        return self._as_bank(
+            leaves if sharding is None else jax.device_put(leaves, sharding)
+        )
 
     def put(self, bank: Bank, slot: int, job: Job, state: TrainState) -> Bank:
         """The bank with a job's state in a slot; the others keep their bits.

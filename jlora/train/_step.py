@@ -243,7 +243,7 @@ class TrainStep:
         else:
             # The new state is laid out as the old one; the compiler could choose
             # another layout, and the next call would be compiled anew.
-            shardings = [_named_sharding(x) for x in leaves]
+            shardings = [named_sharding(x) for x in leaves]
             known = (treedef, rest, tuple(shardings))
             wrap = functools.partial(jax.jit, out_shardings=(shardings, None))
         if known not in self._compiled:
@@ -268,7 +268,8 @@ class TrainStep:
         return [strongly_typed(x) for x in leaves], metrics
 
 
-def _named_sharding(x: Any) -> NamedSharding | None:
+def named_sharding(x: Any) -> NamedSharding | None:
+    """Where an array lies on a mesh; None if on none."""
     if isinstance(x, jax.core.Tracer):
         return None
     sharding = getattr(x, "sharding", None)

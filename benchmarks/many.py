@@ -33,7 +33,9 @@ def run(options: Any) -> Iterator[Rows]:
     """
     steps = 2 if options.quick else options.steps
     warmup, options.warmup = options.warmup, 0
-    chosen_cases = cases(options, *CPU) if options.shape or options.quick else CPU
+    given = ("shape", "rank", "targets", "batch", "source", "target", "quick")
+    is_asked = any(getattr(options, name) for name in given)
+    chosen_cases = cases(options, *CPU) if is_asked else CPU
     for one in chosen_cases:
         wanted = options.contenders or [*CONTENDERS]
         entries = chosen(CONTENDERS, wanted, case=one.json, steps=steps)

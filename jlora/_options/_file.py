@@ -97,7 +97,8 @@ def _line(own: Option) -> str:
 def _sample(own: Option) -> str:
     """A value of the kind that an option without a default takes."""
     bound = own.own["least"] or 1
-    one = {int: str(bound), float: "1.0", bool: "true"}.get(own.kind, '"..."')
+    word = json.dumps(next(iter(own.own["choices"]), "..."))
+    one = {int: str(bound), float: "1.0", bool: "true"}.get(own.kind, word)
     return f"[{one}]" if own.is_list else one
 
 

@@ -64,8 +64,10 @@ class Command:
         """
         from jlora._options import parse
 
-        _, given = parse(self.app(self.program), words, self.program)
-        return self.module.Options(**given)
+        app, module = self.app(self.program), self.module
+        if hasattr(module, "read"):  # a command that leaves words to another parser
+            return module.read(words, app, self.program)
+        return module.Options(**parse(app, words, self.program)[1])
 
 
 COMMANDS = (
@@ -83,6 +85,14 @@ COMMANDS = (
         "  jlora convert someones/adapter out/checkpoint\n"
         "  jlora convert runs/adapter out/peft --base google/flan-t5-small \\\n"
         "      --task-type SEQ_2_SEQ_LM",
+    ),
+    Command(
+        "train",
+        "train by a file of settings, or go on with a run",
+        "  jlora train --template translate > my.toml\n"
+        "  jlora train my.toml\n"
+        "  jlora train my.toml --rank 16 --steps 900 --log-to tensorboard\n"
+        "  jlora train --resume runs/translate-1 --steps 2000",
     ),
     Command(
         "merge",

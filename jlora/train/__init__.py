@@ -67,6 +67,9 @@ from jlora.train._step import Hook as Hook
 from jlora.train._step import StepInfo as StepInfo
 from jlora.train._step import TrainStep as TrainStep
 from jlora.train._step import make_train_step as make_train_step
+from jlora.train._trackers import TensorBoard as TensorBoard
+from jlora.train._trackers import Tracker as Tracker
+from jlora.train._trackers import WandB as WandB
 
 __all__ = [name for name in dir() if not name.startswith("_")]
 

@@ -18,6 +18,8 @@ from jlora.train._run import RunFolder, saved_settings
 
 S = TypeVar("S", bound="RunSettings")
 
+TASK = "task"  # a run's settings say by this what trained it
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -28,13 +30,23 @@ class RunSettings:
     )
     resume: bool = option(False, "continue the run in --output")
     overwrite: bool = option(False, "replace the run in --output")
+    log_to: list[str] | None = option(
+        None,
+        "send the log on as well",
+        choices=("tensorboard", "wandb"),
+        extends=True,
+    )
 
     def check(self) -> None:
         """Refuse settings that do not go together; raise `OptionError`."""
 
     def claim(self, name: str) -> RunFolder:
-        """Claim the folder to write into, or resume the run in it."""
-        kept = dataclasses.asdict(self)
+        """Claim the folder to write into, or resume the run in it.
+
+        Args:
+          name: of the task, which the run's settings hold and its folder is named by.
+        """
+        kept = {TASK: name, **dataclasses.asdict(self)}
         for own in ("output", "resume", "overwrite"):
             del kept[own]
         if self.resume:
@@ -98,6 +110,7 @@ def _resumed(options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[st
         raise UsageError("--resume needs --output DIR, and excludes --overwrite.")
     folder = Path(given["output"]).expanduser()
     saved = saved_settings(folder)
+    saved.pop(TASK, None)
     if not saved.keys() <= options.keys():
         unknown = ", ".join(sorted(saved.keys() - options.keys()))
         raise OptionError(f"the run in {folder} has settings unknown here: {unknown}.")

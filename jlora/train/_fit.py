@@ -20,6 +20,7 @@ from jlora.train._loop import Batch, Callback, Interrupted, Loop
 from jlora.train._run import RunFolder
 from jlora.train._state import TrainState
 from jlora.train._step import make_train_step
+from jlora.train._trackers import trackers_of
 
 Tree = Any
 
@@ -155,7 +156,7 @@ def fit(
         state,
         train.stream,
         steps=steps,
-        callbacks=[*own, *callbacks, Save(run.state, every)],
+        callbacks=[*own, *callbacks, *trackers_of(run, often), Save(run.state, every)],
         count=count,
     )
     if run.resumed:

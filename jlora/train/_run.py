@@ -119,8 +119,10 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """The command that continues the run."""
-        words = ["python", sys.argv[0], "--output", str(self.path), "--resume"]
-        return shlex.join(words)
+        script, place = Path(sys.argv[0]), str(self.path)
+        if script.stem == "jlora" or script.parent.name == "jlora":  # the console
+            return shlex.join(["jlora", "train", "--resume", place])
+        return shlex.join(["python", str(script), "--output", place, "--resume"])
 
     def close(self) -> None:
         """Let others have the folder."""
@@ -137,6 +139,7 @@ class RunFolder:
 
 _WRITTEN = (
     *("adapter", "state", "merged", "outputs", "loss.png", "report.md"),
+    *("tensorboard", "wandb"),
     *("metrics.jsonl", "metrics.jsonl.new", SETTINGS, SETTINGS + ".new"),
 )
 

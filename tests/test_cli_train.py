@@ -1,0 +1,165 @@
+"""`jlora train`: runs by files of settings, overridden, interrupted and resumed."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jlora
+from jlora import cli, models, tasks, train
+from jlora._options import read_file
+from jlora.cli._commands import train as command
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "examples" / "assets" / "tiny-t5-de-en"
+CORPUS = ROOT / "examples" / "assets" / "corpus"
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*argv):
+        status = cli.main([str(word) for word in argv])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A file of settings for a T5 of one layer, which compiles fast."""
+    model, _ = models.load(TINY)
+    small = dataclasses.replace(model.config, num_layers=1, num_decoder_layers=1)
+    ids = np.ones((1, 1), np.int32)
+    model = models.T5(config=small)
+    params = jax.jit(model.init)(jax.random.key(0), ids, None, ids)["params"]
+    models.save(model, params, tmp_path / "t5", tokenizer_from=TINY)
+    lines = {
+        "task": "translate",
+        "model": str(tmp_path / "t5"),
+        "rank": 2,
+        "epochs": 3.0,
+    }
+    for name in ("train", "valid", "test"):
+        lines[name] = [str(CORPUS / f"travel.{name}.{code}") for code in ("de", "en")]
+    lines |= {"train_size": 64, "valid_size": 16, "test-size": 8, "batch_size": 16}
+    lines |= {"buckets": 1, "eval_batch_size": 16, "eval_every": 2}
+    file = tmp_path / "my.toml"
+    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in lines.items()))
+    return file
+
+
+def test_a_run_is_interrupted_continued_and_made_longer(run, config, monkeypatch):
+    folder = config.parent / "out"
+    on_step = train.Log.on_step
+
+    def interrupt(self, loop, step, metrics):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        on_step(self, loop, step, metrics)
+
+    monkeypatch.setattr(train.Log, "on_step", interrupt)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/jlora"])
+    words = ["--steps", 4, "--output", folder, "--targets", "query"]
+    status, _, err = run("train", config, *words)
+    monkeypatch.undo()
+    assert status == 130
+    assert "jlora: stopped and saved after step" in err
+    assert f"jlora train --resume {folder}" in err
+    saved = json.loads((folder / "settings.json").read_text())
+    assert (saved["task"], saved["steps"], saved["epochs"]) == ("translate", 4, None)
+    assert (saved["rank"], saved["targets"]) == (2, ["query"])
+
+    status, _, err = run("train", "--resume", folder, "--rank", 3)
+    assert status == 1
+    assert "has --rank 2, not 3" in err
+    status, out, _ = run("train", "--resume", folder, "--steps", 5)
+    assert status == 0
+    assert "Now use it" in out
+    rows = train.MetricsLog(folder / "metrics.jsonl").rows("train")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    status, out, err = run("generate", folder, "Das Fass.", "--max-new-tokens", 3)
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) == 1
+
+
+def settings(config, *words):
+    options = command.read([str(config), *words], None, "jlora train")
+    return command.read_task(options)
+
+
+def test_words_override_the_file(config):
+    name, got = settings(config, "--lr", "0.5", "--no-skip-empty")
+    assert name == "translate"
+    assert (got.rank, got.lr, got.epochs, got.test_size) == (2, 0.5, 3.0, 8)
+    _, got = settings(config, "--steps", "7", "--rank", "5")
+    assert (got.steps, got.epochs, got.rank) == (7, None, 5)
+
+
+@pytest.mark.parametrize("name", sorted(tasks.KINDS))
+def test_a_template_has_the_defaults_of_its_task(name, run):
+    status, text, err = run("train", "--template", name)
+    assert (status, err) == (0, "")
+    values = tomllib.loads(text)
+    assert values.pop("task") == name
+    kind = tasks.KINDS[name].settings
+    assert kind(**read_file(kind, values, "template")) == kind()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "status", "message"),
+    [
+        ('task = "translate"\nrnak = 3', [], 2, "'rnak' is no setting.\nDid you mean"),
+        ('task = "translate"\nrank = 0', [], 2, "rank: '0' is not a whole number at"),
+        ('task = "translat"', [], 2, "is no task.\nDid you mean 'translate'?"),
+        ("rank = 3", [], 2, "names no task.\nBegin it with"),
+        ("rank = = 3", [], 2, "is no TOML"),
+        ('task = "translate"\nsteps = 3\nepochs = 2.0', [], 2, "exclude each other"),
+        ('task = "translate"', ["--rnk", "3"], 2, "Did you mean --rank?"),
+        ('task = "translate"', ["--resume"], 2, "--resume needs the folder of a run"),
+        ('task = "translate"', [], 1, "--model needs data|a model is needed"),
+    ],
+)
+def test_what_is_wrong_is_said(text, words, status, message, run, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    got, out, err = run("train", file, *words)
+    assert (got, out) == (status, "")
+    assert any(part in err for part in message.split("|")), err
+    assert len(err.splitlines()) <= 3
+
+
+def test_without_a_file(run, tmp_path):
+    status, _, err = run("train")
+    assert status == 2
+    assert "CONFIG is missing" in err
+    assert "--template translate" in err
+    assert run("train", tmp_path / "none.toml")[0] == 2
+    status, _, err = run("train", "--template", "translte")
+    assert status == 2
+    assert "Did you mean 'translate'?" in err
+    folder = tmp_path / "other"
+    (folder / "state").mkdir(parents=True)
+    (folder / "settings.json").write_text('{"colour": "red"}')
+    status, _, err = run("train", "--resume", folder)
+    assert status == 2
+    assert "is of no task of `jlora train`" in err
+    status, text, _ = run("train", "c.toml", "--help")
+    assert status == 2  # the file says which options there are
+
+
+def test_help_of_a_files_task(run, config):
+    status, text, err = run("train", config, "--help")
+    assert (status, err) == (0, "")
+    assert "usage: jlora train" in text
+    assert "training:" in text
+    assert "--rank N" in text
+    assert jlora.__version__ not in text

@@ -727,7 +727,7 @@ def test_help_and_version(done):
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda c: c.name)
 def test_the_examples_are_command_lines(command):
     for line in command.examples.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.partition("|")[0])
+        words = shlex.split(re.split("[|>]", line)[0])
         assert words[:2] == ["jlora", command.name]
         assert isinstance(command.read(words[2:]), command.module.Options)
 

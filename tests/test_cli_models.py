@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tools import randomise
 import jlora
 import jlora.peft
 from jlora import checkpoint, cli, data, models
+from jlora.cli import _sources
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -302,3 +305,164 @@ def test_a_model_with_an_encoder_reads_lines(say, a_run, done):
         "generate", a_run, *TEXTS[:2], "--max-new-tokens", 5, "--batch-size", 1
     )
     assert out == wanted
+
+
+# -- quantize --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_quantised_folder_loads_code_by_code(form, done, base, tmp_path):
+    argv = ["quantize", base, tmp_path / "q", "--form", form, "--json"]
+    report = json.loads(done(*argv))
+    _, dense = models.load(base)
+    quantize = jlora.quantizer(form, exclude=["lm_head"])
+    _, wanted = models.load(base, quantize=quantize)
+    _, found = models.load(tmp_path / "q", quantize=jlora.quantizer())
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    before = sum(x.nbytes for x in jax.tree.leaves(dense))
+    assert report["bytes_before"] == before
+    assert report["bytes_after"] == sum(
+        x.nbytes for x in load_file(tmp_path / "q" / "model.safetensors").values()
+    )
+    assert report["left"] == {}
+    paths = {row["kernel"] for row in report["kernels"]}
+    assert "lm_head/kernel" not in paths
+    path = "encoder/block/0/layer/0/SelfAttention/q/kernel"
+    kernel, got = dense, jlora.dequantize(found)
+    for part in path.split("/"):
+        kernel, got = kernel[part], got[part]
+    (row,) = [row for row in report["kernels"] if row["kernel"] == path]
+    error = np.asarray(got) - np.asarray(kernel)
+    lost = np.linalg.norm(error) / np.linalg.norm(kernel)
+    np.testing.assert_allclose(row["relative_error"], lost, rtol=1e-4)
+    np.testing.assert_allclose(row["max_error"], np.abs(error).max(), rtol=1e-4)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    said = config["quantization_config"]
+    assert said["llm_int8_skip_modules"] == ["lm_head"]
+    assert said.get("bnb_4bit_quant_type", "int8") == form
+
+
+def test_a_quantised_model_is_taken_as_it_is(done, run, base, tmp_path):
+    quantised = tmp_path / "q"
+    out = done("quantize", base, quantised)
+    assert "times fewer" in out
+    _, params = _sources.load(_sources.find(str(quantised)))  # as other commands do
+    kernel = params["encoder"]["block"]["0"]["layer"]["0"]["SelfAttention"]["q"]
+    assert isinstance(kernel["kernel"], jlora.Quantized)
+    status, _, err = run("quantize", quantised, tmp_path / "again")
+    assert status == 1
+    assert "quantised already" in err
+    status, _, err = run("quantize", base, quantised)
+    assert (status, "exists already" in err) == (1, True)
+    status, _, err = run("quantize", base, tmp_path / "again", "--block", 48)
+    assert status == 1
+    assert not (tmp_path / "again").exists()
+
+
+# -- evaluate --------------------------------------------------------------------------
+
+
+def test_the_loss_and_the_scores_of_pairs(done, a_run, base, tmp_path):
+    pairs = [("Der Wind ist kalt.", "The wind is cold."), ("Das Fass.", "The barrel.")]
+    for side, code in enumerate(("de", "en")):
+        lines = [pair[side] + "\n" for pair in pairs]
+        (tmp_path / f"test.{code}").write_text("".join(lines))
+    files = [tmp_path / "test.de", tmp_path / "test.en"]
+    report = json.loads(done("evaluate", a_run, "--data", *files, "--json"))
+    found = report["tests"]["test.de test.en"]
+
+    model, tree = adapted(a_run, base)
+    tokenizer = data.load_tokenizer(base)
+    merged, apply = jlora.merge(tree), jax.jit(model.apply)
+    total = count = 0
+    for source, target in pairs:
+        prompt = f"translate German to English: {source}"
+        ids, labels = (
+            np.asarray([tokenizer(text)["input_ids"]]) for text in (prompt, target)
+        )
+        shifted = models.shift_right(labels, model.config)
+        logits = apply({"params": merged}, ids, None, shifted)
+        log_p = jax.nn.log_softmax(logits)
+        total -= np.take_along_axis(np.asarray(log_p), labels[..., None], -1).sum()
+        count += labels.size
+    assert (found["texts"], found["tokens"]) == (2, count)
+    np.testing.assert_allclose(found["loss"], total / count, rtol=1e-4)
+    np.testing.assert_allclose(found["perplexity"], np.exp(total / count), rtol=1e-3)
+
+    from jlora import metrics
+
+    longest = max(len(tokenizer(p[1])["input_ids"]) for p in pairs)
+    room = ["--max-new-tokens", longest + longest // 4 + 1, "--num-beams", 1]
+    said = done("generate", a_run, *[p[0] for p in pairs], *room)
+    said = [" ".join(line.split()) for line in said.splitlines()]
+    assert found["chrF"] == pytest.approx(metrics.chrf(said, [p[1] for p in pairs]))
+    bare = json.loads(
+        done("evaluate", a_run, "--data", *files, "--json", "--loss-only")
+    )
+    assert "BLEU" not in bare["tests"]["test.de test.en"]
+
+
+def test_the_perplexity_of_texts(done, run, decoder, tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("Once upon\na time there\n")
+    argv = ["evaluate", decoder / "plain", "--data", file]
+    (found,) = json.loads(done(*argv, "--json"))["tests"].values()
+    model, params = models.load(decoder / "plain")
+    tokenizer = data.load_tokenizer(decoder / "plain")
+    apply = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
+    losses = []
+    for line in file.read_text().splitlines():
+        ids = np.asarray([tokenizer(line)["input_ids"]])
+        log_p = jax.nn.log_softmax(apply(params, ids))[:, :-1]
+        losses += [-np.take_along_axis(np.asarray(log_p), ids[:, 1:, None], -1).ravel()]
+    losses = np.concatenate(losses)
+    assert (found["texts"], found["tokens"]) == (2, losses.size)
+    np.testing.assert_allclose(found["loss"], losses.mean(), rtol=1e-4)
+    assert re.search(r"book.txt +2 +19 ", done(*argv))
+
+
+def test_what_cannot_be_judged(run, a_run, decoder, tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "x.txt").write_text("a\n")
+    for argv, status, message in [
+        ([decoder / "plain"], 2, "pass --data FILE"),
+        ([decoder / "plain", "--data", tmp_path / "empty"], 1, "holds no text"),
+        ([decoder / "plain", "--data", tmp_path / "x.txt"], 1, "no token to predict"),
+        ([decoder / "plain", "--data", tmp_path / "none"], 1, "none"),
+        ([a_run, "--data", tmp_path / "x.txt"], 1, "x.txt"),
+    ]:
+        got, out, err = run("evaluate", *argv)
+        assert (got, out) == (status, ""), err
+        assert message in err
+
+
+# -- completion ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_options_and_choices(done, tmp_path):
+    script = tmp_path / "jlora.bash"
+    script.write_text(done("completion", "bash"))
+    ask = """
+    source "$1"; shift
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
+    _jlora; echo "${COMPREPLY[@]}"
+    """
+
+    def completed(*words):
+        argv = ["bash", "-c", ask, "bash", script, "jlora", *words]
+        return subprocess.run(argv, capture_output=True, text=True).stdout.split()
+
+    assert completed("in") == ["inspect"]
+    assert {"train", "merge", "generate", "chat"} <= {*completed("")}
+    assert {"--base", "--dtype"} <= {*completed("merge", "--")}
+    assert completed("merge", "--dtype", "") == ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_scripts_too(shell, done, run):
+    text = done("completion", shell)
+    assert all(word in text for word in ("inspect", "dtype", "bfloat16"))
+    assert run("completion", "csh")[0] == 2

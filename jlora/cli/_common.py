@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
+
+from jlora._errors import CheckpointError
 
 T = TypeVar("T")
 
@@ -29,3 +32,14 @@ def progress(items: Iterable[T], total: int, unit: str, *, show: bool) -> Iterat
     from tqdm import tqdm
 
     yield from tqdm(items, total=total, unit=unit)
+
+
+def check_target(target: Path, overwrite: bool, what: str) -> None:
+    """Refuse, before anything is loaded, what would be refused after a long time."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() and not (overwrite and target.is_dir()):
+        raise CheckpointError(
+            f"{str(target)!r} exists already.\nPass another TARGET, or --overwrite to "
+            f"replace the {what} in it."
+        )

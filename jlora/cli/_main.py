@@ -102,6 +102,12 @@ COMMANDS = (
         "      --dtype bfloat16",
     ),
     Command(
+        "quantize",
+        "write a model with its kernels in 8 or 4 bits, and say what that lost",
+        "  jlora quantize meta-llama/Llama-3.2-1B out/llama-nf4\n"
+        "  jlora quantize google/flan-t5-small out/t5-int8 --form int8",
+    ),
+    Command(
         "generate",
         "answer or continue texts with a run's model, any model, or an adapter on one",
         "  jlora generate runs/translate-1 'Der Wind ist kalt.' 'Die See ist ruhig.'\n"
@@ -114,6 +120,21 @@ COMMANDS = (
         "talk with a model, by its chat template where it has one",
         "  jlora chat Qwen/Qwen3-0.6B --sample --temperature 0.7\n"
         "  jlora chat Qwen/Qwen3-0.6B --adapter someones/adapter --system 'Be brief.'",
+    ),
+    Command(
+        "evaluate",
+        "measure a model: loss and perplexity of texts, BLEU and chrF of its answers",
+        "  jlora evaluate runs/translate-1\n"
+        "  jlora evaluate DIR --adapter someones/adapter --data test.de test.en \\\n"
+        "      --direction de-en --num-beams 4\n"
+        "  jlora evaluate openai-community/gpt2 --data book.txt --json",
+    ),
+    Command(
+        "completion",
+        "print what lets a shell complete command lines of jlora",
+        "  jlora completion bash > ~/.local/share/bash-completion/completions/jlora\n"
+        "  jlora completion zsh > ~/.zfunc/_jlora\n"
+        "  jlora completion fish > ~/.config/fish/completions/jlora.fish",
     ),
 )
 

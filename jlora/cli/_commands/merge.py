@@ -9,7 +9,7 @@ from typing import Any
 
 from jlora._errors import CheckpointError
 from jlora._options import option
-from jlora.cli._common import DTYPES, stay_on_host
+from jlora.cli._common import DTYPES, check_target, stay_on_host
 
 
 # fmt: off
@@ -51,7 +51,7 @@ def run(options: Options) -> None:
     from jlora import models
     from jlora.cli import _sources
 
-    _check_target(options)
+    check_target(options.target, options.overwrite, "model")
     source = _sources.find(
         options.source, base=options.base, name=options.adapter, merged=False
     )
@@ -75,18 +75,6 @@ def run(options: Options) -> None:
         overwrite=options.overwrite,
     )
     _print(options, source.model, merged, report)
-
-
-def _check_target(options: Options) -> None:
-    """Refuse, before anything is loaded, what would be refused after a long time."""
-    target = options.target
-    if target.is_file() or (
-        target.is_dir() and any(target.iterdir()) and not options.overwrite
-    ):
-        raise CheckpointError(
-            f"{str(target)!r} exists already.\nPass another TARGET, or --overwrite to "
-            "replace the model in it."
-        )
 
 
 def _in_dtype(tree: Any, dtype: str) -> Any:

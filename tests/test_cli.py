@@ -732,6 +732,22 @@ def test_the_examples_are_command_lines(command):
         assert isinstance(command.read(words[2:]), command.module.Options)
 
 
+def test_the_pages_command_lines_are_read():
+    text = (ROOT / "docs" / "guides" / "console.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    known = {command.name: command for command in cli.COMMANDS}
+    seen = set()
+    for line in lines:
+        if not (found := re.search(r"(?:^|\| )jlora (.*)", line)):
+            continue
+        name, *words = shlex.split(re.split("[|>]", found[1])[0], comments=True)
+        if "--help" not in words:
+            assert isinstance(known[name].read(words), known[name].module.Options), line
+        seen.add(name)
+    assert seen == known.keys()
+
+
 def test_the_installed_script_is_this_console():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (script,) = project["scripts"].items()

@@ -15,6 +15,7 @@ import pytest
 import jlora
 from jlora import cli, models, tasks, train
 from jlora._options import read_file
+from jlora.cli import _sources, _sweeping
 from jlora.cli._commands import train as command
 
 ROOT = Path(__file__).parents[1]
@@ -163,3 +164,78 @@ def test_help_of_a_files_task(run, config):
     assert "training:" in text
     assert "--rank N" in text
     assert jlora.__version__ not in text
+
+
+# -- sweep -----------------------------------------------------------------------------
+
+
+def members(config, **table):
+    _, got = settings(config)
+    return _sweeping.members_of(got, table)
+
+
+def test_combinations_that_share_a_step(config):
+    found = members(config, rank=[1, 2], batch_size=[8, 16], lr=[1e-3])
+    assert [m.name for m in found] == [
+        f"rank={r},batch_size={b},lr=0.001" for r in (1, 2) for b in (8, 16)
+    ]
+    groups = _sweeping.groups_of(found)
+    assert [[m.settings.batch_size for m in group] for group in groups] == [
+        [8, 8],
+        [16, 16],
+    ]
+    found = members(config, init=["default", "pissa", "olora"], steps=[3])
+    assert all(m.settings.epochs is None for m in found)
+    assert [len(group) for group in _sweeping.groups_of(found)] == [1, 1, 1]
+    assert [m.alone is None for m in found] == [True, False, False]
+    with pytest.raises(
+        jlora.OptionError, match="batch_size=15,accumulate=2: --batch-size 15"
+    ):
+        members(config, batch_size=[15], accumulate=[2])
+
+
+def test_a_sweep_trains_together_or_alone_and_keeps_the_best(run, config):
+    folder = config.parent / "grid"
+    with config.open("a") as file:
+        file.write('[sweep]\ninit = ["default", "pissa"]\nlr = [1e-2]\n')
+    argv = ["sweep", config, "--steps", 2, "--rank", 1, "--output", folder]
+    status, out, err = run(*argv, "--json")
+    assert status == 0
+    assert "init=pissa,lr=0.01: by itself, for its start shifts the base" in err
+    rows = json.loads(out)
+    assert rows == json.loads((folder / "results.json").read_text())
+    assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
+    assert {(r["values"]["init"], r["together"], r["steps"]) for r in rows} == {
+        ("default", 1, 2),
+        ("pissa", 1, 2),
+    }
+    saved = json.loads((folder / "settings.json").read_text())
+    assert (saved["task"], saved["init"]) == ("translate", rows[0]["values"]["init"])
+    source = _sources.find(str(folder))
+    assert source.model == str(folder / "merged")
+    assert source.prefix == "translate German to English: "
+    pair = _sources.load(source).params, models.load(config.parent / "t5")[1]
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), *pair)
+    attention = moved["encoder"]["block"]["0"]["layer"]["0"]["SelfAttention"]
+    assert attention["q"]["kernel"]
+    assert not attention["k"]["kernel"]
+    status, _, err = run(*argv)
+    assert (status, "holds another run" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("table", "status", "message"),
+    [
+        ("", 1, "no table of what to vary"),
+        ("[sweep]\nrnk = [1]", 1, "[sweep] cannot vary 'rnk'"),
+        ("[sweep]\nmodel = ['a']", 1, "[sweep] cannot vary 'model'"),
+        ("[sweep]\nrank = 3", 1, "[sweep] rank is no list"),
+        ("[sweep]\nrank = [3, 0]", 2, "rank: '0' is not a whole number at least 1"),
+    ],
+)
+def test_tables_that_are_none(table, status, message, run, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(f'task = "translate"\n{table}\n')
+    got, out, err = run("sweep", file)
+    assert (got, out) == (status, "")
+    assert message in err

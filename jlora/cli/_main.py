@@ -95,6 +95,12 @@ COMMANDS = (
         "  jlora train --resume runs/translate-1 --steps 2000",
     ),
     Command(
+        "sweep",
+        "train a task's runs over a table of settings, together where that can be",
+        "  jlora sweep grid.toml\n"
+        "  jlora sweep grid.toml --steps 100 --output runs/grid --json",
+    ),
+    Command(
         "merge",
         "fold an adapter into its model, and say what rounding cost",
         "  jlora merge someones/adapter out/merged\n"

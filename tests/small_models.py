@@ -1,6 +1,7 @@
 """A small model of every family, with random parameters of which none is zero."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import models
@@ -35,9 +36,14 @@ def make(kind, vocab=24, tied=True, **form):
         ),
     }[kind]()
     model = model(config=config, **form)
-    params = model.init(jax.random.key(0), *inputs(kind))["params"]
-    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return model, jax.tree.map(noise, params)
+    # One program makes them, and NumPy the noise: each shape would compile its own.
+    start = jax.jit(lambda: model.init(jax.random.key(0), *inputs(kind))["params"])
+
+    def noisy(x):
+        noise = np.random.default_rng(x.size).normal(0, 0.3, x.shape)
+        return jnp.asarray(np.asarray(x, np.float32) + noise, jnp.float32)
+
+    return model, jax.tree.map(noisy, start())
 
 
 def inputs(kind):

@@ -50,12 +50,19 @@ def adapter_of(params, seed, rank, targets, **how):
 
 
 def lowrank(key, shape, rank=2, dtype=jnp.float32, alpha=3.0, dora=False, **target):
-    """One random adapted kernel of that shape, B not zero."""
-    keys = jax.random.split(key)
-    w = jax.random.normal(keys[0], shape, dtype)
+    """One random adapted kernel of that shape, B not zero; nothing is compiled for it."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     target.setdefault("in_axes", (0,))
     spec = {"w": jlora.Target(rank=rank, alpha=alpha, **target)}
-    return randomise(jlora.lorafy({"w": w}, targets=spec, dora=dora), keys[1])["w"]
+    shapes = {"w": jax.ShapeDtypeStruct(shape, dtype)}
+    abstract = jlora.lorafy(shapes, targets=spec, dora=dora)["w"]
+    drawn = lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype)
+
+    def one(t):
+        scale = jnp.full(t.scale.shape, alpha / t.rank, t.scale.dtype)
+        return dataclasses.replace(jax.tree.map(drawn, t), scale=scale)
+
+    return abstract.map(jnp.asarray(rng.normal(0, 1, shape), dtype), one)
 
 
 def assert_close(got, want, **tol):

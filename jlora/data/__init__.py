@@ -40,6 +40,7 @@ from jlora.data._parallel import read_pairs as read_pairs
 from jlora.data._splits import hold_out as hold_out
 from jlora.data._splits import subset as subset
 from jlora.data._table import Table as Table
+from jlora.data._table import is_table as is_table
 from jlora.data._table import read_table as read_table
 from jlora.data._text import read_lines as read_lines
 from jlora.data._tokens import Tokens as Tokens

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from jlora.data._csv import Record, comma_records, tab_records
 from jlora.data._text import raw_lines, read_bytes, read_text, unpacked_name
 
 Cell = Any  # text, None, a number, or whatever JSON and Parquet hold besides
+Names = Sequence[str] | Literal["numbered"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def is_table(path: str | Path) -> bool:
     return _suffix(Path(path)) in _READERS
 
 
-def read_table(path: str | Path, *, columns: Sequence[str] | None = None) -> Table:
+def read_table(path: str | Path, *, columns: Names | None = None) -> Table:
     r"""Read a table, as its name says: .csv, .tsv, .jsonl, .json or .parquet.
 
     - CSV as RFC 4180 has it: commas, `"` around fields, `""` within. TSV without any
@@ -153,8 +154,8 @@ def read_table(path: str | Path, *, columns: Sequence[str] | None = None) -> Tab
 
     Args:
       path: the file; but for Parquet it may be packed, as .gz, .bz2, .xz or .zst.
-      columns: names for the columns of a CSV or TSV without a header; None takes the
-        names from the first line.
+      columns: names for the columns of a CSV or TSV without a header; `"numbered"`
+        calls them 1, 2 and so on; None takes the names from the first line.
 
     Raises:
       DataError: the file is not exactly that; the message names the line.
@@ -191,7 +192,7 @@ def _unique(names: Sequence[str], where: str) -> list[str]:
     return list(names)
 
 
-def _delimited(path: Path, names: Sequence[str] | None = None) -> Table:
+def _delimited(path: Path, names: Names | None = None) -> Table:
     text = read_text(path)
     tabs = _suffix(path) != ".csv"
     records: Iterable[Record] = (
@@ -204,6 +205,8 @@ def _delimited(path: Path, names: Sequence[str] | None = None) -> Table:
         if not rows:
             raise DataError(f"{path} is empty; its first line names the columns.")
         names = [name.strip() for name in rows.pop(0)[1]]
+    if names == "numbered":
+        names = [str(number + 1) for number in range(len(rows[0][1]) if rows else 0)]
     names = _unique(names, str(path))
     for line, fields in rows:
         if len(fields) != len(names):

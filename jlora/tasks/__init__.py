@@ -8,6 +8,8 @@
     Grid  GridRun                      runs of many settings: table, pictures, advice
     Chat  ChatSettings                 conversations, the assistant's answers learned
     Preferences  PreferenceSettings    of two answers the better one: DPO
+    Classification  ClassificationSettings  GLUE     sentences to classes or numbers
+    Router                             classifiers on one encoder, in mixed batches
     run  KINDS                         a whole task, as `jlora train` runs it
 
 The examples are composed of these; nothing here is needed to use jlora.
@@ -16,7 +18,12 @@ The examples are composed of these; nothing here is needed to use jlora.
 from jlora.tasks._chats import Answers as Answers
 from jlora.tasks._chats import ChatOptions as ChatOptions
 from jlora.tasks._chats import Measure as Measure
+from jlora.tasks._examples import Examples as Examples
+from jlora.tasks._examples import read_examples as read_examples
 from jlora.tasks._generation import Generator as Generator
+from jlora.tasks._glue import GLUE as GLUE
+from jlora.tasks._glue import GlueTask as GlueTask
+from jlora.tasks._glue import glue_examples as glue_examples
 from jlora.tasks._grid import Grid as Grid
 from jlora.tasks._grid import GridRun as GridRun
 from jlora.tasks._losses import Loss as Loss
@@ -32,6 +39,7 @@ from jlora.tasks._options import refuse as refuse
 from jlora.tasks._reports import closing_part as closing_part
 from jlora.tasks._reports import print_facts as print_facts
 from jlora.tasks._reports import training_part as training_part
+from jlora.tasks._routing import Router as Router
 from jlora.tasks._run import KINDS as KINDS
 from jlora.tasks._run import Kind as Kind
 from jlora.tasks._run import Task as Task
@@ -39,6 +47,9 @@ from jlora.tasks._run import facts_of as facts_of
 from jlora.tasks._run import run as run
 from jlora.tasks.chat import Chat as Chat
 from jlora.tasks.chat import ChatSettings as ChatSettings
+from jlora.tasks.classification import Classification as Classification
+from jlora.tasks.classification import ClassificationSettings as ClassificationSettings
+from jlora.tasks.classification import logits_of as logits_of
 from jlora.tasks.preference import LIKELIER as LIKELIER
 from jlora.tasks.preference import Preferences as Preferences
 from jlora.tasks.preference import PreferenceSettings as PreferenceSettings

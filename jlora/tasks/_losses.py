@@ -74,12 +74,14 @@ def causal_loss(model: Any, label_smoothing: float = 0.0) -> Loss:
     return loss_fn
 
 
-def classification_loss(model: Any) -> Loss:
+def classification_loss(model: Any, *, dropout: bool = False) -> Loss:
     """Return the loss of an encoder with a classification head.
 
     Args:
       model: of `jlora.models`, loaded with `head="classification"`. One label is a
         regression, whose loss is the squared error.
+      dropout: drop out within the model, as its configuration says, where the loss is
+        given a key: in training.
 
     Returns:
       `loss_fn(params, batch, key)` of batches with `input_ids` and `attention_mask`,
@@ -88,11 +90,14 @@ def classification_loss(model: Any) -> Loss:
     """
 
     def loss_fn(params: Tree, batch: Batch, key: Any) -> Any:
+        random = dropout and key is not None
         logits = model.apply(
             {"params": params},
             batch["input_ids"],
             batch["attention_mask"],
             batch.get("token_type_ids"),
+            not random,
+            rngs={"dropout": key} if random else None,
         )
         labels = batch["labels"]
         if logits.shape[-1] > 1:

@@ -130,6 +130,9 @@ class TrainingOptions(train.RunSettings):
         "cosine", "how the rate falls to 0 (cosine)",
         choices=("cosine", "linear", "constant"))
     warmup: int = option(20, "steps in which it rises (20)", least=0)
+    warmup_ratio: float | None = option(
+        None, "the part of the steps in which it rises", least=0, below=1,
+        replaces="warmup")
     weight_decay: float = option(0.0, "AdamW's (0)", least=0)
     clip: float = option(1.0, "the gradient's norm; 0 is off (1)", least=0)
     precision: str = option(
@@ -180,8 +183,11 @@ class TrainingOptions(train.RunSettings):
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """Return AdamW, and its rate over so many steps."""
         peak = self.lr or (1e-3 if getattr(self, "full", False) else 3e-3)
+        warmup = self.warmup
+        if self.warmup_ratio is not None:
+            warmup = round(self.warmup_ratio * steps)
         rate = train.warmup_schedule(
-            peak, steps, warmup=self.warmup, decay=self.schedule  # type: ignore[arg-type]
+            peak, steps, warmup=warmup, decay=self.schedule  # type: ignore[arg-type]
         )
         tx = optax.adamw(rate, weight_decay=self.weight_decay)
         if self.lr_ratio != 1:

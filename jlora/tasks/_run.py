@@ -10,6 +10,7 @@ import jlora
 from jlora import data, models
 from jlora.tasks._options import Loaded, count_tokens
 from jlora.tasks.chat import Chat, ChatSettings
+from jlora.tasks.classification import Classification, ClassificationSettings
 from jlora.tasks.preference import Preferences, PreferenceSettings
 from jlora.tasks.translation import Translation, TranslationSettings
 from jlora.train import Fit, RunFolder
@@ -73,6 +74,11 @@ KINDS: dict[str, Kind] = {
         "a language model on answers of which one is preferred: DPO",
         PreferenceSettings,
         Preferences,
+    ),
+    "classify": Kind(
+        "a BERT or RoBERTa on sentences or pairs, measured as GLUE does",
+        ClassificationSettings,
+        Classification,
     ),
 }
 

@@ -1,0 +1,205 @@
+"""What is classified: the model, the examples and their labels, and the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora import metrics
+from jlora._errors import JloraWarning
+from jlora.data import Table, read_table
+from jlora.tasks._examples import (
+    UNLABELLED,
+    Examples,
+    hold_out,
+    join,
+    label_cells,
+    read_examples,
+    subset,
+)
+from jlora.tasks._glue import GLUE, HUB, glue_examples
+from jlora.tasks._options import AdapterOptions, Loaded, TrainingOptions, refuse
+from jlora.train import option
+
+Tree = Any
+
+LONGEST = 128  # tokens, where the model has places for as many
+HEAD = "classifier"
+METRICS: Mapping[str, Callable[..., float]] = {
+    "accuracy": metrics.accuracy,
+    "f1": metrics.f1,
+    "macro_f1": functools.partial(metrics.f1, average="macro"),
+    "matthews": metrics.matthews,
+    "pearson": metrics.pearson,
+    "spearman": metrics.spearman,
+}
+OF_NUMBERS = ("pearson", "spearman")
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationSettings(AdapterOptions, TrainingOptions):
+    """What was asked for; the defaults stand in brackets."""
+
+    model: str | None = option(
+        None, "folder or hub name of a BERT or RoBERTa", path=True,
+        group="model and data", metavar="DIR|NAME")
+    task: str | None = option(
+        None, f"one of GLUE's: {' '.join(GLUE)}", choices=tuple(GLUE), metavar="NAME")
+    data: str | None = option(
+        None, f"a folder of GLUE's files, for --task (the hub's {HUB})", path=True,
+        metavar="DIR")
+    train: list[str] | None = option(
+        None, "or tables of your own: tsv, csv, jsonl, json, parquet; or .gz",
+        path=True, metavar="FILE")
+    valid: list[str] | None = option(
+        None, "the same (a part of --train)", path=True, metavar="FILE")
+    test: list[str] | None = option(
+        None, "the same (a part of --train)", path=True, metavar="FILE")
+    text: list[str] = option(
+        ["sentence"], "columns of the text, one or two (sentence); numbers where a "
+        "file does not name its columns", metavar="COLUMN")
+    label: str = option("label", "column of the label (label)", metavar="COLUMN")
+    classes: list[str] | None = option(
+        None, "names of the classes in the order of their numbers (those of --train)",
+        metavar="NAME")
+    regression: bool = option(False, "labels are numbers to predict, not classes")
+    metrics: list[str] | None = option(
+        None, "to report: accuracy f1 macro_f1 matthews, pearson spearman (the task's)",
+        choices=tuple(METRICS), metavar="NAME")
+    train_size: int | None = option(None, "train on so many examples (all)", least=1)
+    valid_size: int = option(500, "examples for the loss (500)", least=1)
+    test_size: int | None = option(None, "test so many, the first (all)", least=1)
+    model_dropout: bool = option(
+        False, "drop out within the model too, as its configuration says")
+    max_length: int | None = option(
+        None, f"tokens; longer texts are cut ({LONGEST})", least=4)
+    # fmt: on
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
+        super().check()
+        own = [self.train, self.valid, self.test, self.classes, self.regression or None]
+        refuse({
+            "--task brings its own data; leave --train, --valid, --test, --classes and "
+            "--regression out": self.task and any(x is not None for x in own),
+            "--data is a folder of GLUE's files; say which --task": (
+                self.data and not self.task
+            ),
+            "data is needed: --task NAME of GLUE, or --train FILE": (
+                not self.task and not self.train
+            ),
+            "--classes names classes, and --regression has none": (
+                self.regression and self.classes
+            ),
+            "--text takes one column, or two that are read together": (
+                not 1 <= len(self.text) <= 2
+            ),
+            "a model is needed: --model DIR, or its name on the hub": not self.model,
+        })  # fmt: skip
+        for name in self.metrics or ():
+            others = self._is_regression != (name in OF_NUMBERS)
+            refuse({f"the metric {name} is not for such labels": others})
+
+    @property
+    def _is_regression(self) -> bool:
+        return self.regression or bool(self.task and not GLUE[self.task].classes)
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their numbers; () is a regression.
+
+        Without a task and `classes` they are what `train` says, in order.
+        """
+        if self.task:
+            return GLUE[self.task].classes
+        if self.regression or self.classes:
+            return tuple(self.classes or ())
+        found = {
+            cell
+            for file in self.train or ()
+            for cell in label_cells(self._table(file), self.label)
+        }
+        by_number = lambda name: (int(name) if name.isdigit() else -1, name)  # noqa: E731
+        return tuple(sorted(found.difference(UNLABELLED), key=by_number))
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns of the text, one or two."""
+        return GLUE[self.task].text if self.task else tuple(self.text)
+
+    @property
+    def num_labels(self) -> int:
+        """The outputs of the model's head."""
+        return len(self.class_names) or 1
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What to report."""
+        if self.metrics:
+            return tuple(self.metrics)
+        if self.task:
+            return metrics.GLUE_TASKS[self.task]
+        by_labels = {1: OF_NUMBERS, 2: ("accuracy", "f1")}
+        return by_labels.get(self.num_labels, ("accuracy", "macro_f1"))
+
+    def load(self, source: str | Path, **options: Any) -> Loaded:
+        """Load a model with a head for the labels, and its tokenizer.
+
+        A head that the checkpoint lacks is made anew, by the run's key, and trained.
+        """
+        own = {"head": "classification", "num_labels": self.num_labels, "key": self.key}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*leaves of the chosen", JloraWarning)
+            return super().load(source, **{**own, **options})
+
+    def adapt(
+        self,
+        params: Tree,
+        key: jax.Array | None = None,
+        whole: Sequence[str] = (HEAD,),
+    ) -> Tree:
+        """Put adapters on the targets, and train the head as it is."""
+        return super().adapt(params, key, whole)
+
+    def read(self) -> tuple[Examples, Examples, dict[str, Examples]]:
+        """Read what to train on, to validate with, and to test."""
+        if self.task:
+            (training,) = glue_examples(self.task, "train", self.data).values()
+            tests = glue_examples(self.task, "test", self.data)
+        else:
+            training = self._files(self.train or [])
+            if self.test:
+                tests = {"test": self._files(self.test)}
+            else:
+                training, held = hold_out(training, self.test_size or 500, self.seed)
+                tests = {"test": held}
+        if self.valid:
+            valid = self._files(self.valid)
+        else:
+            training, valid = hold_out(training, self.valid_size, self.seed)
+        limit = self.test_size
+        tests = {name: x.take(range(len(x))[:limit]) for name, x in tests.items()}
+        valid = valid.take(range(len(valid))[: self.valid_size])
+        return subset(training, self.train_size, self.seed), valid, tests
+
+    def _files(self, files: Sequence[str]) -> Examples:
+        return join(
+            [
+                read_examples(
+                    self._table(file), self.text, self.label, self.class_names
+                )
+                for file in files
+            ]
+        )
+
+    def _table(self, file: str) -> Table:
+        """Read a table; columns that are called by numbers have no names in it."""
+        numbered = all(name.isdigit() for name in (*self.text, self.label))
+        return read_table(file, columns="numbered" if numbered else None)

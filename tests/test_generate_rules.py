@@ -282,3 +282,24 @@ def test_tokens_are_pytorchs_live(form):
         room = {} if "max_length" in how else {"max_new_tokens": 10}
         got = models.generate(model, params, *batch.values(), **room, **how)
         assert until_end(got, how.get("eos_token_id", [1])) == want, how
+
+
+def test_what_was_asked_for_may_be_said_where_the_prompt_does_not_count():
+    model, params, ids, mask = golden("decoders/gpt2")
+    how = {"no_repeat_ngram_size": 1, "max_new_tokens": 8, "eos_token_id": ()}
+    all_once = models.generate(model, params, ids, mask, **how)
+    how["no_repeat_ngram_prompt"] = False
+    own_once = models.generate(model, params, ids, mask, **how)
+    free = models.generate(
+        model, params, ids, mask, **{**how, "no_repeat_ngram_size": 0}
+    )
+    asked = [set(row[on == 1].tolist()) for row, on in zip(ids, mask, strict=True)]
+    for said, rows in ((all_once, asked), (own_once, asked)):
+        assert all(len(set(row.tolist())) == 8 for row in said)
+        repeats = [
+            bool(old & {*row.tolist()}) for old, row in zip(rows, said, strict=True)
+        ]
+        assert any(repeats) == (said is own_once)
+    assert any(len(set(row.tolist())) < 8 for row in free)
+    first = [free[i, 0] == own_once[i, 0] for i in range(len(ids))]
+    assert all(first)  # nothing was said yet that could be repeated

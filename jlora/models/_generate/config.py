@@ -137,6 +137,7 @@ _READ: dict[str, Read] = {
     "repetition_penalty": _real(0, above=True),
     "encoder_repetition_penalty": _real(0, above=True),
     "no_repeat_ngram_size": _whole(0),
+    "no_repeat_ngram_prompt": _flag,
     "encoder_no_repeat_ngram_size": _whole(0),
     "bad_words_ids": _sequences,
     "sequence_bias": _biases,
@@ -192,6 +193,8 @@ class GenerationConfig:
         multiplies positive ones.
       no_repeat_ngram_size: no sequence of so many tokens occurs twice in prompt and
         output; 0 allows all.
+      no_repeat_ngram_prompt: whether the prompt's sequences count, as they do in
+        `transformers`; False lets an output say again what it was asked to say.
       encoder_no_repeat_ngram_size: none of the input's occurs in the output.
       bad_words_ids: sequences of tokens that do not occur.
       sequence_bias: what is added to the score of a sequence's last token where the
@@ -231,6 +234,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     encoder_repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    no_repeat_ngram_prompt: bool = True
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[Tokens, ...] = ()
     sequence_bias: tuple[tuple[Tokens, float], ...] = ()

@@ -38,13 +38,15 @@ def _penalised(scores: Array, penalty: float) -> Array:
 
 
 def bar_ngrams(scores: Array, history: History, config: GenerationConfig) -> Array:
-    """Bar tokens that would end an n-gram of prompt and output again."""
+    """Bar tokens that would end an n-gram of the output again, or of the prompt's."""
     size = config.no_repeat_ngram_size
-    if not 0 < size <= history.prompt.shape[1] + history.new.shape[1]:
+    tokens, length = history.new, history.step
+    if config.no_repeat_ngram_prompt:
+        tokens, length = history.tokens(), history.length
+    if not 0 < size <= tokens.shape[1]:
         return scores
-    tokens = history.tokens()
     ends = jnp.arange(size, tokens.shape[1] + 1, dtype=jnp.int32)  # of the windows
-    made = (ends <= history.length)[None]
+    made = (ends <= length)[None]
     return _bar_ends(scores, history, tokens, size, made)
 
 

@@ -5,6 +5,7 @@
     preference_loss  step_memory       DPO's, and what a step takes
     Generator                          a model's answers, in files
     Translation  TranslationSettings   from text to text, measured by BLEU
+    DataToText  DataToTextSettings     from data to text, measured as E2E is
     Grid  GridRun                      runs of many settings: table, pictures, advice
     Chat  ChatSettings                 conversations, the assistant's answers learned
     Preferences  PreferenceSettings    of two answers the better one: DPO
@@ -50,6 +51,11 @@ from jlora.tasks.chat import ChatSettings as ChatSettings
 from jlora.tasks.classification import Classification as Classification
 from jlora.tasks.classification import ClassificationSettings as ClassificationSettings
 from jlora.tasks.classification import logits_of as logits_of
+from jlora.tasks.data_to_text import DataToText as DataToText
+from jlora.tasks.data_to_text import DataToTextSettings as DataToTextSettings
+from jlora.tasks.data_to_text import Meaning as Meaning
+from jlora.tasks.data_to_text import read_meanings as read_meanings
+from jlora.tasks.data_to_text import say_columns as say_columns
 from jlora.tasks.preference import LIKELIER as LIKELIER
 from jlora.tasks.preference import Preferences as Preferences
 from jlora.tasks.preference import PreferenceSettings as PreferenceSettings

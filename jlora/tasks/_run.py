@@ -11,6 +11,7 @@ from jlora import data, models
 from jlora.tasks._options import Loaded, count_tokens
 from jlora.tasks.chat import Chat, ChatSettings
 from jlora.tasks.classification import Classification, ClassificationSettings
+from jlora.tasks.data_to_text import DataToText, DataToTextSettings
 from jlora.tasks.preference import Preferences, PreferenceSettings
 from jlora.tasks.translation import Translation, TranslationSettings
 from jlora.train import Fit, RunFolder
@@ -64,6 +65,11 @@ class Kind(NamedTuple):
 
 #: The tasks of `jlora train`, by the word that a settings file names.
 KINDS: dict[str, Kind] = {
+    "describe": Kind(
+        "a GPT-2 on meanings and texts, measured as the E2E challenge does",
+        DataToTextSettings,
+        DataToText,
+    ),
     "translate": Kind(
         "a T5 on pairs of sentences, measured by BLEU", TranslationSettings, Translation
     ),

@@ -175,6 +175,13 @@ def test_help_is_in_groups_own_options_first(capsys):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_the_lines_of_a_scripts_header_stay_as_they_are(capsys):
+    line = "    python script.py --with " + "long " * 12 + "words"
+    with pytest.raises(SystemExit):
+        read_words(Settings, ["--help"], about=f"About.\n\nSo:\n\n{line}")
+    assert line in capsys.readouterr().out.splitlines()
+
+
 def test_help_of_the_console_imports_no_jax():
     code = (
         "import sys; from jlora import cli; cli.main(['--help']); "

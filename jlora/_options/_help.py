@@ -42,6 +42,12 @@ class Formatter:
         console.print(f"usage: {str(usage).removeprefix('Usage: ')}", highlight=False,
                       markup=False)  # fmt: skip
 
+    def render_description(
+        self, console: Console, options: ConsoleOptions, description: Any
+    ) -> None:
+        """Print what stands before the options, in its own lines."""
+        console.print(description, soft_wrap=True, highlight=False)
+
 
 def end_with_help(app: App) -> None:
     """Put `--help` and `--version` at the end of an app's help."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING
@@ -101,7 +102,13 @@ def app_of(kind: type, program: str = "", about: str = "", **more: Any) -> App:
     app = App(
         name=program or "script",
         help=about,
-        usage=" ".join([program or "python ...", *map(str, positional), "[OPTIONS]"]),
+        usage=" ".join(
+            [
+                program or f"python {Path(sys.argv[0]).name}",
+                *map(str, positional),
+                "[OPTIONS]",
+            ]
+        ),
         help_format="plaintext",
         help_formatter=Formatter(),
         version_flags=(),

@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import jlora
 from jlora import data, models, tasks, train
@@ -44,7 +45,7 @@ TRAVEL = str(ASSETS / "corpus" / "travel.train.de")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(tasks.TranslationSettings):
+class EmbeddedSettings(tasks.TranslationSettings):
     """Those of any translation; without a model or text, the embedded ones."""
 
     @property
@@ -53,7 +54,7 @@ class Settings(tasks.TranslationSettings):
         is_embedded = (self.train or [""])[0] == TRAVEL
         return ("travel", "home") if is_embedded else super().test_names
 
-    def with_embedded(self) -> Settings:
+    def with_embedded(self) -> Self:
         """Put the embedded model, and text, where there is none."""
         own = (self.train, self.dataset, self.valid, self.test, self.keep)
         settings = self
@@ -75,12 +76,25 @@ class Settings(tasks.TranslationSettings):
             "the embedded corpus is German and English: another --direction needs "
             "--train": is_embedded and {*languages} != {*CODES},
         })  # fmt: skip
-        super(Settings, settings).check()
+        super(EmbeddedSettings, settings).check()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(EmbeddedSettings):
+    """The same, and what this script does besides."""
+
+    compare: bool = train.option(
+        False, "train LoRA and every weight, side by side", group="comparison"
+    )
 
 
 def run(s: Settings) -> None:
     """Load, adapt, train, compare, merge, save, report."""
     s, began = s.with_embedded(), time.perf_counter()
+    if s.compare:  # compare_full_vs_lora.py compares more
+        with s.claim("compare") as folder:
+            tasks.compare("translate", s, folder, ["full", "LoRA"])
+        return
     model, params, tokenizer = loaded = s.load(s.model)  # jlora.models.load
     tree = s.adapt(params, s.key)  # jlora.lorafy(params, rank, targets, alpha=alpha)
     summary = jlora.summary(tree)

@@ -166,3 +166,62 @@ def test_a_whole_task_by_its_name(tmp_path):
     base = models.load(example.EMBEDDED)[1]
     changed = jax.tree.map(lambda x, y: bool((x != y).any()), merged, base)
     assert sum(jax.tree.leaves(changed)) == 12
+
+
+# -- side by side ----------------------------------------------------------------------
+
+
+def outcome(method, trainable, after, peak):
+    return tasks.Outcome(
+        method, method, trainable, 1000, {"new": 20.0, "old": 80.0}, after, 1.5, 9.0,
+        0.5, peak, 4 * trainable,
+    )  # fmt: skip
+
+
+def test_advice_speaks_of_the_runs_own_figures(tmp_path):
+    full = outcome("full", 1000, {"new": 60.0, "old": 50.0}, 3_000_000)
+    lora = outcome("LoRA", 20, {"new": 58.5, "old": 66.0}, 1_200_000)
+    comparison = tasks.Comparison((full, lora), "BLEU")
+    (said,) = comparison.advice()
+    for words in (
+        "1.5 BLEU below",
+        "2.0% of its",
+        "0.40 of its memory",
+        "16.0 BLEU more",
+    ):
+        assert words in said
+    head, *rows = comparison.rows
+    assert head[3:5] == ("BLEU new", "BLEU old")
+    assert rows[1][1] == "20 (2.00%)"
+    assert rows[1][3] == "20.0 -> 58.5"
+    assert tasks.Comparison((lora,), "BLEU").advice() == []
+    comparison.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_see_the_same_examples(tmp_path):
+    from test_example_translate import CORPUS, example
+
+    comparing = pytest.importorskip("compare_full_vs_lora")
+
+    base, _ = models.load(example.EMBEDDED)
+    config = dataclasses.replace(base.config, num_layers=1, num_decoder_layers=1)
+    model = models.T5(config=config)
+    params = jax.jit(model.init)(jax.random.key(0), IDS, None, IDS)["params"]
+    models.save(model, params, tmp_path / "model", tokenizer_from=example.EMBEDDED)
+    files = [str(CORPUS / f"travel.valid.{code}") for code in ("de", "en")]
+    argv = ["--model", str(tmp_path / "model"), "--train", *files, "--steps", "2"]
+    argv += ["--train-size", "8", "--valid-size", "8", "--test-size", "4"]
+    argv += ["--batch-size", "4", "--eval-batch-size", "8", "--buckets", "1"]
+    argv += ["--output", str(tmp_path / "out"), "--methods", "full", "LoRA"]
+    assert comparing.main(argv) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| full | " in report
+    assert "LoRA: " in report
+    first = lambda name: train.MetricsLog(tmp_path / "out" / name / "metrics.jsonl")
+    losses = [first(name).rows("train")[0]["loss"] for name in ("full", "LoRA")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)  # B is zero before the first step
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "<td>full</td>" in page
+    assert comparing.main([*argv, "--overwrite", "--dora"]) == 2

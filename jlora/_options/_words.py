@@ -130,9 +130,10 @@ def call_of(kind: type) -> Any:
         return given
 
     parameters, group = [], Group("options", sort_key=0)
+    groups: dict[str, Group] = {}  # classes that are put together may name one alike
     for position, own in enumerate(options_of(kind).values()):
-        if own.own["group"]:
-            group = Group(own.own["group"], sort_key=position + 1)
+        if name := own.own["group"]:
+            group = groups.setdefault(name, Group(name, sort_key=position + 1))
         parameters.append(_parameter(own, group))
     parameters.sort(key=lambda one: one.kind)
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

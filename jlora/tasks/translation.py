@@ -146,9 +146,12 @@ class Translation:
       pairs: the tests' sentences.
       remarks: what a user should know of the text, cut sentences say.
       loss_fn: the loss, as `jlora.train` takes it.
+      measure: what `scores` counts.
       count: how many tokens a batch holds.
       translate: a `Generator`.
     """
+
+    measure = "BLEU"
 
     def __init__(self, settings: TranslationSettings, loaded: Loaded) -> None:
         self.settings, self.remarks = settings, list[str]()
@@ -205,7 +208,7 @@ class Translation:
             for name, batches in self.tests.items()
         }
 
-    def bleu(self, said: Said) -> dict[str, float]:
+    def scores(self, said: Said) -> dict[str, float]:
         """Return sacrebleu's corpus BLEU of each test, 13a tokenisation, mixed case."""
         import sacrebleu
 
@@ -252,7 +255,7 @@ class Translation:
           parameters: what was trained.
         """
         s = self.settings
-        old, new = self.bleu(before), self.bleu(after)
+        old, new = self.scores(before), self.scores(after)
         head = ("test", "sentences", "BLEU before", "BLEU after", "change")
         scores = [
             (x, len(after[x]), f"{old[x]:.1f}", f"{new[x]:.1f}",

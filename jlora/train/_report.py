@@ -1,9 +1,12 @@
-"""A report in Markdown, and what a run was made on."""
+"""A report in Markdown and HTML, and what a run was made on."""
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -17,6 +20,23 @@ import jax
 from jlora._text import table as text_table
 
 _PACKAGES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+th, td {{ text-align: left; vertical-align: top; padding: .3rem .7rem;
+  border-bottom: 1px solid #8884; }}
+pre {{ background: #8882; padding: .7rem; overflow-x: auto; }}
+img {{ max-width: 100%; background: white; }}
+</style></head><body>
+{body}</body></html>
+"""
 
 
 class Report:
@@ -68,8 +88,37 @@ class Report:
         return self.text("\n".join(f"| {line} |" for line in lines))
 
     def write(self, path: Path) -> None:
-        """Write the document."""
+        """Write the document, and beside it one in HTML that holds its pictures.
+
+        Args:
+          path: the file in Markdown, `report.md`; the other is `report.html`.
+        """
         path.write_text(f"{self}\n", encoding="utf-8")
+        page = self.html(path.parent)
+        path.with_suffix(".html").write_text(page, encoding="utf-8")
+
+    def html(self, folder: Path) -> str:
+        """Return the document as one page of HTML.
+
+        Args:
+          folder: where its pictures lie.
+        """
+        from markdown_it import MarkdownIt
+
+        body = (
+            MarkdownIt("commonmark", {"html": False}).enable("table").render(str(self))
+        )
+
+        def embedded(found: re.Match[str]) -> str:
+            file = folder / found[1]
+            if not file.is_file():
+                return found[0]
+            code = base64.b64encode(file.read_bytes()).decode()
+            return f'src="data:image/png;base64,{code}"'
+
+        body = re.sub(r'src="([^":]+\.png)"', embedded, body)
+        title = html.escape(self.parts[0].removeprefix("# "))
+        return _PAGE.format(title=title, body=body)
 
     def __str__(self) -> str:
         """The document."""

@@ -138,7 +138,7 @@ class RunFolder:
 
 
 _WRITTEN = (
-    *("adapter", "state", "merged", "outputs", "loss.png", "report.md"),
+    *("adapter", "state", "merged", "outputs", "loss.png", "report.md", "report.html"),
     *("tensorboard", "wandb"),
     *("metrics.jsonl", "metrics.jsonl.new", SETTINGS, SETTINGS + ".new"),
 )

@@ -190,7 +190,7 @@ def validation_loss(task: tasks.Translation, params: Any) -> float:
 def bleu(task: tasks.Translation, params: Any) -> float:
     """Return BLEU of the test. Merged models of all runs generate by one program."""
     lines = task.tests["test"].collect(lambda batch: task.translate(params, batch))
-    return task.bleu({"test": lines})["test"]
+    return task.scores({"test": lines})["test"]
 
 
 def run(s: Settings) -> None:

@@ -20,12 +20,12 @@ The examples are composed of these; nothing here is needed to use jlora.
 from jlora.tasks._chats import Answers as Answers
 from jlora.tasks._chats import ChatOptions as ChatOptions
 from jlora.tasks._chats import Measure as Measure
-from jlora.tasks._examples import Examples as Examples
-from jlora.tasks._examples import read_examples as read_examples
 from jlora.tasks._compare import METHODS as METHODS
 from jlora.tasks._compare import Comparison as Comparison
 from jlora.tasks._compare import Outcome as Outcome
 from jlora.tasks._compare import compare as compare
+from jlora.tasks._examples import Examples as Examples
+from jlora.tasks._examples import read_examples as read_examples
 from jlora.tasks._generation import Generator as Generator
 from jlora.tasks._glue import GLUE as GLUE
 from jlora.tasks._glue import GlueTask as GlueTask

@@ -188,16 +188,20 @@ def compare(
     given, which is then the adapters'.
 
     Args:
-      name: one of `KINDS`.
+      name: one of `KINDS`, whose task has `scores(said)`, of which more is better, and
+        says in `measure` what they count: `"translate"`.
       settings: of that kind.
       folder: of the run.
       methods: of `METHODS`; all of them if empty.
 
     Raises:
-      OptionError: an unknown method.
+      OptionError: an unknown method, or a task without one score.
     """
     if unknown := [method for method in methods if method not in METHODS]:
         raise OptionError(f"methods {unknown}: expected some of {', '.join(METHODS)}.")
+    measure = getattr(KINDS[name].make, "measure", None)
+    if measure is None:
+        raise OptionError(f"the task {name!r} has no one score to compare by.")
     outcomes = []
     for method in methods or METHODS:
         own = dataclasses.replace(
@@ -206,7 +210,7 @@ def compare(
         )  # fmt: skip
         print(f"\n{method}: {own.what_is_trained}")
         outcomes.append(_outcome(name, method, own))
-    comparison = Comparison(tuple(outcomes), KINDS[name].measure)
+    comparison = Comparison(tuple(outcomes), measure)
     _report(comparison, folder, f"{name}: {', '.join(x.method for x in outcomes)}")
     return comparison
 
@@ -241,7 +245,8 @@ def _outcome(name: str, method: str, settings: Any) -> Outcome:
     kind = KINDS[name]
     loaded = kind.load(settings) if kind.load else settings.load(settings.model)
     tree = settings.adapt(loaded.params, settings.key)
-    summary, task = jlora.summary(tree), kind.make(settings, loaded)
+    summary = jlora.summary(tree)
+    task: Any = kind.make(settings, loaded)  # which has `scores`
     count = getattr(task, "count", count_tokens)
     with settings.claim(name) as folder:
         before = task.answer("before", tree, folder)

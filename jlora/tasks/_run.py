@@ -26,20 +26,15 @@ class Task(Protocol):
       train, valid: batches.
       loss_fn: the loss, as `jlora.train` takes it.
       remarks: what a user should know of the data.
-      measure: what `scores` counts, `"BLEU"` say.
     """
 
     train: data.Batches
     valid: data.Batches
     loss_fn: Callable[..., Any]
     remarks: list[str]
-    measure: str
 
     def answer(self, when: str, params: Tree, folder: RunFolder) -> Any:
         """Return what the model makes of the tests, `"before"` or `"after"`."""
-
-    def scores(self, said: Any) -> dict[str, float]:
-        """Return a figure for each test, of which more is better."""
 
     def report(
         self,
@@ -59,14 +54,12 @@ class Kind(NamedTuple):
       summary: a line of help.
       settings: its settings, a dataclass of options.
       make: `(settings, loaded) -> Task`.
-      measure: what its scores count.
       load: `settings -> Loaded`; None loads `settings.model`.
     """
 
     summary: str
     settings: type[Any]
     make: Callable[[Any, Loaded], Task]
-    measure: str
     load: Callable[[Any], Loaded] | None = None
 
 
@@ -81,7 +74,6 @@ KINDS: dict[str, Kind] = {
         "a T5 on pairs of sentences, measured by BLEU",
         TranslationSettings,
         Translation,
-        Translation.measure,
     ),
     "chat": Kind(
         "a language model on conversations: supervised fine-tuning", ChatSettings, Chat

@@ -16,7 +16,7 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
             "sweep", "many", "mixed_batches", "initialise", "qlora",
-            "optimisers")  # fmt: skip
+            "optimisers", "glue")  # fmt: skip
 # They load a checkpoint, and train on text.
 TRAINING = ("initialise", "qlora", "optimisers")
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         add("--results", metavar="DIR", help="of result files (benchmarks/results)")
         if name != "report":
             _add_run(one.add_argument_group("run").add_argument)
-        if name not in ("load", "text", *TRAINING, "report"):
+        if name not in ("load", "text", *TRAINING, "glue", "report"):
             _add_case(one.add_argument_group("what is measured").add_argument)
         if name == "memory":
             words = "XLA's account for a GPU that is not here; needs jax[cuda12]"
@@ -66,6 +66,18 @@ def parser() -> argparse.ArgumentParser:
             add("--steps", type=int, default=150)
             add("--batch", type=int, default=32)
             add("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
+        if name == "glue":
+            add("--model", metavar="DIR", required=True, help="a BERT or RoBERTa")
+            add("--data", metavar="DIR", required=True, help="holds sst2/train.tsv ...")
+            add("--tasks", nargs="+", default=["sst2", "cola", "stsb"], metavar="TASK")
+            add("--sentences", type=int, help="to train on (all)")
+            add("--epochs", type=float, default=3.0)
+            add("--seeds", type=int, default=3)
+            add("--rank", type=int, default=8)
+            add("--batch", type=int, default=32)
+            add("--length", type=int, help="tokens; longer texts are cut (128)")
+            words = "peak rates: of LoRA, of every weight, of the head alone"
+            add("--rates", nargs=3, type=float, default=[2e-3, 1e-4, 5e-3], help=words)
         if name == "many":
             add("--steps", type=int, default=20, help="of each run (20)")
         if name == "sweep":

@@ -29,6 +29,7 @@ from benchmarks.race import (  # noqa: E402
 from benchmarks.work import Workload  # noqa: E402
 
 T5 = str(pathlib.Path(__file__).parent.parent / "examples/assets/tiny-t5-de-en")
+BERT = str(pathlib.Path(T5).with_name("tiny-bert"))
 TINY = ["--quick", "--repeats", "2", "--warmup", "0", "--in-process"]
 GPT = ["--shape", "gpt2-4x128"]
 RUNS = {
@@ -53,6 +54,7 @@ RUNS = {
     "qlora": ["--model", T5, "--contenders", "LoRA", "nf4"],
     "initialise": ["--model", T5, "--contenders", "default", "PiSSA"],
     "optimisers": ["--model", T5, "--contenders", "AdamW", "LoRA-FA"],
+    "glue": ["--model", BERT, "--tasks", "sst2", "--contenders", "jlora", "head alone"],
 }
 
 
@@ -62,6 +64,13 @@ def corpus(tmp_path_factory):
     for code, words in (("de", "ein Haus mit Garten"), ("en", "a house and garden")):
         lines = [" ".join(words.split()[: 1 + i % 4]) + f" {i}" for i in range(12)]
         (folder / f"train.{code}").write_text("\n".join(lines) + "\n")
+    (folder / "sst2").mkdir()
+    for split in ("train", "dev"):
+        rows = [f"the book was {'good' if i % 3 else 'bad'} {i}\t{int(i % 3 > 0)}\n"
+                for i in range(40)]  # fmt: skip
+        (folder / "sst2" / f"{split}.tsv").write_text(
+            "sentence\tlabel\n" + "".join(rows)
+        )
     return folder
 
 
@@ -77,7 +86,8 @@ def test_all_commands_are_run():
 
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_measures_saves_and_is_reported(command, corpus, tmp_path):
-    data = ["--data", str(corpus)] if command in ("text", *TRAINING) else []
+    reads = command in ("text", "glue", *TRAINING)
+    data = ["--data", str(corpus)] if reads else []
     folder = tmp_path / "results"
     rows = main([command, *TINY, *RUNS[command], *data, "--results", str(folder)])
     saved = json.loads((folder / f"{command}.json").read_text())
@@ -123,6 +133,14 @@ def check_memory(rows):
     assert all(row["peak_mib"] > row["arguments_mib"] > 0 for row in rows)
 
 
+def check_glue(rows):
+    ours, head = rows
+    assert ours["trainable"] > head["trainable"] == 2 * 96 + 2
+    assert ours["steps"] == head["steps"] == len(ours["losses"]) == 6
+    assert 0 <= ours["score"] <= 1
+    assert ours["losses"][0] == head["losses"][0]  # B is zero: the same model
+
+
 def check_text(rows):
     assert rows[0]["compilations"] <= rows[0]["steps"] == 2
     assert 0 <= rows[0]["padding"] < 0.5
@@ -138,7 +156,7 @@ def check_optimisers(rows):
 
 CHECKS = {"step_time": check_step_time, "compile_time": check_compile_time,
           "memory": check_memory, "text": check_text,
-          "optimisers": check_optimisers}  # fmt: skip
+          "optimisers": check_optimisers, "glue": check_glue}  # fmt: skip
 
 
 # -- the report ------------------------------------------------------------------------
@@ -223,8 +241,8 @@ def test_rounds_differ_in_their_order():
 
 def test_contenders_that_nobody_knows():
     for command in {*RUNS} - {"compile_time"}:
-        data = ["--data", "."] if command in ("text", *TRAINING) else []
-        data += ["--model", T5] if command in TRAINING else []
+        data = ["--data", "."] if command in ("text", "glue", *TRAINING) else []
+        data += ["--model", T5] if command in ("glue", *TRAINING) else []
         with pytest.raises(SystemExit, match="no contender nothing; there are "):
             main([command, *TINY, *data, "--contenders", "nothing"])
 

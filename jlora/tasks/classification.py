@@ -230,7 +230,8 @@ class Classification:
           use: code that uses what was made, if there is any to show.
         """
         s, first = self.settings, next(iter(self.examples))
-        title = f"{Path(s.model or '').name}: {s.task or ' '.join(s.text)}"
+        what = s.task or Path((s.train or [""])[0]).name.partition(".")[0]
+        title = f"{Path(s.model or '').name}: {what}"
         document = train.Report(title).section("Before and after")
         document.table(*self.table(before, after)).text(FIGURES).items(self.remarks)
         if s.class_names:

@@ -1,0 +1,206 @@
+"""Tasks of GLUE on a real encoder: LoRA of jlora and PEFT, every weight, the head.
+
+All see the same batches in the same order and begin with the same head; PEFT begins
+with jlora's factors too, from the folder that `jlora.peft.save` writes. AdamW without
+decay, a rate that rises for 6 % of the steps and falls to 0 linearly, gradients clipped
+to 1, no dropout. `score` is of GLUE's development set after the last step, 1 for
+perfect, where a task has two metrics their mean; `std` is over seeds, each of which
+draws sentences, head and order anew. `mbytes` is what a task adds to the base on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from benchmarks.initialise import _device, _versions
+from benchmarks.race import Row, Rows
+
+FULL, HEAD, PEFT = "full fine-tuning", "head alone", "PEFT"
+CONTENDERS = ("jlora", PEFT, FULL, HEAD)
+COLUMNS = (
+    "case", "contender", "lr", "metric", "score", "std", "seeds", "steps", "trainable",
+    "mbytes", "median_ms", "loss", "error",
+)  # fmt: skip
+
+
+def run(options: Any) -> Iterator[Rows]:
+    """Yield the rows of each task."""
+    names = options.contenders or [*CONTENDERS]
+    for task in options.tasks:
+        rows, about = [], {}
+        for name in names:
+            runs = []
+            try:
+                for seed in range(1 if options.quick else options.seeds):
+                    row, about[name] = _run(options, task, name, seed)
+                    runs.append(row)
+            except ImportError as error:  # a peer that is not here
+                runs = [{"error": f"{type(error).__name__}: {error}"}]
+            title = f"{pathlib.Path(options.model).name}, {task}"
+            rows.append({"case": title, "contender": name, **_together(runs)})
+        yield rows, about
+
+
+def _together(runs: list[Row]) -> Row:
+    """One row of the runs of all seeds."""
+    if "error" in runs[0]:
+        return runs[0]
+    scores = [row["score"] for row in runs]
+    return {
+        **runs[0],
+        "score": statistics.mean(scores),
+        "std": statistics.stdev(scores) if len(scores) > 1 else None,
+        "loss": statistics.mean(row["loss"] for row in runs),
+        "median_ms": statistics.median(row["median_ms"] for row in runs),
+        "seeds": len(runs),
+        "scores": scores,
+    }
+
+
+def _run(options: Any, task: str, name: str, seed: int) -> tuple[Row, Row]:
+    """Train and measure one contender; return its figures, and what it ran on."""
+    from jlora import tasks
+
+    rates = dict(zip((FULL, HEAD), options.rates[1:], strict=True))
+    rate = rates.get(name, options.rates[0])
+    quick: dict[str, Any] = {}
+    if options.quick:
+        quick = {"train_size": 8, "test_size": 8, "batch_size": 4, "rank": 2}
+    settings = tasks.ClassificationSettings(**{
+        "model": options.model, "task": task, "data": options.data, "seed": seed,
+        "train_size": options.sentences, "max_length": options.length or None,
+        "batch_size": options.batch, "epochs": options.epochs, "rank": options.rank,
+        "lr": rate, "schedule": "linear", "warmup_ratio": 0.06, **quick,
+    })  # fmt: skip
+    if name == FULL:
+        settings = dataclasses.replace(settings, rank=None, full=True)
+    loaded = settings.load(options.model)
+    examples = tasks.Classification(settings, loaded)
+    steps = settings.number_of_steps(len(examples.train))
+    batches = itertools.islice(examples.train.stream(), steps)
+    train = _peft if name == PEFT else _jlora
+    row, logits, about = train(
+        name, settings, loaded, examples, batches, settings.optimizer(steps)
+    )
+    (test,) = list(examples.tests)[:1]  # of MNLI the matched half
+    scores = examples.scores({test: logits(test)})[test]
+    found = {
+        "lr": f"{rate:g}", "metric": ", ".join(scores), "steps": steps,
+        "score": statistics.mean(scores.values()), **row,
+        "each": scores,
+    }  # fmt: skip
+    return found, about
+
+
+def _jlora(
+    name: str, settings: Any, loaded: Any, examples: Any, batches: Any, optimizer: Any
+) -> tuple[Row, Callable[[str], Any], Row]:
+    import jax
+
+    import jlora
+    from jlora import checkpoint, train
+
+    if name == HEAD:
+        tree = jlora.lorafy(loaded.params, 1, [], train=["classifier"])
+    else:
+        tree = settings.adapt(loaded.params, settings.key)
+    state = train.TrainState.create(tree, optimizer[0], settings.key)
+    step = train.make_train_step(examples.loss_fn, optimizer[0], clip_norm=1.0)
+
+    def one(batch: Any) -> float:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
+
+    row = _curve(one, batches)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_adapter(f"{folder}/adapter", state.params)
+        size = _size(pathlib.Path(folder))
+    row |= {"trainable": jlora.summary(tree).trainable, "mbytes": size / 1e6}
+    about = {"versions": _versions(), "device": _device(jax)}
+    return row, lambda test: examples.logits(state.params, examples.tests[test]), about
+
+
+def _peft(
+    name: str, settings: Any, loaded: Any, examples: Any, batches: Any, optimizer: Any
+) -> tuple[Row, Callable[[str], Any], Row]:
+    import numpy as np
+    import peft
+    import torch
+    import transformers
+
+    import jlora.peft
+    from jlora import models
+
+    with tempfile.TemporaryDirectory() as folder:
+        tree = settings.adapt(loaded.params, settings.key)
+        models.save(loaded.model, loaded.params, f"{folder}/base")
+        jlora.peft.save(
+            f"{folder}/adapter", tree, model=loaded.model, task_type="SEQ_CLS"
+        )
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            f"{folder}/base"
+        )
+        net = peft.PeftModel.from_pretrained(
+            base, f"{folder}/adapter", is_trainable=True
+        ).eval()  # without dropout, as ours
+        size = _size(pathlib.Path(folder) / "adapter")
+    trained = [p for p in net.parameters() if p.requires_grad]
+    tx = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
+    is_number, done = not settings.class_names, 0
+
+    def logits_of(batch: Mapping[str, Any]) -> Any:
+        inputs = {k: torch.from_numpy(v).long() for k, v in batch.items()
+                  if k != "labels"}  # fmt: skip
+        return net(**inputs).logits
+
+    def one(batch: Mapping[str, Any]) -> float:
+        nonlocal done
+        tx.param_groups[0]["lr"] = float(optimizer[1](done))
+        labels, logits = torch.from_numpy(batch["labels"]), logits_of(batch)
+        counts = labels != -100
+        if is_number:
+            loss = torch.mean((logits[counts, 0] - labels[counts]) ** 2)
+        else:
+            loss = torch.nn.functional.cross_entropy(logits, labels.long())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        tx.step()
+        tx.zero_grad()
+        done += 1
+        return loss.item()
+
+    def logits(test: str) -> Any:
+        with torch.no_grad():
+            found = examples.tests[test].collect(lambda x: logits_of(x).numpy())
+        return np.stack(found)
+
+    row = _curve(one, batches)
+    row |= {"trainable": sum(p.numel() for p in trained), "mbytes": size / 1e6}
+    libraries = ("torch", "transformers", "peft")
+    versions = {n: importlib.metadata.version(n) for n in libraries}
+    return row, logits, {"versions": versions, "device": "cpu"}
+
+
+def _size(folder: pathlib.Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _curve(one: Callable[[Any], float], batches: Any) -> Row:
+    """Train on the batches; what a step takes, and the loss at the end."""
+    losses, times = [], []
+    for batch in batches:
+        begun = time.perf_counter()
+        losses.append(one(batch))
+        times.append((time.perf_counter() - begun) * 1e3)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return {"median_ms": statistics.median(times), "loss": sum(tail) / len(tail),
+            "losses": losses}  # fmt: skip

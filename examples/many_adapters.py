@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jlora.peft
-from jlora import data, models, sweep, train
+from jlora import data, models, sweep, tasks
 
 ASSETS = Path(__file__).parent / "assets"
 PREFIX = {"de-en": "translate German to English: ",
@@ -86,22 +86,6 @@ class Tenants:
         return data.Batches(columns, [shape], self.batch_size, pad, seed)
 
 
-def make_loss(model: Any) -> Any:
-    """Return the loss: the sum of the labels' losses, and their number."""
-
-    def loss_fn(params: Any, batch: Any, key: Any) -> Any:
-        hidden, kernel = model.apply(
-            {"params": params},
-            batch["input_ids"],
-            batch["attention_mask"],
-            models.shift_right(batch["labels"], model.config),
-            method="features",
-        )
-        return train.linear_cross_entropy(hidden, kernel, batch["labels"])
-
-    return loss_fn
-
-
 def main(argv: list[str] | None = None) -> sweep.Results:
     """Train every job; print a table; write adapters."""
     options = arguments(argv)
@@ -121,7 +105,7 @@ def main(argv: list[str] | None = None) -> sweep.Results:
             )  # fmt: skip
 
     results = sweep.run(
-        make_loss(model),
+        tasks.seq2seq_loss(model),
         params,
         sweep.read_jobs(options.jobs),
         tenants.train,

@@ -68,3 +68,29 @@ def getkey():
     """A function that returns a new PRNG key at each call."""
     counter = itertools.count(1)
     return lambda: jax.random.key(next(counter))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line of the console: its status, its stdout and its stderr."""
+    from jlora import cli
+
+    def run(*argv):
+        status = cli.main([str(word) for word in argv])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def done(run):
+    """Run a command line that succeeds without a word on stderr; what it printed."""
+
+    def done(*argv):
+        status, out, err = run(*argv)
+        assert (status, err) == (0, "")
+        return out
+
+    return done

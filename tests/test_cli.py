@@ -33,31 +33,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture
-def run(capsys):
-    """Run a command line: its status, and what it printed to stdout and stderr."""
-
-    def run(*argv):
-        status = cli.main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, err
-
-    return run
-
-
-@pytest.fixture
-def done(run):
-    """Run a command line that succeeds without a word on stderr; what it printed."""
-
-    def done(*argv):
-        status, out, err = run(*argv)
-        assert (status, err) == (0, "")
-        return out
-
-    return done
-
-
-@pytest.fixture
 def seen(done):
     """The reports that `inspect --json` prints."""
     return lambda folder: json.loads(done("inspect", folder, "--json"))

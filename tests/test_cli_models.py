@@ -18,7 +18,7 @@ from tools import randomise
 
 import jlora
 import jlora.peft
-from jlora import checkpoint, cli, data, models
+from jlora import checkpoint, data, models
 from jlora.cli import _sources
 
 ROOT = Path(__file__).parents[1]
@@ -26,27 +26,6 @@ GOLDEN = ROOT / "tests" / "golden"
 TINY = ROOT / "examples" / "assets" / "tiny-t5-de-en"
 T5 = GOLDEN / "peft" / "t5_qv"
 TEXTS = ["Der Wind ist kalt.", "Die See ist ruhig.", "Das Fass."]
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*argv):
-        status = cli.main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, err
-
-    return run
-
-
-@pytest.fixture
-def done(run):
-    def done(*argv):
-        status, out, err = run(*argv)
-        assert (status, err) == (0, "")
-        return out
-
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import cli, models, tasks, train
+from jlora import models, tasks, train
 from jlora._options import read_file
 from jlora.cli import _sources, _sweeping
 from jlora.cli._commands import train as command
@@ -21,17 +21,6 @@ from jlora.cli._commands import train as command
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "assets" / "tiny-t5-de-en"
 CORPUS = ROOT / "examples" / "assets" / "corpus"
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*argv):
-        status = cli.main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from jlora.tasks._losses import Loss as Loss
 from jlora.tasks._losses import causal_loss as causal_loss
 from jlora.tasks._losses import classification_loss as classification_loss
 from jlora.tasks._losses import seq2seq_loss as seq2seq_loss
+from jlora.tasks._memory import step_memory as step_memory
 from jlora.tasks._options import AdapterOptions as AdapterOptions
 from jlora.tasks._options import Loaded as Loaded
 from jlora.tasks._options import TrainingOptions as TrainingOptions
@@ -66,7 +67,6 @@ from jlora.tasks.preference import Preferences as Preferences
 from jlora.tasks.preference import PreferenceSettings as PreferenceSettings
 from jlora.tasks.preference import answer_scores as answer_scores
 from jlora.tasks.preference import preference_loss as preference_loss
-from jlora.tasks.preference import step_memory as step_memory
 from jlora.tasks.translation import Translation as Translation
 from jlora.tasks.translation import TranslationSettings as TranslationSettings
 

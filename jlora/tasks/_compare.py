@@ -16,8 +16,8 @@ import jax
 import jlora
 from jlora import train
 from jlora._errors import OptionError
-from jlora.tasks._options import count_tokens
-from jlora.tasks._run import KINDS
+from jlora.tasks._memory import step_memory
+from jlora.tasks._run import KINDS, started, trained
 from jlora.train._report import human_bytes, size_of
 
 TIMED = 5  # steps, of which the median counts
@@ -242,18 +242,10 @@ be kept beside the base: the adapter, or every weight."""
 
 
 def _outcome(name: str, method: str, settings: Any) -> Outcome:
-    kind = KINDS[name]
-    loaded = kind.load(settings) if kind.load else settings.load(settings.model)
-    tree = settings.adapt(loaded.params, settings.key)
+    _, tree, task = started(name, settings)
     summary = jlora.summary(tree)
-    task: Any = kind.make(settings, loaded)  # which has `scores`
-    count = getattr(task, "count", count_tokens)
     with settings.claim(name) as folder:
-        before = task.answer("before", tree, folder)
-        fit = settings.fit(
-            task.loss_fn, tree, task.train, folder, task.valid, count=count
-        )
-        after = task.answer("after", fit.params, folder)
+        before, fit, after = trained(settings, task, tree, folder)
         step_seconds, peak = _measured(settings, task, tree)
         return Outcome(
             method,
@@ -273,19 +265,13 @@ def _outcome(name: str, method: str, settings: Any) -> Outcome:
 def _measured(settings: Any, task: Any, tree: Any) -> tuple[float, int]:
     """Return the time of a compiled step, and the memory of it by XLA's account."""
     tx, _ = settings.optimizer(TIMED)
-    step = train.make_train_step(
-        task.loss_fn,
-        tx,
-        accumulate=settings.accumulate,
-        clip_norm=settings.clip or None,
-    )
+    options = {"accumulate": settings.accumulate, "clip_norm": settings.clip or None}
+    step = train.make_train_step(task.loss_fn, tx, **options)
     state = train.TrainState.create(tree, tx, settings.key)
     # The largest shape, which needs the most memory.
     batches = {x["input_ids"].shape: x for x in task.train}
     batch = batches[max(batches)]
-    analysis: Any = step.lower(state, batch).compile().memory_analysis()
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-    peak = held - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+    memory = step_memory(task.loss_fn, tree, tx, batch, **options) or {}
     state, _ = step(state, batch)
     times = []
     for _ in range(TIMED):
@@ -293,4 +279,4 @@ def _measured(settings: Any, task: Any, tree: Any) -> tuple[float, int]:
         state, metrics = step(state, batch)
         jax.block_until_ready((state.trainable, metrics))
         times.append(time.perf_counter() - began)
-    return statistics.median(times), peak
+    return statistics.median(times), sum(memory.values())

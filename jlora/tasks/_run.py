@@ -102,18 +102,12 @@ def run(name: str, settings: Any) -> None:
       LoraError: settings, data or a model that are not in order.
       Interrupted: the run was asked to stop, and saved.
     """
-    began, kind = time.perf_counter(), KINDS[name]
-    loaded = kind.load(settings) if kind.load else settings.load(settings.model)
-    tree = settings.adapt(loaded.params, settings.key)
-    summary, task = jlora.summary(tree), kind.make(settings, loaded)
+    began = time.perf_counter()
+    loaded, tree, task = started(name, settings)
+    summary = jlora.summary(tree)
     print(summary, *(f"note: {remark}" for remark in task.remarks), sep="\n")
-    count = getattr(task, "count", count_tokens)
     with settings.claim(name) as folder:
-        before = task.answer("before", tree, folder)
-        fit = settings.fit(
-            task.loss_fn, tree, task.train, folder, task.valid, count=count
-        )
-        after = task.answer("after", fit.params, folder)
+        before, fit, after = trained(settings, task, tree, folder)
         models.save(
             loaded.model, jlora.merge(fit.params), folder.merged, overwrite=True
         )
@@ -123,6 +117,24 @@ def run(name: str, settings: Any) -> None:
             "whole run": f"{time.perf_counter() - began:.0f} s",
         }
         task.report(folder, facts, before, after, summary)
+
+
+def started(name: str, settings: Any) -> tuple[Loaded, Tree, Any]:
+    """Return a kind's model, the tree with adapters, and the task."""
+    kind = KINDS[name]
+    loaded = kind.load(settings) if kind.load else settings.load(settings.model)
+    tree = settings.adapt(loaded.params, settings.key)
+    return loaded, tree, kind.make(settings, loaded)
+
+
+def trained(
+    settings: Any, task: Any, tree: Tree, folder: RunFolder
+) -> tuple[Any, Fit, Any]:
+    """Train; return the answers before, what training came to, the answers after."""
+    count = getattr(task, "count", count_tokens)
+    before = task.answer("before", tree, folder)
+    fit = settings.fit(task.loss_fn, tree, task.train, folder, task.valid, count=count)
+    return before, fit, task.answer("after", fit.params, folder)
 
 
 def facts_of(settings: Any, summary: jlora.Summary, fit: Fit) -> dict[str, str]:

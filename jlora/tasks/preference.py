@@ -293,30 +293,6 @@ def count_pairs(batch: Batch) -> int:
     return int(sum(batch[f"{side}_attention_mask"].sum() for side in SIDES))
 
 
-def step_memory(
-    loss_fn: Loss, tree: Tree, tx: Any, batch: Batch
-) -> dict[str, int] | None:
-    """Return what a training step takes, in bytes, as XLA says of the program.
-
-    Args:
-      loss_fn: the loss.
-      tree: a lorafied tree.
-      tx: the optimiser.
-      batch: one batch.
-
-    Returns:
-      `arguments`: parameters, optimiser's state and batch; `temporaries`: what it needs
-      while it runs. None where the device's compiler does not say.
-    """
-    state = train.TrainState.create(tree, tx)
-    lowered = train.make_train_step(loss_fn, tx).lower(state, batch)
-    found = lowered.compile().memory_analysis()
-    return found and {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-    }
-
-
 def plot_rewards(metrics: train.MetricsLog, path: Path, title: str = "") -> None:
     """Draw the rewards of held-out answers, and how often the chosen one's is higher.
 

@@ -123,7 +123,7 @@ def linear_log_probs(
     """
     settings = _Settings(0.0, 0.0, chunk, _vocab_axis(hidden, kernel, vocab_axis))
     nll, _ = _losses_of(hidden, kernel, labels, None, settings)
-    return -nll.reshape(labels.shape)
+    return 0 - nll.reshape(labels.shape)  # not -0 where a label does not count
 
 
 def _losses_of(

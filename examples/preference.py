@@ -14,10 +14,11 @@ never seen a question answered. The conversations answer questions, a quarter po
 and the rest rudely; the preferences choose the polite answer. Measured on ten countries
 that neither speaks of: how many answers are true, and how many polite.
 
-How long: 77 seconds of CPU time, no connection needed. Of the model's answers 22 % are
-true and 1 % polite; after SFT 95 % are true and none is polite; after DPO all are
-polite, and 46 % true. The last is what DPO does that is trained for long: both answers
-become less likely, the rejected one more so. A lower --lr or fewer --steps keep more.
+How long: a minute or two on two CPU cores, no connection needed. Of the model's answers
+22 % are true and 1 % polite; after SFT 95 % are true and none is polite; after DPO all
+are polite, and 95 % true. DPO alone, `--sft-weight 0`, leaves 46 % of them true: it
+makes both answers less likely, the rejected one more so, and the model forgets what it
+was asked. The loss of the chosen answer beside it (RPO) holds that up.
 
     python examples/preference.py
 
@@ -114,7 +115,7 @@ class Dpo(tasks.PreferenceSettings):
 
     def complete(self) -> Dpo:
         """Put what is embedded in the place of what is missing."""
-        own = {"lr": 5e-4, "steps": 60, "eval_every": 10, **USUAL}
+        own = {"lr": 5e-4, "steps": 60, "eval_every": 10, "sft_weight": 1.0, **USUAL}
         return completed(self, "preferences", **own)
 
     def check(self) -> None:

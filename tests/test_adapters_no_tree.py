@@ -52,6 +52,7 @@ TAKING_TREES = {
         "unstack_layers": lambda s, d: jlora.unstack_layers(s, ["q"]),
         "update": lambda s, d: jlora.update(SET, "german", s),
         "with_dropout": lambda s, d: jlora.with_dropout(s, None),
+        "without_adapters": lambda s, d: jlora.without_adapters(s),
     },
     "jlora.checkpoint": {
         "fingerprint": lambda s, d: checkpoint.fingerprint(s),

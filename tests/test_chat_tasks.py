@@ -70,6 +70,12 @@ def test_the_reference_is_the_base_of_the_same_tree():
     np.testing.assert_allclose(got, want, rtol=1e-4)
     for name, x in metrics.items():
         np.testing.assert_allclose(found[name], x, rtol=1e-3, atol=1e-4)
+    # The chosen answer's own loss beside it.
+    loss_fn = tasks.preference_loss(model, beta=0.3, sft_weight=0.5)
+    (total, _), found = jax.jit(jlora.lora(loss_fn))(tree, batch, None)
+    nll = -np.sum(np.asarray(policy[0][0]) / policy[0][1])
+    np.testing.assert_allclose(total, want[0] + 0.5 * nll, rtol=1e-4)
+    np.testing.assert_allclose(found["sft"][0], nll, rtol=1e-4)
     # What was asked before training says the same, here of means as IPO has them.
     mean = [train.AnswerScores(*(x / n for x, n in y)) for y in (policy, reference)]
     want, _ = train.dpo_loss(*mean, beta=0.3, kind="ipo")

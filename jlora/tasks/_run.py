@@ -65,15 +65,15 @@ class Kind(NamedTuple):
 
 #: The tasks of `jlora train`, by the word that a settings file names.
 KINDS: dict[str, Kind] = {
-    "describe": Kind(
-        "a GPT-2 on meanings and texts, measured as the E2E challenge does",
-        DataToTextSettings,
-        DataToText,
-    ),
     "translate": Kind(
         "a T5 on pairs of sentences, measured by BLEU",
         TranslationSettings,
         Translation,
+    ),
+    "describe": Kind(
+        "a GPT-2 on meanings and texts, measured as the E2E challenge does",
+        DataToTextSettings,
+        DataToText,
     ),
     "chat": Kind(
         "a language model on conversations: supervised fine-tuning", ChatSettings, Chat

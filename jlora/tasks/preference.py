@@ -51,6 +51,8 @@ class PreferenceSettings(ChatOptions):
     label_smoothing: float = option(
         0.0, "share of pairs labelled the wrong way round; of sigmoid (0)", least=0,
         below=0.5)
+    sft_weight: float | None = option(
+        None, "RPO: what the chosen answer's own loss counts beside (0)", least=0)
     precompute: bool = option(
         False, "ask the reference once, before training, not at each step")
     # fmt: on
@@ -118,19 +120,27 @@ def preference_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     kind: train.PreferenceKind = "sigmoid",
+    sft_weight: float = 0.0,
 ) -> Loss:
     """Return the loss of preferences, with metrics: see `jlora.train.dpo_loss`.
+
+    DPO makes both answers less likely, the rejected one more so, and the model forgets
+    what they say where it goes on for long. The loss of the chosen answer itself,
+    beside it, holds that up.
 
     Args:
       model: a decoder of `jlora.models`.
       beta: how dear it is to leave the reference.
       label_smoothing: share of pairs that may be labelled the wrong way round.
       kind: `"sigmoid"` (DPO), `"ipo"` or `"hinge"`.
+      sft_weight: of the chosen answer's mean loss a token, which is added.
 
     Returns:
       `loss_fn(params, batch, key)` of batches as `answer_scores` takes them. The
       reference is the model without its adapters, or what the batch holds of it:
       `chosen_reference` and `rejected_reference`, `[B]`.
+
+    Source: the term of `sft_weight` is RPO's, Pang et al. 2024, arXiv:2404.19733.
     """
     mean = kind == "ipo"
 
@@ -143,7 +153,7 @@ def preference_loss(
             reference = answer_scores(model, frozen, batch, mean=mean)
         # Batches are filled up with pairs without labels.
         counts = jnp.any(jnp.asarray(batch["chosen_labels"]) >= 0, axis=1)
-        return train.dpo_loss(
+        (total, count), metrics = train.dpo_loss(
             policy,
             reference,
             counts,
@@ -151,6 +161,12 @@ def preference_loss(
             label_smoothing=label_smoothing,
             kind=kind,
         )
+        if sft_weight:
+            tokens = jnp.sum(jnp.asarray(batch["chosen_labels"])[:, 1:] >= 0, axis=1)
+            scores = policy.chosen if mean else policy.chosen / jnp.maximum(tokens, 1)
+            nll = -jnp.sum(jnp.where(counts, scores, 0))
+            total, metrics = total + sft_weight * nll, {**metrics, "sft": (nll, count)}
+        return (total, count), metrics
 
     return loss_fn
 
@@ -203,6 +219,7 @@ class Preferences:
             beta=s.beta,
             label_smoothing=s.label_smoothing,
             kind=cast(train.PreferenceKind, s.loss),
+            sft_weight=s.sft_weight or 0.0,
         )
         wanted = {p.prompt: p.chosen[-1].content for p in valid}
         asked = list(wanted.items())[: s.ask or ASKED]

@@ -52,6 +52,34 @@ STRICT = {
 }
 
 
+# What takes longest: whole examples, tutorials and benchmarks, each many compilations.
+# CI runs them by `-m slow`; the suite without them is what one waits for at work.
+SLOW = {
+    "test_benchmarks.py": ("test_a_command_measures_saves_and_is_reported",),
+    "test_chat_tasks.py": ("test_a_whole_run",),
+    "test_cli_train.py": ("test_a_sweep_trains", "test_a_run_is_interrupted"),
+    "test_docs.py": ("test_the_code_of_a_page_runs[start/tut",
+                     "test_the_code_of_a_page_runs[vi/tut",
+                     "test_the_code_of_a_page_runs[guides/sh"),
+    "test_example_adapters.py": ("",),
+    "test_example_glue.py": ("",),
+    "test_example_nlg.py": ("",),
+    "test_example_preference.py": ("",),
+    "test_example_rank_and_rate.py": ("",),
+    "test_example_sweep.py": ("",),
+    "test_example_translate.py": ("test_a_dataset", "test_another_language"),
+    "test_tasks.py": ("test_methods_see", "test_a_whole_task"),
+    "test_variant_table.py": ("test_the_page_is",),
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow."""
+    for item in items:
+        if item.name.startswith(SLOW.get(item.path.name, ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """Refuse implicit promotion, but where a test says that what it calls needs it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,7 +91,9 @@ class TensorBoard(Tracker):
         """Open an event file; what a process wrote beyond the last save is dropped."""
         purge = {"purge_step": loop.position + 1} if loop.position else {}
         folder = str(self.run.path / "tensorboard")
-        self._writer = self._library.SummaryWriter(folder, **purge)
+        # Files are named by the second: two of one would overwrite each other.
+        own = f".{os.getpid()}.{loop.position}"
+        self._writer = self._library.SummaryWriter(folder, filename_suffix=own, **purge)
 
     def send(self, values: dict[str, float], step: int) -> None:
         """Write scalars."""

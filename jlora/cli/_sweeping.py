@@ -117,7 +117,7 @@ def run(task: str, settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Ro
       NonFiniteError: no run came to a finite loss.
     """
     kind, members = tasks.KINDS[task], members_of(settings, table)
-    loaded = kind.load(settings) if kind.load else settings.load(settings.model)
+    loaded = settings.load(settings.model)
     kept = {TASK: task, **dataclasses.asdict(settings)}
     rows: list[Row] = []
     best: tuple[float, Any, Member] | None = None

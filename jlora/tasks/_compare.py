@@ -269,8 +269,7 @@ def _measured(settings: Any, task: Any, tree: Any) -> tuple[float, int]:
     step = train.make_train_step(task.loss_fn, tx, **options)
     state = train.TrainState.create(tree, tx, settings.key)
     # The largest shape, which needs the most memory.
-    batches = {x["input_ids"].shape: x for x in task.train}
-    batch = batches[max(batches)]
+    batch = task.train.arrays(max(task.train.plan(), key=lambda one: one.shape))
     memory = step_memory(task.loss_fn, tree, tx, batch, **options) or {}
     state, _ = step(state, batch)
     times = []

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jlora
 from jlora import data, models
-from jlora.tasks._options import Loaded, count_tokens
+from jlora.tasks._options import Loaded
 from jlora.tasks.chat import Chat, ChatSettings
 from jlora.tasks.classification import Classification, ClassificationSettings
 from jlora.tasks.data_to_text import DataToText, DataToTextSettings
@@ -25,12 +25,14 @@ class Task(Protocol):
     Attributes:
       train, valid: batches.
       loss_fn: the loss, as `jlora.train` takes it.
+      count: how many tokens a batch holds.
       remarks: what a user should know of the data.
     """
 
     train: data.Batches
     valid: data.Batches
     loss_fn: Callable[..., Any]
+    count: Callable[..., int]
     remarks: list[str]
 
     def answer(self, when: str, params: Tree, folder: RunFolder) -> Any:
@@ -54,13 +56,11 @@ class Kind(NamedTuple):
       summary: a line of help.
       settings: its settings, a dataclass of options.
       make: `(settings, loaded) -> Task`.
-      load: `settings -> Loaded`; None loads `settings.model`.
     """
 
     summary: str
     settings: type[Any]
     make: Callable[[Any, Loaded], Task]
-    load: Callable[[Any], Loaded] | None = None
 
 
 #: The tasks of `jlora train`, by the word that a settings file names.
@@ -122,7 +122,7 @@ def run(name: str, settings: Any) -> None:
 def started(name: str, settings: Any) -> tuple[Loaded, Tree, Any]:
     """Return a kind's model, the tree with adapters, and the task."""
     kind = KINDS[name]
-    loaded = kind.load(settings) if kind.load else settings.load(settings.model)
+    loaded = settings.load(settings.model)
     tree = settings.adapt(loaded.params, settings.key)
     return loaded, tree, kind.make(settings, loaded)
 
@@ -131,9 +131,10 @@ def trained(
     settings: Any, task: Any, tree: Tree, folder: RunFolder
 ) -> tuple[Any, Fit, Any]:
     """Train; return the answers before, what training came to, the answers after."""
-    count = getattr(task, "count", count_tokens)
     before = task.answer("before", tree, folder)
-    fit = settings.fit(task.loss_fn, tree, task.train, folder, task.valid, count=count)
+    fit = settings.fit(
+        task.loss_fn, tree, task.train, folder, task.valid, count=task.count
+    )
     return before, fit, task.answer("after", fit.params, folder)
 
 

@@ -16,7 +16,13 @@ from jlora import data, metrics, train
 from jlora._errors import DataError
 from jlora.tasks._generation import Generator
 from jlora.tasks._losses import causal_loss
-from jlora.tasks._options import AdapterOptions, Loaded, TrainingOptions, refuse
+from jlora.tasks._options import (
+    AdapterOptions,
+    Loaded,
+    TrainingOptions,
+    count_tokens,
+    refuse,
+)
 from jlora.tasks._reports import closing_part, print_facts, training_part
 from jlora.train import option
 
@@ -209,6 +215,7 @@ class DataToText:
       meanings: the test's meanings.
       remarks: what a user should know of the text, cut texts say.
       loss_fn: the loss, as `jlora.train` takes it.
+      count: how many tokens a batch holds.
       say: a `Generator`.
     """
 
@@ -238,6 +245,7 @@ class DataToText:
         size = max(1, s.eval_batch_size // s.beams)
         self.prompts = data.Batches(prompts, data.shapes_for([prompts], 2), size, pad)
         self.loss_fn = causal_loss(loaded.model, s.label_smoothing)
+        self.count = count_tokens
         self.say = Generator(loaded.model, loaded.tokenizer, longest[1], {
             "num_beams": s.beams,
             "length_penalty": s.length_penalty,

@@ -12,6 +12,7 @@ import optax
 from jlora import data, train
 from jlora.tasks._generation import Generator
 from jlora.tasks._options import AdapterOptions, Loaded, TrainingOptions, refuse
+from jlora.tasks._reports import closing_part, print_facts
 from jlora.train import option
 
 Tree = Any
@@ -225,6 +226,41 @@ def score_rows(
     return [
         (name, shown(name, before[name]), shown(name, after[name])) for name in after
     ]
+
+
+def answers_part(
+    report: train.Report,
+    folder: train.RunFolder,
+    facts: Mapping[str, str],
+    scores: Sequence[Sequence[str]],
+    answers: Sequence[tuple[str, str, str, str]],
+    wanted: str,
+    use: str,
+    parameters: object,
+) -> None:
+    """Add answers and what every report ends with; write it, and print its gist.
+
+    Args:
+      report: to add to.
+      folder: of the run.
+      facts: lines on training.
+      scores: a table whose first row is its head.
+      answers: rows of prompt, wanted answer, and answers before and after.
+      wanted: what the wanted answers are called.
+      use: code that uses what was made.
+      parameters: a `jlora.Summary`.
+    """
+    report.section("Answers to held-out prompts")
+    report.table(("prompt", wanted, "before", "after"), answers)
+    report.section("Now use it").code(use, "python")
+    closing_part(report, folder, parameters)
+
+    print_facts(facts)
+    for asked, there, old, new in answers[:3]:
+        print(f"\n  prompt     {asked}\n  in data    {there}")
+        print(f"  before     {old}\n  after      {new}")
+    print(f"\n{train.table(scores)}")
+    print(f"\nNow use it:\n\n{use}\n\nThe report is {folder.report}.")
 
 
 def use_of(folder: Path, question: str, longest: int) -> str:

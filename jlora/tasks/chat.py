@@ -16,6 +16,7 @@ from jlora.tasks._chats import (
     ChatOptions,
     Measure,
     Prompts,
+    answers_part,
     padding_of,
     prepared,
     score_rows,
@@ -23,7 +24,7 @@ from jlora.tasks._chats import (
 )
 from jlora.tasks._losses import causal_loss
 from jlora.tasks._options import Loaded, count_tokens
-from jlora.tasks._reports import closing_part, print_facts, training_part
+from jlora.tasks._reports import training_part
 from jlora.train import option
 
 Tree = Any
@@ -141,15 +142,16 @@ class Chat:
         document = train.Report(title).section("Before and after").table(head, scores)
         document.text(FIGURES).items(self.remarks)
         training_part(document, folder, facts, title)
-        document.section("Answers to held-out prompts")
-        document.table(("prompt", "in the data", "before", "after"), chosen)
-        document.section("Now use it").code(use, "python")
-        closing_part(document, folder, parameters)
-
-        print_facts(facts)
-        show_samples(chosen[:3])
-        print(f"\n{train.table([head, *scores])}")
-        print(f"\nNow use it:\n\n{use}\n\nThe report is {folder.report}.")
+        answers_part(
+            document,
+            folder,
+            facts,
+            [head, *scores],
+            chosen,
+            "in the data",
+            use,
+            parameters,
+        )
 
 
 def prompts_of(
@@ -166,13 +168,6 @@ def prompts_of(
             prompts.append(talk.messages[:last])
             wanted.append(talk.messages[last].content)
     return Prompts(settings, loaded, prompts, wanted, measures)
-
-
-def show_samples(rows: list[tuple[str, str, str, str]]) -> None:
-    """Print prompts with their answers."""
-    for asked, wanted, old, new in rows:
-        print(f"\n  prompt     {asked}\n  in data    {wanted}")
-        print(f"  before     {old}\n  after      {new}")
 
 
 FIGURES = """\

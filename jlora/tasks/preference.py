@@ -23,6 +23,7 @@ from jlora.tasks._chats import (
     ChatOptions,
     Measure,
     Prompts,
+    answers_part,
     padding_of,
     prepared,
     score_rows,
@@ -30,8 +31,7 @@ from jlora.tasks._chats import (
 )
 from jlora.tasks._losses import Batch, Loss
 from jlora.tasks._options import Loaded, refuse
-from jlora.tasks._reports import closing_part, print_facts, training_part
-from jlora.tasks.chat import show_samples
+from jlora.tasks._reports import training_part
 from jlora.train import AnswerScores, option
 
 Tree = Any
@@ -294,15 +294,16 @@ class Preferences:
         rewards = folder.outputs / "rewards.png"
         plot_rewards(folder.metrics, rewards, title)
         document.text(f"![rewards]({rewards.relative_to(folder.path)})")
-        document.section("Answers to held-out prompts")
-        document.table(("prompt", "preferred in the data", "before", "after"), chosen)
-        document.section("Now use it").code(use, "python")
-        closing_part(document, folder, parameters)
-
-        print_facts(facts)
-        show_samples(chosen[:3])
-        print(f"\n{train.table([head, *scores])}")
-        print(f"\nNow use it:\n\n{use}\n\nThe report is {folder.report}.")
+        answers_part(
+            document,
+            folder,
+            facts,
+            [head, *scores],
+            chosen,
+            "preferred in the data",
+            use,
+            parameters,
+        )
 
 
 def count_pairs(batch: Batch) -> int:

@@ -31,17 +31,27 @@ class MetricsLog:
 
     def rows(self, event: str | None = None) -> list[Row]:
         """Return the events of a kind, or all; a line that was cut off is left out."""
+        rows, _ = self.rows_since(0)
+        return [row for row in rows if event is None or row["event"] == event]
+
+    def rows_since(self, place: int) -> tuple[list[Row], int]:
+        """Return what was logged after a place in the file, and the place to go on at.
+
+        Args:
+          place: 0, or what an earlier call returned.
+        """
         if not self.file.exists():
-            return []
+            return [], place
+        with self.file.open("rb") as file:
+            file.seek(place)
+            text = file.read()
         rows = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
+        for line in text.decode("utf-8").splitlines():
             try:
-                row = json.loads(line)
+                rows.append(json.loads(line))
             except ValueError:  # the process was killed while it wrote
                 continue
-            if event is None or row["event"] == event:
-                rows.append(row)
-        return rows
+        return rows, place + len(text)
 
     def cut(self, step: int) -> None:
         """Drop what was logged after that step, since it will be run again."""

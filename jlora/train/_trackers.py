@@ -26,7 +26,7 @@ class Tracker(Callback):
 
     def __init__(self, run: RunFolder, every: int = 10) -> None:
         self.run, self.every = run, every
-        self.sent = 0
+        self.sent = 0  # a place in the log
 
     def open(self, loop: Loop) -> None:
         """Begin, at `loop.position`."""
@@ -43,7 +43,7 @@ class Tracker(Callback):
     def on_start(self, loop: Loop) -> None:
         """Begin; what an earlier process logged is there already."""
         self.open(loop)
-        self.sent = len(self.run.metrics.rows()) if loop.position else 0
+        self.sent = self.run.metrics.rows_since(0)[1] if loop.position else 0
 
     def on_interval(self, loop: Loop) -> None:
         """Send what was logged since."""
@@ -55,15 +55,14 @@ class Tracker(Callback):
         self.close()
 
     def _send(self) -> None:
-        rows = self.run.metrics.rows()
-        for row in rows[self.sent :]:
+        rows, self.sent = self.run.metrics.rows_since(self.sent)
+        for row in rows:
             values = {
                 f"{row['event']}/{name}": float(value)
                 for name, value in row.items()
                 if name not in ("event", "step") and _is_number(value)
             }
             self.send(values, int(row.get("step", 0)))
-        self.sent = len(rows)
 
 
 def _is_number(value: Any) -> bool:

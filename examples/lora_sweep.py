@@ -44,11 +44,11 @@ from jlora.train import option
 ASSETS = Path(__file__).parent / "assets"
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(train.RunSettings):
     """What was asked for; the defaults stand in brackets."""
 
+    # fmt: off
     ranks: list[int] = option([1, 4, 16], "r (1 4 16)", least=1, group="grid")
     batch_sizes: list[int] = option([8, 64, 128], "pairs a step (8 64 128)", least=1)
     alphas: list[float] | None = option(None, "the scale is alpha/r (2r)", above=0)

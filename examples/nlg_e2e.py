@@ -58,11 +58,11 @@ PUBLISHED = {  # table 3 of the paper
 }  # fmt: skip
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(tasks.DataToTextSettings):
     """Those of any data to text; without a model, the embedded one and its corpus."""
 
+    # fmt: off
     recipe: str | None = option(
         None, "a published setting", choices=tuple(RECIPES), group="example")
     before: bool = option(False, "let the base answer, too", extends=True)

@@ -77,11 +77,11 @@ ROBERTA_BASE = {
 }
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(tasks.AdapterOptions, tasks.TrainingOptions):
     """What was asked for; the defaults stand in brackets."""
 
+    # fmt: off
     model: str | None = option(
         None, "folder or hub name of a BERT or RoBERTa (embedded tiny BERT)",
         path=True, group="model and data", metavar="DIR|NAME")

@@ -16,11 +16,11 @@ from jlora._options import UsageError, option
 Arrays = dict[str, np.ndarray]
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How tokens are chosen; what is not given is the model's own setting."""
 
+    # fmt: off
     max_new_tokens: int | None = option(
         None, "the longest answer (the model's, or 64)", least=1, group="generation")
     min_new_tokens: int | None = option(None, "the shortest answer", least=0)

@@ -25,11 +25,11 @@ SAMPLES = 6  # of answers in the report
 ASKED = 32  # prompts that are answered
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatOptions(AdapterOptions, TrainingOptions):
     """Which model talks, about what."""
 
+    # fmt: off
     lr: float | None = option(None, "peak rate (2e-4)", above=0)
     batch_size: int = option(16, "examples a step (16)", least=1, group="training")
     model: str | None = option(

@@ -42,11 +42,11 @@ METRICS: Mapping[str, Callable[..., float]] = {
 OF_NUMBERS = ("pearson", "spearman")
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationSettings(AdapterOptions, TrainingOptions):
     """What was asked for; the defaults stand in brackets."""
 
+    # fmt: off
     model: str | None = option(
         None, "folder or hub name of a BERT or RoBERTa", path=True,
         group="model and data", metavar="DIR|NAME")

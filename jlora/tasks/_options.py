@@ -35,11 +35,11 @@ def refuse(faults: Mapping[str, Any]) -> None:
             raise OptionError(f"{said}.\nSee --help.")
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterOptions(train.RunSettings):
     """Which adapters a run puts on its model, or that it trains every weight."""
 
+    # fmt: off
     rank: int | None = option(None, "r (8)", least=1, group="adapter")
     alpha: float | None = option(None, "the scale is alpha/r (2r)", above=0)
     targets: list[str] | None = option(
@@ -111,11 +111,11 @@ class AdapterOptions(train.RunSettings):
         )
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(train.RunSettings):
     """How a run trains: batches, steps, the optimiser, precision, validation."""
 
+    # fmt: off
     batch_size: int = option(32, "examples a step (32)", least=1, group="training")
     accumulate: int = option(1, "parts a batch is cut into (1)", least=1)
     epochs: float | None = option(
@@ -187,7 +187,10 @@ class TrainingOptions(train.RunSettings):
         if self.warmup_ratio is not None:
             warmup = round(self.warmup_ratio * steps)
         rate = train.warmup_schedule(
-            peak, steps, warmup=warmup, decay=self.schedule  # type: ignore[arg-type]
+            peak,
+            steps,
+            warmup=warmup,
+            decay=self.schedule,  # type: ignore[arg-type]
         )
         tx = optax.adamw(rate, weight_decay=self.weight_decay)
         if self.lr_ratio != 1:

@@ -31,11 +31,11 @@ Tree = Any
 Talks = list[data.Conversation]
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatSettings(ChatOptions):
     """What was asked for; the defaults stand in brackets."""
 
+    # fmt: off
     answers: str = option(
         "all", "which of the assistant's messages are learned (all)",
         choices=("all", "last"))

@@ -31,11 +31,11 @@ Tree = Any
 SAMPLES = 3  # good texts in the report, and as many bad ones
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataToTextSettings(AdapterOptions, TrainingOptions):
     """What was asked for; the defaults stand in brackets."""
 
+    # fmt: off
     model: str | None = option(
         None, "folder or hub name of a GPT-2", path=True, group="model and data",
         metavar="DIR|NAME")
@@ -227,9 +227,7 @@ class DataToText:
         columns = {}
         for name in ("train", "valid"):
             pairs = [(m.prompt, text) for m in splits[name] for text in m.references]
-            columns[name], said = say_columns(
-                loaded.tokenizer, pairs, config, longest
-            )
+            columns[name], said = say_columns(loaded.tokenizer, pairs, config, longest)
             self.remarks += [f"{name}, {line}" for line in said]
         shapes = data.shapes_for(list(columns.values()), s.buckets)
         pad = config.pad_token_id

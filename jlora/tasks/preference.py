@@ -38,11 +38,11 @@ Tree = Any
 SIDES = ("chosen", "rejected")
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceSettings(ChatOptions):
     """What was asked for; the defaults stand in brackets."""
 
+    # fmt: off
     lr: float | None = option(None, "peak rate (1e-5)", above=0)
     loss: str = option(
         "sigmoid", "DPO's, IPO's, or SLiC's hinge (sigmoid)",
@@ -93,9 +93,7 @@ def answer_scores(
         )
     )
     hidden, kernel = model.apply({"params": params}, ids, mask, method="features")
-    labels = jnp.pad(
-        labels[:, 1:], ((0, 0), (0, 1)), constant_values=data.IGNORED
-    )
+    labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=data.IGNORED)
     scores = jnp.sum(train.linear_log_probs(hidden, kernel, labels), axis=1)  # [2B]
     if mean:
         scores = scores / jnp.maximum(jnp.sum(labels >= 0, axis=1), 1)

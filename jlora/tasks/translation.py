@@ -33,11 +33,11 @@ Said = dict[str, list[str]]  # what a model makes of each test
 SAMPLES = 3  # good translations in the report, and as many bad ones
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TranslationSettings(AdapterOptions, TrainingOptions):
     """What was asked for; the defaults stand in brackets."""
 
+    # fmt: off
     model: str | None = option(
         None, "folder or hub name of a T5", path=True, group="model and data",
         metavar="DIR|NAME")

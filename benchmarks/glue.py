@@ -16,12 +16,11 @@ import itertools
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from benchmarks.initialise import _device, _versions
-from benchmarks.race import Row, Rows
+from benchmarks.race import Row, Rows, curve
 
 FULL, HEAD, PEFT = "full fine-tuning", "head alone", "PEFT"
 CONTENDERS = ("jlora", PEFT, FULL, HEAD)
@@ -107,6 +106,7 @@ def _jlora(
 
     import jlora
     from jlora import checkpoint, train
+    from jlora.train._report import size_of
 
     if name == HEAD:
         tree = jlora.lorafy(loaded.params, 1, [], train=["classifier"])
@@ -120,10 +120,10 @@ def _jlora(
         state, metrics = step(state, batch)
         return float(metrics["loss"])
 
-    row = _curve(one, batches)
+    row = curve(one, batches)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_adapter(f"{folder}/adapter", state.params)
-        size = _size(pathlib.Path(folder))
+        size = size_of(pathlib.Path(folder))
     row |= {"trainable": jlora.summary(tree).trainable, "mbytes": size / 1e6}
     about = {"versions": _versions(), "device": _device(jax)}
     return row, lambda test: examples.logits(state.params, examples.tests[test]), about
@@ -139,6 +139,7 @@ def _peft(
 
     import jlora.peft
     from jlora import models
+    from jlora.train._report import size_of
 
     with tempfile.TemporaryDirectory() as folder:
         tree = settings.adapt(loaded.params, settings.key)
@@ -152,7 +153,7 @@ def _peft(
         net = peft.PeftModel.from_pretrained(
             base, f"{folder}/adapter", is_trainable=True
         ).eval()  # without dropout, as ours
-        size = _size(pathlib.Path(folder) / "adapter")
+        size = size_of(pathlib.Path(folder) / "adapter")
     trained = [p for p in net.parameters() if p.requires_grad]
     tx = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     is_number, done = not settings.class_names, 0
@@ -183,24 +184,8 @@ def _peft(
             found = examples.tests[test].collect(lambda x: logits_of(x).numpy())
         return np.stack(found)
 
-    row = _curve(one, batches)
+    row = curve(one, batches)
     row |= {"trainable": sum(p.numel() for p in trained), "mbytes": size / 1e6}
     libraries = ("torch", "transformers", "peft")
     versions = {n: importlib.metadata.version(n) for n in libraries}
     return row, logits, {"versions": versions, "device": "cpu"}
-
-
-def _size(folder: pathlib.Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def _curve(one: Callable[[Any], float], batches: Any) -> Row:
-    """Train on the batches; what a step takes, and the loss at the end."""
-    losses, times = [], []
-    for batch in batches:
-        begun = time.perf_counter()
-        losses.append(one(batch))
-        times.append((time.perf_counter() - begun) * 1e3)
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {"median_ms": statistics.median(times), "loss": sum(tail) / len(tail),
-            "losses": losses}  # fmt: skip

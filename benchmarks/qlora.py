@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.initialise import _device, _schedule, _versions, text
-from benchmarks.race import Row, Rows
+from benchmarks.race import Rows, curve
 
 PEFT = "PEFT + bitsandbytes nf4"
 FORMS: dict[str, Any] = {
@@ -95,7 +94,7 @@ def _jlora(
         state, metrics = step(state, batch)
         return float(metrics["loss"])
 
-    row = _curve(one, batches)
+    row = curve(one, batches)
     measure = jax.jit(jlora.lora(loss))
     after = [float(measure(state.params, batch)) for batch in held_out]
     base = sum(x.nbytes for x in jax.tree.leaves(jlora.split(tree)[1]))
@@ -155,7 +154,7 @@ def _peft(
         done += 1
         return value.item()
 
-    row = _curve(one, batches)
+    row = curve(one, batches)
     with torch.no_grad():
         after = [loss(batch).item() for batch in held_out]
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
@@ -163,18 +162,4 @@ def _peft(
     mib = sum(held.values()) / 2**20
     return row | {"base_mib": mib, "held_out": sum(after) / len(after)}, {
         "versions": versions, "device": "cpu"
-    }  # fmt: skip
-
-
-def _curve(one: Callable[[Any], float], batches: list[Any]) -> Row:
-    """The losses of all steps, and what a step takes."""
-    losses, times = [], []
-    for batch in batches:
-        begun = time.perf_counter()
-        losses.append(one(batch))
-        times.append((time.perf_counter() - begun) * 1e3)
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {
-        "median_ms": sorted(times)[len(times) // 2], "first_loss": losses[0],
-        "loss": sum(tail) / len(tail), "losses": losses,
     }  # fmt: skip

@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import worker
@@ -224,3 +225,17 @@ def _answer(process: Any, log: Any, line: str) -> str:
     log.seek(0)
     words = log.read().strip().splitlines() or ["it said nothing"]
     raise WorkerError(f"the worker ended with status {status}: {words[-1]}")
+
+
+def curve(one: Callable[[Any], float], batches: Iterable[Any]) -> Row:
+    """The losses of training on some batches, and what a step takes."""
+    losses, times = [], []
+    for batch in batches:
+        begun = time.perf_counter()
+        losses.append(one(batch))
+        times.append((time.perf_counter() - begun) * 1e3)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return {
+        "median_ms": statistics.median(times), "first_loss": losses[0],
+        "loss": sum(tail) / len(tail), "losses": losses,
+    }  # fmt: skip

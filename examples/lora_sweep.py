@@ -153,7 +153,7 @@ class Group:
             )  # fmt: skip
         except train.Interrupted as said:
             where = f"{said}".partition(".")[0]
-            raise train.Interrupted(
+            raise said.saying(
                 f"{where}, batches of {self.size}. To continue:\n  "
                 f"{folder.resume_command}"
             ) from None

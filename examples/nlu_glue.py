@@ -179,9 +179,9 @@ def solve(s: Settings, name: str, top: train.RunFolder, encoder: Any) -> Solved:
         before = task.answer("before", tree, folder)
         try:
             fit = own.fit(task.loss_fn, tree, task.train, folder, task.valid)
-        except train.Interrupted:
+        except train.Interrupted as stop:
             again = f"{name} was stopped, and saved. To continue:\n  "
-            raise train.Interrupted(again + top.resume_command) from None
+            raise stop.saying(again + top.resume_command) from None
         after = task.answer("after", fit.params, folder)
         facts = {
             **tasks.facts_of(own, summary, fit),

@@ -68,6 +68,7 @@ SLOW = {
     "test_example_rank_and_rate.py": ("",),
     "test_example_sweep.py": ("",),
     "test_example_translate.py": ("test_a_dataset", "test_another_language"),
+    "test_survive.py": ("test_a_run_that_is_killed",),
     "test_tasks.py": ("test_methods_see", "test_a_whole_task"),
     "test_variant_table.py": ("test_the_page_is",),
 }  # fmt: skip

@@ -680,9 +680,18 @@ def test_an_unfinished_step_is_no_checkpoint_and_a_damaged_one_is_named(tmp_path
         file.write_bytes(file.read_bytes()[:10])
     with jc.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1, 2]
-        message = refused("cannot be read", checkpoints.restore, state)
+        message = refused("cannot be read", checkpoints.restore, state, step=2)
         assert "Other steps here: [1]" in message
         same(checkpoints.restore(state, step=1)[0], at_step(state, 1))
+        lost = (
+            r"(?s)/2' cannot be read.*state of step 1 is restored instead; 1 step has"
+        )
+        with pytest.warns(jlora.JloraWarning, match=lost):
+            same(checkpoints.restore(state)[0], at_step(state, 1))
+        checkpoints.save(at_step(state, 2))  # in the place of the damaged one
+        assert checkpoints.steps() == [1, 2]
+        same(checkpoints.restore(state)[0], at_step(state, 2))
+    assert (tmp_path / "2.damaged").is_dir()
 
 
 def test_the_base_is_read_once_a_run(tmp_path, monkeypatch):

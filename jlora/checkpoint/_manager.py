@@ -1,22 +1,34 @@
-"""A folder of training states, of which the last and the best are kept."""
+"""A folder of training states, of which the last and the best are kept.
+
+    path/STEP           a state, as `save_state` writes it; it appears by one renaming
+    path/STEP.damaged   one that could not be read, until the next such one
+
+Orbax's manager writes them, in a thread of its own where that is asked for, and deletes
+those that are not to be kept once the new one is in place.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp  # `_storage` says what to install
 
-from jlora._errors import CheckpointError
+from jlora._errors import CheckpointError, JloraWarning
 from jlora._files import PathLike
 from jlora._processes import agree, on_first
 from jlora.checkpoint import _storage
 from jlora.checkpoint._entries import Check
+from jlora.checkpoint._failures import brief, clear, failure, quiet
 from jlora.checkpoint._fingerprint import Fingerprint, fingerprint
 from jlora.checkpoint._states import restore_state, state_content
 
@@ -44,6 +56,9 @@ class Checkpoints:
       include_base: as in `save_state`.
       overwrite: let the first state that is saved replace what is in the folder, if
         that is of another run or further on.
+      background: let `save` return as soon as the values are copied, and write while
+        training goes on. What goes wrong then is raised by the next `save`, `check`,
+        `wait` or `close`.
     """
 
     def __init__(
@@ -56,14 +71,19 @@ class Checkpoints:
         best_mode: Literal["min", "max"] = "min",
         include_base: bool = False,
         overwrite: bool = False,
+        background: bool = False,
     ) -> None:
         _check_policy(keep_last, keep_best, best_mode)
         self._place = _storage.local_path(directory)
         self._best = best_metric if keep_best else None
         self._worst = math.inf if best_mode == "min" else -math.inf
+        self._background = background
         self._options = self._manager_options(keep_last, keep_best, best_mode)
         self._with_base = include_base
         self._overwrite = overwrite
+        self._saving: int | None = None  # the step that is being written
+        self._quiet = contextlib.ExitStack()  # until it is
+        self._damaged: list[int] = []  # steps that were passed over
         self._base: tuple[list[Any], Fingerprint] | None = None
         on_first(f"opening {str(self._place)!r}", self._prepare)
         self._manager = self._open()
@@ -83,7 +103,7 @@ class Checkpoints:
             preservation_policy=managers.AnyPreservationPolicy(policies),
             best_fn=self._rank if keep_best else None,
             best_mode=mode,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=self._background,
             cleanup_tmp_directories=True,
         )
 
@@ -97,13 +117,18 @@ class Checkpoints:
         Raises:
           CheckpointError: it cannot be made.
         """
+        if (self._place / "config").is_dir():
+            raise CheckpointError(
+                f"{str(self._place)!r} is one checkpoint and no folder of them.\nRead "
+                "it with restore_state, and pass another folder here."
+            )
         try:
             self._recover()
             self._place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"the folder {str(self._place)!r} cannot be made: "
-                f"{_storage.brief(error)}.\nPass another one."
+                f"{brief(error)}.\nPass another one."
             ) from error
 
     def _recover(self) -> None:
@@ -119,14 +144,16 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """The last of them."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
         """The best of them, by `best_metric`; None without `keep_best`."""
+        self.wait()
         return self._manager.best_step() if self._best else None
 
     def save(
@@ -138,7 +165,8 @@ class Checkpoints:
     ) -> None:
         """Save a state under its step, then delete those not to be kept.
 
-        Saving again what is there already does nothing.
+        Saving again what is there already does nothing. One that is still being
+        written is waited for first.
 
         Args:
           state: the state.
@@ -147,8 +175,10 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the folder holds another run or a later step, the metric is
-            missing, or the checkpoint cannot be written.
+            missing, or the checkpoint (of those in the background, the one before)
+            cannot be written.
         """
+        self.wait()
         arrays, config = state_content(
             state, data_position, self._with_base, self._fingerprint(state)
         )
@@ -159,21 +189,23 @@ class Checkpoints:
         known = on_first(what, lambda: self._is_there(step, config))
         if known:
             return
+        if self._damaged:
+            self._move(what, self._set_aside)
+            self._damaged = []
         replaces = on_first(what, lambda: self._replaces(step, config))
         if replaces:
             self._move(what, self._put_aside)
-        args = _storage.save_args("state", arrays, config)
+        args = _storage.save_args(
+            "state", _own(arrays) if self._background else arrays, config
+        )
         try:
             agree(what, self._failure(step, args, numbers))
-        except Exception as error:
-            if replaces:
-                self._move(what, self._put_back)
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"step {step} could not be saved in {str(self._place)!r}: "
-                f"{_storage.brief(error)}.\nEarlier checkpoints are as they were."
-            ) from error
+            self._saving = step
+            if replaces or not self._background:
+                self.wait()
+        except CheckpointError:
+            self._move(what, self._put_back if replaces else self._clear)
+            raise
         if replaces:
             previous = _storage.previous_of(self._place)
             on_first(what, lambda: shutil.rmtree(previous))
@@ -184,26 +216,114 @@ class Checkpoints:
     ) -> Exception | None:
         """Save a step by Orbax, and say what went wrong."""
         try:
+            self._quiet.enter_context(quiet())
             saved = self._manager.save(step, args=args, metrics=numbers, force=True)
         except Exception as error:
-            return error
+            self._quiet.close()
+            return self._unsaved(step, error)
         if saved:
             return None
         return CheckpointError(
             f"Orbax declined to save step {step} in {str(self._place)!r}."
         )
 
+    def _unsaved(self, step: int, error: Exception) -> CheckpointError:
+        said = CheckpointError(
+            f"step {step} could not be saved in {str(self._place)!r}: "
+            f"{brief(error)}.\nEarlier checkpoints are as they were. See to "
+            "space and permissions."
+        )
+        said.__cause__ = error
+        return said
+
+    # -- in the background -------------------------------------------------------------
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a state is being written."""
+        return self._saving is not None and self._manager.is_saving_in_progress()
+
+    def check(self) -> None:
+        """Raise what has gone wrong in the background; wait for nothing.
+
+        Of several processes none does: they have to hear of it together, at the next
+        `save` or `wait`.
+
+        Raises:
+          CheckpointError: a state could not be written.
+        """
+        under_way = self._saving is not None and self.is_saving
+        if self._saving is not None and not under_way and jax.process_count() == 1:
+            self.wait()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until the state that is being written is in place.
+
+        Args:
+          seconds: how long at most; None waits for as long as it takes.
+
+        Returns:
+          Whether it is in place.
+
+        Raises:
+          CheckpointError: it could not be written. Earlier ones are as they were.
+        """
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        while seconds is not None and self.is_saving:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        if self._saving is None:
+            return True
+        step, self._saving = self._saving, None
+        what = f"saving step {step} in {str(self._place)!r}"
+        with self._quiet:
+            error = failure(self._manager.wait_until_finished)
+            try:
+                agree(what, None if error is None else self._unsaved(step, error))
+            except CheckpointError:
+                self._move(what, self._clear)
+                raise
+        return True
+
+    def _clear(self) -> None:
+        clear(self._place, "*.orbax-checkpoint-tmp*")
+
+    # -- reading -----------------------------------------------------------------------
+
     def restore(
         self, state: TrainState, *, step: int | None = None, check: Check = "values"
     ) -> tuple[TrainState, dict[str, Any]]:
         """Restore the last state, or that of a step; see `restore_state`.
 
+        If the last state is damaged, the one before it is restored, with a warning that
+        says what is wrong with it and how many steps are lost. The next `save` puts it
+        aside, under the name `STEP.damaged`.
+
         Raises:
-          CheckpointError: there is none, or as `restore_state`. A damaged checkpoint
-            is not passed over in silence for an earlier one.
+          CheckpointError: there is none, all are damaged or the one that was asked for
+            is, or as `restore_state`.
         """
         steps = self.steps()
-        step = self.latest_step() if step is None else step
+        if step is not None or not steps:
+            return self._restore_step(step, steps, state, check)
+        faults: dict[int, str] = {}
+        for number in reversed(steps):
+            found, fault = self._try(number, state, check)
+            if found is not None:
+                self._damaged = list(faults)
+                self._warn(faults, number)
+                return found
+            faults[number] = fault
+        listed = "\n  ".join(faults.values())
+        raise CheckpointError(
+            f"no state in {str(self._place)!r} can be read.\n  {listed}\nStart the run "
+            "again."
+        )
+
+    def _restore_step(
+        self, step: int | None, steps: list[int], state: TrainState, check: Check
+    ) -> tuple[TrainState, dict[str, Any]]:
         if step not in steps:
             raise CheckpointError(
                 f"there is no checkpoint of step {step} in {str(self._place)!r}; there "
@@ -219,15 +339,53 @@ class Checkpoints:
                 f"{error}\nOther steps here: {others}; restore(state, step=...)."
             ) from error
 
+    def _try(self, step: int, state: TrainState, check: Check) -> tuple[Any, str]:
+        """A state; or None and how it is damaged, on whichever process."""
+        place, found, fault = self._place / str(step), None, None
+        error: Exception | None = None
+        try:
+            if not (place / "config").is_dir():
+                raise _storage.DamagedError(f"{str(place)!r} has no description.")
+            found = restore_state(place, state, check=check)
+        except _storage.DamagedError as raised:
+            fault = str(raised).splitlines()[0]
+        except CheckpointError as raised:
+            error = raised
+        told = agree(f"restoring step {step} of {str(self._place)!r}", error, fault)
+        faults = [x for x in told if x is not None]
+        return (None, faults[0]) if faults else (found, "")
+
+    def _warn(self, faults: Mapping[int, str], step: int) -> None:
+        if not faults:
+            return
+        said = "\n".join(faults.values())
+        lost = max(faults) - step
+        steps = "1 step has" if lost == 1 else f"{lost} steps have"
+        warnings.warn(
+            f"{said}\nThe state of step {step} is restored instead; {steps} to be made "
+            "again.",
+            JloraWarning,
+            stacklevel=4,
+        )
+
     def close(self) -> None:
-        """Finish; called by the `with` statement."""
-        self._manager.close()
+        """Wait for what is being written, and finish; called by the `with` statement.
+
+        Raises:
+          CheckpointError: a state could not be written in the background.
+        """
+        try:
+            self.wait()
+        finally:  # what went wrong is known by now; the manager says it once more
+            failure(self._manager.close)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
+
+    # -- what is there -----------------------------------------------------------------
 
     def _fingerprint(self, state: TrainState) -> Fingerprint:
         """The base's fingerprint, read once: the step hands on the same arrays."""
@@ -250,7 +408,7 @@ class Checkpoints:
         return None if metrics is None else dict(map(_number, metrics.items()))
 
     def _is_there(self, step: int, config: Mapping[str, Any]) -> bool:
-        if step not in self.steps():
+        if step not in self.steps() or step in self._damaged:
             return False
         there = _try_config(self._place / str(step))
         return there.get("run") == config["run"]
@@ -278,11 +436,20 @@ class Checkpoints:
 
     def _move(self, what: str, work: Callable[[], None]) -> None:
         """Move the folder by one process, while no manager looks at it."""
-        self._manager.close()
+        failure(self._manager.close)
         try:
             on_first(what, work)
+        except OSError as error:
+            raise CheckpointError(f"{what} failed: {brief(error)}.") from error
         finally:
             self._manager = self._open()
+
+    def _set_aside(self) -> None:
+        """Move damaged states out of the way of those that are made again."""
+        for old in self._place.glob("*.damaged"):
+            shutil.rmtree(old)
+        for step in self._damaged:
+            (self._place / str(step)).rename(self._place / f"{step}.damaged")
 
     def _put_aside(self) -> None:
         previous = _storage.previous_of(self._place)
@@ -319,6 +486,25 @@ def _number(metric: tuple[str, Any]) -> tuple[str, float]:
 
 def _is(x: Any, y: Any) -> bool:
     return x is y
+
+
+def _own(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Copies of arrays that the next step may reuse the memory of.
+
+    Orbax copies what lies on an accelerator before it returns; of what lies in the
+    host's memory it keeps a view.
+    """
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.Array) and _platform(x) == "cpu":
+            return jnp.copy(x)
+        return x
+
+    return {name: one(x) for name, x in arrays.items()}
+
+
+def _platform(x: jax.Array) -> str:
+    return str(x.devices().pop().platform)
 
 
 def _try_config(place: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from jlora._processes import agree, on_first
 from jlora.checkpoint._arrays import as_arrays, encoded, entries_of, named, refilled
 from jlora.checkpoint._arrays import wanted as wanted_arrays
 from jlora.checkpoint._digests import IN_BLOCKS, LeafPrint, leaf_kind, leaf_prints
+from jlora.checkpoint._failures import brief, failure, quiet
 
 try:
     import orbax.checkpoint as ocp
@@ -50,6 +51,10 @@ LOADERS = {
     "merged": "jlora.checkpoint.load_merged",
 }
 _PATIENCE = 30.0  # seconds until a shared file system shows what another process wrote
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that was cut off or changed since it was written."""
 
 
 # -- writing ---------------------------------------------------------------------------
@@ -101,9 +106,9 @@ def write(path: Path, kind: str, arrays: Tree, config: Config) -> None:
     error: Exception | None = None
     try:
         on_first(what, lambda: _make_room(path, new))
-        agree(what, _failure(lambda: _save(new, args)))
+        agree(what, failure(lambda: _save(new, args)))
         on_first(what, lambda: replace(path, new))
-        agree(what, _failure(lambda: _await(path)))
+        agree(what, failure(lambda: _await(path)))
     except Exception as raised:
         error = raised
     finally:
@@ -127,16 +132,8 @@ def _make_room(path: Path, new: Path) -> None:
 
 
 def _save(new: Path, args: Any) -> None:
-    with _checkpointer() as checkpointer:
+    with quiet(), _checkpointer() as checkpointer:
         checkpointer.save(new, args=args)
-
-
-def _failure(work: Any) -> Exception | None:
-    try:
-        work()
-    except Exception as error:
-        return error
-    return None
 
 
 def _await(path: Path) -> None:
@@ -228,10 +225,10 @@ def read_config(path: Path, kind: str | None) -> Config:
     try:
         config = read_json(found / "config" / "metadata")  # Orbax's name for it
     except CheckpointError as error:
-        raise CheckpointError(_damaged(path, str(error).splitlines()[0])) from error
+        raise DamagedError(_damaged(path, str(error).splitlines()[0])) from error
     stated = config.pop("checksum", None)
     if stated != _checksum(config):
-        raise CheckpointError(_damaged(path, "its description fails its checksum"))
+        raise DamagedError(_damaged(path, "its description fails its checksum"))
     if config["version"] > VERSION:
         raise CheckpointError(
             f"{str(path)!r} was written by jlora {config['jlora']}, in a newer format "
@@ -273,7 +270,7 @@ def read_arrays(path: Path, config: Config, template: Tree = None) -> Tree:
     )
     for name, x in zip(arrays, prints, strict=True):
         if name not in saved or x.digest != saved[name].digest:
-            raise CheckpointError(
+            raise DamagedError(
                 _damaged(path, f"the array {name!r} has other values than were saved")
             )
     return tree
@@ -281,10 +278,10 @@ def read_arrays(path: Path, config: Config, template: Tree = None) -> Tree:
 
 def _read(path: Path, **args: Any) -> Any:
     try:
-        with _checkpointer() as checkpointer:
+        with quiet(), _checkpointer() as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(**args))
     except Exception as error:
-        raise CheckpointError(_damaged(path, brief(error))) from error
+        raise DamagedError(_damaged(path, brief(error))) from error
 
 
 def _check_leaves(path: Path, saved: Mapping[str, LeafPrint], template: Tree) -> None:
@@ -340,9 +337,3 @@ def _neighbours(path: Path) -> str:
         return f" There is no folder {str(path.parent)!r} either."
     names = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
     return f" Beside it are: {', '.join(names[:8])}." if names else ""
-
-
-def brief(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(".: ")[:300]

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jlora._errors import CheckpointError
 
@@ -32,6 +32,15 @@ def progress(items: Iterable[T], total: int, unit: str, *, show: bool) -> Iterat
     from tqdm import tqdm
 
     yield from tqdm(items, total=total, unit=unit)
+
+
+def end_by(place: Any) -> NoReturn:
+    """End a command whose run was asked to stop, by `jlora.train.Interrupted`."""
+    from jlora.train._command import stopped
+
+    said = stopped(place)
+    print(f"jlora: {said[0].lower()}{said[1:]}", file=sys.stderr)
+    raise SystemExit(place.status)
 
 
 def check_target(target: Path, overwrite: bool, what: str) -> None:

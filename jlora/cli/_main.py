@@ -152,8 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `jlora`; None takes the process's.
 
     Returns:
-      The exit status: 0, 1 for what could not be done, 2 for a misused command line,
-      130 after an interruption. All but the first are explained on stderr.
+      The exit status: 0, also for a run that SIGTERM has stopped and that is saved; 1
+      for what could not be done, 2 for a misused command line, 130 after Ctrl-C. All
+      but the first are explained on stderr.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
@@ -222,10 +223,10 @@ def app(*, whole: bool = False) -> App:
 
 _EPILOGUE = """\
 exit status:
-  0    done
+  0    done, or stopped by SIGTERM with the run saved
   1    it could not be done; stderr says why
   2    the command line is wrong
-  130  interrupted
+  130  interrupted by Ctrl-C; 143 by SIGTERM, with nothing saved
 
 `jlora COMMAND --help` says what a command takes."""
 

@@ -87,9 +87,12 @@ class BankLoop:
             if stopped or (every and ticks % every == 0):
                 self._save()
             if stopped and any(self._slots):
+                saved = self._queue.folder is not None
                 raise Interrupted(
                     f"{len(self._running())} jobs were under way"
-                    + (". Pass resume=True to go on." if self._queue.folder else "")
+                    + (". Pass resume=True to go on." if saved else ""),
+                    stopped[0],
+                    saved=saved,
                 )
 
     # -- who is in which slot ----------------------------------------------------------

@@ -70,6 +70,7 @@ from jlora.train._step import make_train_step as make_train_step
 from jlora.train._trackers import TensorBoard as TensorBoard
 from jlora.train._trackers import Tracker as Tracker
 from jlora.train._trackers import WandB as WandB
+from jlora.train._watch import Watch as Watch
 
 __all__ = [name for name in dir() if not name.startswith("_")]
 

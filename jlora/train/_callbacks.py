@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jlora._errors import JloraWarning
+from jlora._errors import CheckpointError, JloraWarning, OptionError
 from jlora.train._evaluation import EvalStep, evaluate
 from jlora.train._loop import Callback, Loop, Numbers
 from jlora.train._metrics import MetricsLog
 from jlora.train._state import TrainState
+
+if TYPE_CHECKING:
+    from jlora.checkpoint import Checkpoints
 
 
 class Log(Callback):
@@ -37,7 +41,9 @@ class Log(Callback):
         self.since = loop.step_seconds
 
     def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
-        """Add a step to the mean."""
+        """Add a step to the mean; one that was skipped has no loss."""
+        if metrics["nonfinite"]:
+            return
         self.loss += metrics["loss"] * metrics["weight"]
         self.weight += metrics["weight"]
         self.counted += int(metrics["count"])
@@ -46,7 +52,9 @@ class Log(Callback):
     def on_interval(self, loop: Loop) -> None:
         """Write a line."""
         seconds = loop.step_seconds - self.since
-        values = {"loss": self.loss / self.weight if self.weight else math.nan}
+        values: dict[str, Any] = {
+            "loss": self.loss / self.weight if self.weight else None
+        }
         if "learning_rate" in self.last:
             values["learning_rate"] = self.last["learning_rate"]
         if self.counted and seconds > 0:
@@ -89,6 +97,7 @@ class Validate(Callback):
         self.step, self.batches, self.metrics = step, batches, metrics
         self.adapter, self.every, self.epoch = adapter, every, epoch
         self.first_loss = self.best_loss = math.inf
+        self.loss: float = math.nan  # the last that was measured
         self.best_step: int | None = None
         self.compared = False  # whether a loss after the first step was finite
 
@@ -99,10 +108,16 @@ class Validate(Callback):
             self.first_loss = self.best_loss
 
     def on_interval(self, loop: Loop) -> None:
-        """Measure; save the adapter if it is the best so far."""
+        """Measure; save the adapter if it is the best so far.
+
+        A signal to stop comes first: the run validates when it goes on.
+        """
+        self.loss = math.nan
         loop.announce("validating" if loop.position else "validating, compiling first")
-        values = evaluate(self.step, loop.state, self.batches)
-        loss, epoch = values["loss"], loop.position / self.epoch
+        batches = loop.until_stopped(self.batches)
+        values = evaluate(self.step, loop.state, batches)
+        self.loss = values["loss"]
+        loss, epoch = self.loss, loop.position / self.epoch
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.metrics.write("valid", step=loop.position, epoch=round(epoch, 3), **known)
         _say(f"step {loop.position} (epoch {epoch:.2f}): validation loss {loss:.4f}")
@@ -150,14 +165,67 @@ def save_best(path: Path, state: TrainState) -> None:
 class Save(Callback):
     """Saves what resuming needs, at intervals and when the run is asked to stop.
 
+    The state is written while training goes on. What goes wrong then is raised after
+    the next step, or at the end.
+
     Args:
-      path: the folder of the state.
+      path: the folder of the states, one folder a step inside it.
       every: steps between.
+      keep: how many of the last states to keep; more than one, since the last may be
+        damaged.
+      keep_best: how many of the best to keep besides, by the validation loss.
+      valid: measures that.
+      grace: after how many seconds of saving, when the run was asked to stop, to say
+        what is left of it if its time is up.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        *,
+        keep: int = 2,
+        keep_best: int = 0,
+        valid: Validate | None = None,
+        grace: float = 20.0,
+    ) -> None:
+        if keep_best and valid is None:
+            raise OptionError(
+                f"keep_best={keep_best} keeps states by their validation loss.\nPass "
+                "valid= too, or keep= alone."
+            )
+        self.path, self.every, self.grace = path, every, grace
+        self.keep, self.keep_best, self.valid = keep, keep_best, valid
         self.last: int | None = None  # the step that was saved
+        self._checkpoints: Checkpoints | None = None
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The folder, opened when it is first needed."""
+        from jlora import checkpoint
+
+        if self._checkpoints is None:
+            self._checkpoints = checkpoint.Checkpoints(
+                self.path,
+                keep_last=self.keep,
+                keep_best=self.keep_best,
+                overwrite=True,
+                background=True,
+            )
+        return self._checkpoints
+
+    def restore_into(self, loop: Loop) -> bool:
+        """Take the loop back to the last state; say whether there was one."""
+        self.last = None
+        if self.checkpoints.latest_step() is None:
+            return False
+        loop.restore(*self.checkpoints.restore(loop.state))
+        return True
+
+    def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
+        """Raise what went wrong with a state that is written in the background."""
+        if self._checkpoints is not None:
+            self._checkpoints.check()
 
     def on_interval(self, loop: Loop) -> None:
         """Save the state, with the place in the data and the callbacks' numbers."""
@@ -165,15 +233,35 @@ class Save(Callback):
             return
         self.last = loop.position
         loop.announce("saving")
-        from jlora import checkpoint
-
-        checkpoint.save_state(
-            self.path, loop.state, data_position=loop.saved(), overwrite=True
-        )
+        metrics = {"loss": self.valid.loss} if self.valid is not None else None
+        self.checkpoints.save(loop.state, data_position=loop.saved(), metrics=metrics)
 
     def on_stop(self, loop: Loop) -> None:
-        """Save before the end."""
+        """Save before the end, and say so if it takes long."""
         self.on_interval(loop)
+        if not self.checkpoints.wait(self.grace):
+            there = [p.name for p in self.path.glob("*") if p.name.isdigit()]
+            last = f"step {max(map(int, there))}" if there else "its beginning"
+            _say(
+                f"still saving step {loop.position} after {self.grace:.0f} s; if the "
+                f"process is ended before it is done, the run goes on from {last}"
+            )
+            self.checkpoints.wait()
+
+    def on_end(self, loop: Loop) -> None:
+        """Wait for what is being written, but where the process is to end at once."""
+        under_way = sys.exception()
+        if self._checkpoints is None or isinstance(under_way, KeyboardInterrupt):
+            return
+        try:
+            self._checkpoints.close()
+        except CheckpointError as error:
+            if under_way is None:
+                raise
+            if f"{error}" != f"{under_way}":
+                warnings.warn(f"{error}", JloraWarning, stacklevel=2)
+        finally:
+            self._checkpoints = None
 
 
 class ProgressBar(Callback):
@@ -204,9 +292,10 @@ class ProgressBar(Callback):
 
     def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
         """Move; the loss shown is a running mean."""
-        loss = metrics["loss"]
-        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-        text = f"loss {self.loss:.3f}"
+        if not metrics["nonfinite"]:
+            loss = metrics["loss"]
+            self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        text = "loss ?" if self.loss is None else f"loss {self.loss:.3f}"
         if math.isinf(self.since):  # this step was compiled
             self.counted, self.since = 0, loop.step_seconds
         self.counted += int(metrics["count"])

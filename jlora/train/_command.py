@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -147,8 +148,9 @@ def command_line(
       description: the head of the help.
 
     Returns:
-      The exit status: 0; 2 for an error, which stderr explains; 130 for a run that was
-      stopped, with the command that continues it.
+      The exit status: 0; 2 for an error, which stderr explains. For a run that was
+      stopped and saved it is 130 after Ctrl-C and 0 after SIGTERM, by which schedulers
+      take a machine back; stdout then has the command that continues it.
     """
     settings = None
     with warnings.catch_warnings():
@@ -163,12 +165,19 @@ def command_line(
             print(f"error: {error}", file=sys.stderr)
             return 2
         except Interrupted as place:
-            print(f"Stopped and saved after {place}")
-            return 130
+            print(stopped(place))
+            return place.status
         except KeyboardInterrupt:
             print("\nStopped outside of training.", file=sys.stderr)
             return 130
     return 0
+
+
+def stopped(place: Interrupted) -> str:
+    """Say what became of a run that was asked to stop."""
+    by = " by SIGTERM" if place.signal == signal.SIGTERM else ""
+    saved = " and saved" if place.saved else ""
+    return f"Stopped{by}{saved} after {place}"
 
 
 def _show_warning(message: Any, category: Any, *rest: Any, **more: Any) -> None:

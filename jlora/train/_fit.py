@@ -21,6 +21,7 @@ from jlora.train._run import RunFolder
 from jlora.train._state import TrainState
 from jlora.train._step import make_train_step
 from jlora.train._trackers import trackers_of
+from jlora.train._watch import Watch
 
 Tree = Any
 
@@ -50,6 +51,8 @@ class Fit:
       best_step: after which step that was.
       compilations: how many programs of the step were compiled in this process.
       epoch: steps an epoch.
+      skipped: how many steps were skipped, their loss or gradient not being finite.
+      spikes: how often the loss jumped, see `Watch`.
     """
 
     params: Tree
@@ -62,6 +65,8 @@ class Fit:
     best_step: int
     compilations: int
     epoch: int
+    skipped: int = 0
+    spikes: int = 0
 
     def facts(self) -> dict[str, str]:
         """Return what is to be said of the run, in lines for a report."""
@@ -72,6 +77,13 @@ class Fit:
             "compiled": f"the step, for {self.compilations} "
             f"shape{'' if self.compilations == 1 else 's'} of batches",
         }
+        if self.skipped:
+            said["skipped"] = (
+                f"{_times(self.skipped, 'step')} with a loss or gradient that is not "
+                "finite"
+            )
+        if self.spikes:
+            said["loss"] = f"jumped {_times(self.spikes, 'time')}, see metrics.jsonl"
         if self.best_step == 0:
             said["validation loss"] = (
                 f"never below the {self.first_loss:.4f} before training, so the "
@@ -102,12 +114,19 @@ def fit(
     count: Callable[[Batch], int] | None = None,
     unit: str = "tokens",
     callbacks: Sequence[Callback] = (),
+    keep: int = 2,
+    keep_best: int = 0,
+    patience: int | None = 5,
     **options: Any,
 ) -> Fit:
     """Train, validate, keep the best adapter, log, save; go on if `run` is resumed.
 
     Ctrl-C (or SIGTERM) finishes the step, saves and raises `Interrupted`; a run that is
-    resumed goes on bit for bit.
+    resumed goes on bit for bit. So does one that was killed, from the last state that
+    was saved; if that is damaged, from the one before, with a warning.
+
+    A step whose loss or gradient is not finite changes nothing, and is counted and
+    logged. So are losses that jump.
 
     Args:
       loss_fn: `(params, batch, key)` as `make_train_step` takes it; validation passes
@@ -126,17 +145,28 @@ def fit(
       count: how many tokens a batch holds, for the rate.
       unit: what `count` counts.
       callbacks: more of them.
+      keep: how many of the last states to keep.
+      keep_best: how many of the best to keep besides, by validation loss.
+      patience: after how many skipped steps in a row to stop: the parameters are as
+        they were before, so a run that has diverged does not find back by itself. None
+        never stops. With `skip_nonfinite=False` the first such step ends the run.
       **options: those of `make_train_step`.
 
     Raises:
       Interrupted: the run was asked to stop, and saved.
-      NonFiniteError: a training loss or gradient is not finite.
+      NonFiniteError: the loss or the gradient was not finite in `patience` steps.
+      CheckpointError: a state could not be saved, now or in the background; those
+        before are as they were. Or none can be read.
       OptionError: the run has made more steps than that already.
     """
     if learning_rate is not None:
         options.setdefault(
             "hooks", lambda info: {"learning_rate": learning_rate(info.step)}
         )
+    if not options.setdefault("skip_nonfinite", True):
+        patience = 1
+    if patience is not None and patience < 1:
+        raise OptionError(f"patience={patience}: expected at least 1, or None.")
     step = make_train_step(loss_fn, tx, **options)
     state = TrainState.create(params, tx, key)
     every = eval_every or max(1, min(len(train), math.ceil(steps / 10)))
@@ -149,22 +179,26 @@ def fit(
         )
         validate = Validate(measure, valid, run.metrics, run.adapter, every, len(train))
     often = log_every or min(10, max(1, steps // 20))
-    own = [ProgressBar(unit), Log(run.metrics, often, unit)]
+    watch = Watch(run.metrics)
+    save = Save(run.state, every, keep=keep, keep_best=keep_best, valid=validate)
+    own: list[Callback] = [ProgressBar(unit), watch, Log(run.metrics, often, unit)]
     own += [validate] if validate is not None else []
     loop = Loop(
         step,
         state,
         train.stream,
         steps=steps,
-        callbacks=[*own, *callbacks, *trackers_of(run, often), Save(run.state, every)],
+        callbacks=[*own, *callbacks, *trackers_of(run, often), save],
         count=count,
+        patience=patience,
     )
     if run.resumed:
-        _restore(loop, run)
+        _restore(loop, run, save)
     try:
         state = loop.run()
     except Interrupted as place:
-        raise Interrupted(f"{place}. To continue:\n  {run.resume_command}") from None
+        again = f"{place}. To continue:\n  {run.resume_command}"
+        raise place.saying(again) from None
     except NonFiniteError as error:
         kept = validate is not None and validate.best_step is not None
         where = f"\nThe best adapter so far is kept in {run.adapter}." if kept else ""
@@ -183,7 +217,13 @@ def fit(
         best_step=loop.position if best is None else best,
         compilations=step.cache_size(),
         epoch=len(train),
+        skipped=loop.skipped,
+        spikes=watch.spikes,
     )
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _named(out: Any) -> Mapping[str, Any]:
@@ -193,18 +233,16 @@ def _named(out: Any) -> Mapping[str, Any]:
     return {"loss": out}
 
 
-def _restore(loop: Loop, run: RunFolder) -> None:
-    from jlora import checkpoint
-
-    state, saved = checkpoint.restore_state(run.state, loop.state)
-    if int(state.step) > loop.steps:
+def _restore(loop: Loop, run: RunFolder, save: Save) -> None:
+    is_saved = save.restore_into(loop)
+    if loop.position > loop.steps:
         raise OptionError(
-            f"the run in {run.path} has made {int(state.step)} steps already, more "
+            f"the run in {run.path} has made {loop.position} steps already, more "
             f"than {loop.steps}.\nAsk for more steps, or start a new run."
         )
     run.save_settings()
-    loop.restore(state, saved)
-    run.metrics.cut(loop.position)
+    # What was killed while it saved for the first time begins again.
+    run.metrics.cut(loop.position if is_saved else -1)
 
 
 def _with_adapter(run: RunFolder, params: Tree) -> Tree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,7 +20,39 @@ Numbers = dict[str, float]
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """A run was asked to stop, and did; the message says where."""
+    """A run was asked to stop, and did; the message says where.
+
+    Attributes:
+      signal: what asked for it, `signal.SIGINT` or `signal.SIGTERM`.
+      saved: whether the run can be gone on with.
+    """
+
+    def __init__(
+        self, message: str, signal: int = signal.SIGINT, *, saved: bool = True
+    ) -> None:
+        super().__init__(message)
+        self.signal, self.saved = signal, saved
+
+    @property
+    def status(self) -> int:
+        """The exit status of a script: 0 if a preempted run was saved, else 128 + n.
+
+        >>> Interrupted("step 3 of 9").status
+        130
+        """
+        is_done = self.saved and self.signal == signal.SIGTERM
+        return 0 if is_done else 128 + self.signal
+
+    def saying(self, message: str) -> Interrupted:
+        """Return the same with another message."""
+        return Interrupted(message, self.signal, saved=self.saved)
+
+
+class Unfinished(Exception):  # noqa: N818 - not an error
+    """What a callback raises that gives way to a signal to stop.
+
+    The loop calls its `on_interval` again when the run goes on.
+    """
 
 
 class Callback:
@@ -71,6 +103,8 @@ class Loop:
       steps: how many updates the run makes.
       seconds: time since the loop began, in this process and those before.
       step_seconds: the part of it that steps took, without validation and saving.
+      skipped: steps whose loss or gradient was not finite.
+      stopped: signals to stop that have come.
     """
 
     def __init__(
@@ -82,6 +116,7 @@ class Loop:
         steps: int,
         callbacks: Sequence[Callback] = (),
         count: Callable[[Batch], int] | None = None,
+        patience: int | None = 1,
     ) -> None:
         """Prepare a loop.
 
@@ -94,11 +129,17 @@ class Loop:
           callbacks: called in this order.
           count: how many tokens, or what else is to be counted, a batch holds; its
             metrics have it as `count`.
+          patience: at how many steps in a row whose loss or gradient is not finite to
+            stop; None never does. More than 1 is for steps that skip such an update.
         """
         self.step, self.state, self.batches = step, state, batches
         self.steps, self.callbacks, self.count = steps, callbacks, count
+        self.patience = patience
         self.position = int(state.step)
         self.seconds = self.step_seconds = 0.0
+        self.skipped, self._in_a_row = 0, 0
+        self.stopped: list[int] = []
+        self._unfinished: list[Callback] = []
         self._waiting: list[tuple[int, int, Any]] = []
         self._shapes: set[Any] = set()
 
@@ -109,6 +150,8 @@ class Loop:
         return {
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,
+            "skipped": [self.skipped, self._in_a_row],
+            "unfinished": [type(callback).__name__ for callback in self._unfinished],
             "callbacks": {name: values for name, values in kept.items() if values},
         }
 
@@ -117,8 +160,11 @@ class Loop:
         self.state, self.position = state, int(state.step)
         self.seconds = saved["seconds"]
         self.step_seconds = saved["step_seconds"]
+        self.skipped, self._in_a_row = saved["skipped"]
         for callback in self.callbacks:
             callback.restore(saved["callbacks"].get(type(callback).__name__, {}))
+        names = saved["unfinished"]
+        self._unfinished = [c for c in self.callbacks if type(c).__name__ in names]
 
     def run(self) -> TrainState:
         """Make the steps that are left.
@@ -130,28 +176,56 @@ class Loop:
           Interrupted: SIGINT or SIGTERM came; the callbacks have saved.
           NonFiniteError: the loss or the gradient is not finite.
         """
-        with stop_signals() as stopped, self._ended():
+        with stop_signals() as self.stopped, self._ended():
             self._clock = time.perf_counter()
-            for callback in self.callbacks:
-                callback.on_start(self)
-            self._tick()
+            self._start()
             left = max(0, self.steps - self.position)
             for batch in islice(self.batches(self.position), left):
                 self._dispatch(batch)
-                last = self.position == self.steps
                 due = [c for c in self.callbacks if c.every and self._is_due(c.every)]
-                self._read(0 if due or last else 1)
-                if stopped:
+                self._read(0 if due or self.position == self.steps else 1)
+                if self.stopped:
                     self._read(0)
                 self._tick(steps=True)
-                for callback in due:
-                    callback.on_interval(self)
-                    self._tick()
-                if stopped and not last:
-                    for callback in self.callbacks:
-                        callback.on_stop(self)
-                    raise Interrupted(f"step {self.position} of {self.steps}")
+                self._on_interval(due)
+                self._stop_if_asked()
         return self.state
+
+    def _start(self) -> None:
+        """Call what begins, and what a stop has left undone."""
+        for callback in self.callbacks:
+            with contextlib.suppress(Unfinished):  # it begins again with the run
+                callback.on_start(self)
+        self._tick()
+        due, self._unfinished = self._unfinished, []
+        self._on_interval(due)
+        self._stop_if_asked()
+
+    def _on_interval(self, due: Sequence[Callback]) -> None:
+        for callback in due:
+            try:
+                callback.on_interval(self)
+            except Unfinished:
+                self._unfinished.append(callback)
+            self._tick()
+
+    def _stop_if_asked(self) -> None:
+        if not self.stopped:
+            return
+        for callback in self.callbacks:
+            callback.on_stop(self)
+        raise Interrupted(f"step {self.position} of {self.steps}", self.stopped[0])
+
+    def until_stopped(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield items, of something that takes long, while nothing asks to stop.
+
+        Raises:
+          Unfinished: something does; a callback lets it pass.
+        """
+        for item in items:
+            if self.stopped:
+                raise Unfinished
+            yield item
 
     def announce(self, what: str) -> None:
         """Tell the callbacks what is to be waited for."""
@@ -166,8 +240,9 @@ class Loop:
         try:
             yield
         finally:
-            for callback in self.callbacks:
-                callback.on_end(self)
+            with contextlib.ExitStack() as ends:  # one may fail; all are called
+                for callback in reversed(self.callbacks):
+                    ends.callback(callback.on_end, self)
 
     def _tick(self, steps: bool = False) -> None:
         now = time.perf_counter()
@@ -192,24 +267,38 @@ class Loop:
             numbers = {
                 k: float(v) for k, v in metrics.items() if jax.numpy.ndim(v) == 0
             }
-            if numbers["nonfinite"]:
-                raise NonFiniteError(
-                    f"step {step}: the loss is {numbers['loss']}, the gradient's norm "
-                    f"{numbers['grad_norm']}.\nTry a lower learning rate, or float32. "
-                    "In the first steps, look at the data too: NaN in it, or ids that "
-                    "the loss computes and that are beyond the model's tables."
-                )
+            self._count_skipped(step, numbers)
             for callback in self.callbacks:
                 callback.on_step(self, step, {**numbers, "count": count})
+
+    def _count_skipped(self, step: int, numbers: Numbers) -> None:
+        if not numbers["nonfinite"]:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        if self.patience is None or self._in_a_row < self.patience:
+            return
+        many = self.patience > 1
+        again = f", after {self.patience} such steps in a row" if many else ""
+        raise NonFiniteError(
+            f"step {step}: the loss is {numbers['loss']}, the gradient's norm "
+            f"{numbers['grad_norm']}{again}.\nTry a lower learning rate, or float32. "
+            "In the first steps, look at the data too: NaN in it, or ids that "
+            "the loss computes and that are beyond the model's tables."
+        )
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM; a second one interrupts at once."""
+    """Collect SIGINT and SIGTERM; a second SIGINT interrupts at once.
+
+    A second SIGTERM does not: schedulers repeat theirs, and the run is saving.
+    """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

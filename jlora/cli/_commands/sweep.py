@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora._options import UsageError, option, parse, read_file, read_toml
+from jlora.cli._common import end_by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ def run(options: Options) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # what runs say is no data
             rows = _sweeping.run(task, settings, swept)
     except Interrupted as place:
-        raise KeyboardInterrupt(f"stopped after {place}") from None
+        # Its command cannot be gone on with, whatever the runs have saved.
+        end_by(Interrupted(f"{place}", place.signal, saved=False))
     if options.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         return

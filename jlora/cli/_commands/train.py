@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora._options import UsageError, option, parse, read_toml, template
+from jlora.cli._common import end_by
 
 _OWN = frozenset({"resume", "overwrite"})  # options that are no settings
 
@@ -60,7 +61,7 @@ def run(options: Options) -> None:
     try:
         tasks.run(name, settings)
     except Interrupted as place:
-        raise KeyboardInterrupt(f"stopped and saved after {place}") from None
+        end_by(place)
 
 
 def read_task(options: Options) -> tuple[str, Any]:

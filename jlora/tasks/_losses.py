@@ -23,16 +23,20 @@ def seq2seq_loss(model: Any, label_smoothing: float = 0.0) -> Loss:
 
     Returns:
       `loss_fn(params, batch, key)` of batches with `input_ids` and `attention_mask`,
-      `[B, S]`, and `labels`, `[B, T]`, in which numbers below 0 do not count.
+      `[B, S]`, and `labels`, `[B, T]`, in which numbers below 0 do not count; and of
+      packed ones `segment_ids`, `[B, S]`, and `decoder_segment_ids`, `[B, T]`.
     """
 
     def loss_fn(params: Tree, batch: Batch, key: Any) -> Any:
+        own = batch.get("decoder_segment_ids")
         # The logits are never made as a whole: they are the largest array of the step.
         hidden, kernel = model.apply(
             {"params": params},
             batch["input_ids"],
             batch["attention_mask"],
-            models.shift_right(batch["labels"], model.config),
+            models.shift_right(batch["labels"], model.config, own),
+            segment_ids=batch.get("segment_ids"),
+            decoder_segment_ids=own,
             method="features",
         )
         return train.linear_cross_entropy(

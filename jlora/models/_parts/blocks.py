@@ -83,14 +83,14 @@ class Configured(nn.Module):
         """Return what a fused kernel is told."""
         return Masking(implementation=self.attn_implementation, **fields)
 
-    def masking_of(self, mask: Array | None) -> Array | Masking | None:
-        """Return what hides the keys where `mask` `[B, S]` is off, and nothing else.
+    def masking_of(self, seen: Array | None) -> Array | Masking | None:
+        """Return what hides all keys but those `seen`, `[B, 1 or T, S]`.
 
-        By einsum it is added to the scores, `[B, 1, 1, S]`.
+        By einsum it is added to the scores, `[B, 1, 1 or T, S]`.
         """
         if not self.fuses:
-            return None if mask is None else mask_bias(mask)
-        return self.masking(mask=None if mask is None else mask[:, None])
+            return None if seen is None else mask_bias(seen)
+        return self.masking(mask=seen)
 
     def dropping(self, drop: nn.Dropout, deterministic: bool) -> Callable[..., Any]:
         """Return the dropout of attention's probabilities.

@@ -20,6 +20,7 @@ from jlora._errors import ShapeError
 from jlora.models._parts.attention import Masking, fused
 from jlora.models._parts.blocks import Configured
 from jlora.models._parts.layers import MASKED, Embedding
+from jlora.models._parts.segments import check_segments, keys_seen, positions_in
 
 KeysValues = tuple[Array, Array]  # two of [B, G, S, D]
 Past = Sequence[KeysValues] | None
@@ -46,11 +47,7 @@ class QueryPlace(NamedTuple):
     @property
     def seen(self) -> Array | None:
         """The keys that are to be seen before causality, `[B, 1 or T, S]`, or all."""
-        mask = None if self.keys is None else self.keys.astype(bool)[:, None]
-        if self.segments is None:
-            return mask
-        same = self.segments[:, :, None] == self.segments[:, None]
-        return same if mask is None else same & mask
+        return keys_seen(self.keys, self.segments, self.segments)
 
 
 def positions_of(mask: Array) -> Array:
@@ -62,17 +59,6 @@ def positions_of(mask: Array) -> Array:
     """
     mask = mask.astype(bool)
     return jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
-
-
-def positions_in(segments: Array) -> Array:
-    """Return the position of every token in its segment of `[B, T]`.
-
-    >>> positions_in(jnp.array([[1, 1, 1, 2, 2, 0]]))
-    Array([[0, 1, 2, 0, 1, 0]], dtype=int32)
-    """
-    places = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return places - lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 def visible(place: QueryPlace, window: int | None = None) -> Array:
@@ -298,18 +284,11 @@ class Decoder(DecoderModule):
             )
         positions = position_ids
         if segment_ids is not None:
-            self._check_segments(segment_ids, input_ids)
+            check_segments("segment_ids", segment_ids, input_ids)
             positions = positions_in(segment_ids) if positions is None else positions
         positions = positions_of(mask) if positions is None else positions
         place = QueryPlace(positions, 0, attention_mask, segment_ids)
         return self.hidden(input_ids, place, None, deterministic)[0]
-
-    def _check_segments(self, segment_ids: Array, input_ids: Array) -> None:
-        if segment_ids.shape != input_ids.shape:
-            raise ShapeError(
-                f"segment_ids {segment_ids.shape} must have the shape of input_ids "
-                f"{input_ids.shape}: for each token the number of its text."
-            )
 
     def prefill(
         self,

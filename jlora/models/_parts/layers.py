@@ -31,8 +31,13 @@ MASKED = float(np.finfo(np.float32).min) / 2
 
 
 def mask_bias(mask: Array) -> Array:
-    """Return `[B, 1, 1, S]` in float32, to be added to scores: 0 where `mask` is on."""
-    return jnp.where(mask.astype(bool), 0.0, MASKED).astype(jnp.float32)[:, None, None]
+    """Return `[B, 1, 1 or T, S]` in float32, to be added to scores: 0 where on.
+
+    Args:
+      mask: `[B, S]`, or `[B, 1 or T, S]` where queries see different keys.
+    """
+    mask = mask[:, None] if mask.ndim == 2 else mask
+    return jnp.where(mask.astype(bool), 0.0, MASKED).astype(jnp.float32)[:, None]
 
 
 class RMSNorm(nn.Module):

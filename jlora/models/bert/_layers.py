@@ -14,6 +14,7 @@ from jax import Array
 from jlora.models._parts.attention import Masking, fused
 from jlora.models._parts.blocks import Configured
 from jlora.models._parts.layers import ACTIVATIONS, Embedding, LayerNorm
+from jlora.models._parts.segments import positions_in
 from jlora.models.bert._config import BertConfig
 
 
@@ -54,16 +55,21 @@ class BertModule(Configured):
         return self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
 
 
-def positions(input_ids: Array, config: BertConfig) -> Array:
+def positions(
+    input_ids: Array, config: BertConfig, segment_ids: Array | None = None
+) -> Array:
     """Return each token's row of the position table.
 
     BERT numbers the columns, `[1, S]`. RoBERTa, `[B, S]`, counts the tokens that are no
-    padding, from the row after the padding's own, which padding takes.
+    padding, from the row after the padding's own, which padding takes. Of several
+    texts in a row, both count in each from its beginning.
 
     >>> config = BertConfig(model_type="roberta", pad_token_id=1)
     >>> positions(jnp.array([[1, 0, 7, 2, 1]]), config)
     Array([[1, 2, 3, 4, 1]], dtype=int32)
     """
+    if segment_ids is not None:
+        return positions_in(segment_ids) + config.first_position
     if not config.roberta:
         return jnp.arange(input_ids.shape[1])[None]
     padding = config.first_position - 1
@@ -84,13 +90,17 @@ class Embeddings(BertModule):
         self.drop = self.dropout()
 
     def __call__(
-        self, input_ids: Array, token_type_ids: Array | None, deterministic: bool
+        self,
+        input_ids: Array,
+        token_type_ids: Array | None,
+        deterministic: bool,
+        segment_ids: Array | None = None,
     ) -> Array:
-        """Return `[B, S, d]` for two of `[B, S]`; no token types are type 0."""
+        """Return `[B, S, d]` for three of `[B, S]`; no token types are type 0."""
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        x = x + self.position_embeddings(positions(input_ids, self.config))
+        x = x + self.position_embeddings(positions(input_ids, self.config, segment_ids))
         return self.drop(self.LayerNorm(x), deterministic=deterministic)
 
 

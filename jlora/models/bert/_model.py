@@ -15,15 +15,16 @@ Source: Devlin et al. 2019, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jlora._errors import ShapeError
+from jlora._errors import ShapeError, StructureError
 from jlora.models._parts.attention import Masking
 from jlora.models._parts.layers import ACTIVATIONS, along_last
+from jlora.models._parts.segments import check_segments, keys_seen
 from jlora.models.bert._config import BertConfig
 from jlora.models.bert._layers import BertModule, Embeddings, Layer
 
@@ -88,6 +89,7 @@ class Bert(BertModule):
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
     ) -> Array:
         """Return the hidden states of every token.
 
@@ -96,6 +98,9 @@ class Bert(BertModule):
           attention_mask: `[B, S]`, 0 at padding; `None` attends to everything.
           token_type_ids: `[B, S]`, which sentence a token is of; `None` is all 0.
           deterministic: `False` drops out, and needs `rngs={"dropout": key}`.
+          segment_ids: `[B, S]`, where several texts stand in a row, as
+            `jlora.data.pack` has them: the number of each token's text. Tokens see
+            those of their own alone, and positions begin anew in each.
 
         Returns:
           `[B, S, d]` in `dtype`; `mean_pool` makes sentence embeddings of them.
@@ -104,8 +109,10 @@ class Bert(BertModule):
           ShapeError: more tokens than positions, or inputs that are not alike.
         """
         _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
-        x = self.embeddings(input_ids, token_type_ids, deterministic)
-        x = self.encoder(x, self.masking_of(attention_mask), deterministic)
+        check_segments("segment_ids", segment_ids, input_ids)
+        x = self.embeddings(input_ids, token_type_ids, deterministic, segment_ids)
+        seen = keys_seen(attention_mask, segment_ids, segment_ids)
+        x = self.encoder(x, self.masking_of(seen), deterministic)
         if self.config.pooler and self.is_initializing():
             self.pooler(x)  # declares its parameters
         return x
@@ -136,6 +143,9 @@ class Headed(BertModule):
       attn_implementation: `"einsum"`, `"xla"` or `"cudnn"`, as in `Configured`.
     """
 
+    #: Whether the head answers for each token, not for the row.
+    of_tokens: ClassVar[bool] = True
+
     def setup(self) -> None:
         """Declare the encoder."""
         self.base = self.part(Bert)(name=self.config.prefix)
@@ -154,9 +164,23 @@ class Headed(BertModule):
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
     ) -> Array:
-        """Return the head's logits; the arguments are those of `Bert`."""
-        x = self.base(input_ids, attention_mask, token_type_ids, deterministic)
+        """Return the head's logits; the arguments are those of `Bert`.
+
+        Raises:
+          StructureError: several texts in a row, and a head that sees one.
+        """
+        if segment_ids is not None and not self.of_tokens:
+            raise StructureError(
+                f"segment_ids: {type(self).__name__} makes one answer of a row, from "
+                "its first token, so a row holds one text.\nPack for heads that answer "
+                "for each token (masked_lm, or none); batch these by length: "
+                "jlora.data.Batches."
+            )
+        x = self.base(
+            input_ids, attention_mask, token_type_ids, deterministic, segment_ids
+        )
         return self.head(x, deterministic)
 
 
@@ -165,6 +189,8 @@ class BertClassifier(Headed):
 
     Trained by regression, its logits are the scores themselves; `label_loss` knows.
     """
+
+    of_tokens = False
 
     def setup(self) -> None:
         """Declare encoder and classifier."""

@@ -24,6 +24,7 @@ from jax import Array, lax
 from jlora._errors import ShapeError
 from jlora.models._parts.attention import Masking
 from jlora.models._parts.layers import Numbered, mask_bias
+from jlora.models._parts.segments import check_segments, keys_seen, positions_in
 from jlora.models.t5._config import T5Config
 from jlora.models.t5._layers import (
     Block,
@@ -36,12 +37,16 @@ from jlora.models.t5._layers import (
 Cache = dict[str, Any]
 
 
-def shift_right(labels: Array, config: T5Config) -> Array:
+def shift_right(
+    labels: Array, config: T5Config, segment_ids: Array | None = None
+) -> Array:
     """Return the decoder's inputs for `labels`: one step later, start token first.
 
     Args:
       labels: `[B, T]` target tokens; -100 marks positions that the loss ignores.
       config: names the start token and the padding that takes the place of -100.
+      segment_ids: `[B, T]`, of several targets in a row: each begins with the start
+        token.
 
     Returns:
       `[B, T]`, the dtype of `labels`.
@@ -51,6 +56,8 @@ def shift_right(labels: Array, config: T5Config) -> Array:
     """
     start = jnp.full_like(labels[:, :1], config.decoder_start_token_id)
     shifted = jnp.concatenate([start, labels[:, :-1]], axis=1)
+    if segment_ids is not None:
+        shifted = jnp.where(positions_in(segment_ids) == 0, start, shifted)
     return jnp.where(shifted == -100, config.pad_token_id, shifted)
 
 
@@ -82,17 +89,17 @@ class Stack(T5Module):
             length, length, causal=self.decoder, hide=hide and self.decoder
         )
 
-    def mask_for(self, length: int, mask: Array | None) -> Array | Masking:
-        """Return what `length` queries see of themselves, `mask` `[B, S]` off unseen.
+    def mask_for(self, length: int, seen: Array | None) -> Array | Masking:
+        """Return what `length` queries see of themselves: `seen` `[B, 1 or S, S]`.
 
-        By einsum it is added to the scores, `[B, H, S, S]`, B 1 without a mask.
+        By einsum it is added to the scores, `[B, H, S, S]`, B 1 where all is seen. The
+        bias goes by distance, which is the same in a row as in a text of it.
         """
         by_offset = self.offset_bias(length, hide=not self.fuses)
         bias = spread_bias(by_offset, np.arange(length), length)
         if not self.fuses:
-            return bias if mask is None else bias + mask_bias(mask)
-        keys = None if mask is None else mask[:, None]
-        return self.masking(bias=bias, mask=keys, causal=self.decoder)
+            return bias if seen is None else bias + mask_bias(seen)
+        return self.masking(bias=bias, mask=seen, causal=self.decoder)
 
     def layers(self) -> Any:
         """Return the layers of every block, or those of the scanned one."""
@@ -203,6 +210,8 @@ class T5(T5Module):
         decoder_input_ids: Array | None = None,
         decoder_attention_mask: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
     ) -> Array:
         """Return the logits of every decoder position.
 
@@ -213,12 +222,16 @@ class T5(T5Module):
           decoder_attention_mask: `[B, T]`, 0 at padding. Padding on the right needs
             none: the decoder is causal.
           deterministic: `False` drops out, and needs `rngs={"dropout": key}`.
+          segment_ids: `[B, S]`, where several pairs stand in a row, as
+            `jlora.data.pack` has them: the number of each source token's pair.
+          decoder_segment_ids: `[B, T]`, that of each target token's. Attention, within
+            a side and across, is kept within a pair.
 
         Returns:
           `[B, T, V]` in `dtype`.
 
         Raises:
-          ShapeError: `decoder_input_ids` is missing.
+          ShapeError: `decoder_input_ids` is missing, or one side's segments are.
         """
         return self.head(
             self._last(
@@ -227,6 +240,8 @@ class T5(T5Module):
                 decoder_input_ids,
                 decoder_attention_mask,
                 deterministic,
+                segment_ids,
+                decoder_segment_ids,
             )
         )
 
@@ -257,6 +272,8 @@ class T5(T5Module):
         decoder_input_ids: Array | None = None,
         decoder_attention_mask: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
     ) -> Array:
         """Return the decoder's output `[B, T, d]`, of whole sequences."""
         if decoder_input_ids is None:
@@ -264,13 +281,15 @@ class T5(T5Module):
                 "T5 needs decoder_input_ids [B, T] beside input_ids "
                 f"{input_ids.shape}.\nIn training pass shift_right(labels, config)."
             )
-        encoded = self.encode(input_ids, attention_mask, deterministic)
+        encoded = self.encode(input_ids, attention_mask, deterministic, segment_ids)
         return self._decoded(
             decoder_input_ids,
             encoded,
             attention_mask,
             decoder_attention_mask,
             deterministic,
+            segment_ids,
+            decoder_segment_ids,
         )
 
     def encode(
@@ -278,9 +297,12 @@ class T5(T5Module):
         input_ids: Array,
         attention_mask: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
     ) -> Array:
         """Return the encoder's output `[B, S, d]` for `input_ids` `[B, S]`."""
-        masking = self.encoder.mask_for(input_ids.shape[1], attention_mask)
+        check_segments("segment_ids", segment_ids, input_ids)
+        seen = keys_seen(attention_mask, segment_ids, segment_ids)
+        masking = self.encoder.mask_for(input_ids.shape[1], seen)
         return self.encoder(self.shared(input_ids), masking, deterministic)[0]
 
     def decode(
@@ -290,6 +312,8 @@ class T5(T5Module):
         attention_mask: Array | None = None,
         decoder_attention_mask: Array | None = None,
         deterministic: bool = True,
+        segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
     ) -> Array:
         """Return the logits `[B, T, V]` of `decoder_input_ids` `[B, T]`.
 
@@ -299,6 +323,8 @@ class T5(T5Module):
           attention_mask: `[B, S]`, the encoder's.
           decoder_attention_mask: `[B, T]`.
           deterministic: as in `__call__`.
+          segment_ids: `[B, S]`, the encoder's.
+          decoder_segment_ids: `[B, T]`.
         """
         return self.head(
             self._decoded(
@@ -307,6 +333,8 @@ class T5(T5Module):
                 attention_mask,
                 decoder_attention_mask,
                 deterministic,
+                segment_ids,
+                decoder_segment_ids,
             )
         )
 
@@ -317,14 +345,24 @@ class T5(T5Module):
         attention_mask: Array | None,
         decoder_attention_mask: Array | None,
         deterministic: bool,
+        segment_ids: Array | None,
+        decoder_segment_ids: Array | None,
     ) -> Array:
-        T = decoder_input_ids.shape[1]
+        T, own = decoder_input_ids.shape[1], decoder_segment_ids
+        check_segments("decoder_segment_ids", own, decoder_input_ids)
+        if (segment_ids is None) != (own is None):
+            raise ShapeError(
+                "of packed pairs T5 needs segment_ids [B, S] and decoder_segment_ids "
+                "[B, T], and one is missing.\njlora.data.pack makes both."
+            )
+        seen = keys_seen(decoder_attention_mask, own, own)
+        across = keys_seen(attention_mask, own, segment_ids)
         x, _ = self.decoder(
             self.shared(decoder_input_ids),
-            self.decoder.mask_for(T, decoder_attention_mask),
+            self.decoder.mask_for(T, seen),
             deterministic,
             encoded=encoded,
-            cross_seen=self.masking_of(attention_mask),
+            cross_seen=self.masking_of(across),
         )
         return x
 

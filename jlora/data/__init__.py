@@ -6,6 +6,8 @@
     tokenise  prompted                 text to tokens, with what that costs it
     shapes_for  Batches                length buckets, in an order that resumes
     pack                               several examples in a row, kept apart
+    stream_files  stream_dataset  in_memory    sources that need not fit in memory
+    Streaming                              their batches, mixed, by worker processes
     read_conversations  read_preferences    chats, and answers of which one is better
     tokenise_chats  chat_prompt        by the tokenizer's template, answers labelled
 
@@ -37,8 +39,14 @@ from jlora.data._packing import Packed as Packed
 from jlora.data._packing import pack as pack
 from jlora.data._parallel import Pair as Pair
 from jlora.data._parallel import read_pairs as read_pairs
+from jlora.data._sources import Source as Source
+from jlora.data._sources import in_memory as in_memory
+from jlora.data._sources import stream_dataset as stream_dataset
+from jlora.data._sources import stream_files as stream_files
 from jlora.data._splits import hold_out as hold_out
 from jlora.data._splits import subset as subset
+from jlora.data._streaming import Reading as Reading
+from jlora.data._streaming import Streaming as Streaming
 from jlora.data._table import Table as Table
 from jlora.data._table import is_table as is_table
 from jlora.data._table import read_table as read_table

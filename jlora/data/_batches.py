@@ -129,6 +129,10 @@ class Batches:
       size: examples a batch.
       pad: the padding token; labels are padded with `IGNORED`, other columns with 0.
       seed: orders the examples anew each epoch; None keeps their order.
+      shard: `(index, count)`: of several processes that read together each takes its
+        part of every batch, `size / count` rows, so that each example is seen by one of
+        them and all have batches of one shape. `jlora.sharding` and
+        `jax.make_array_from_process_local_data` make one array of the parts.
 
     >>> rows = [np.ones(n, np.int32) for n in (3, 7, 2)]
     >>> columns = {"input_ids": rows, "labels": np.array([0, 1, 1])}
@@ -142,8 +146,10 @@ class Batches:
     size: int
     pad: int
     seed: int | None = None
+    shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
+        check_shard(self.shard, self.size)
         counts = {name: len(column) for name, column in self.columns.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise DataError(
@@ -192,7 +198,8 @@ class Batches:
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return a batch's arrays."""
-        fill = np.resize(batch.rows, self.size)
+        fill = np.resize(batch.rows, self.size)[self._part]
+        own = len(batch.rows[self._part])
         lengths = iter(batch.shape)
         out: Arrays = {}
         for name, column in self.columns.items():
@@ -207,8 +214,15 @@ class Batches:
             else:
                 out[name] = np.asarray(column)[fill]
             if _is(name, "labels"):
-                out[name][len(batch.rows) :] = IGNORED
+                out[name][own:] = IGNORED
         return out
+
+    @property
+    def _part(self) -> slice:
+        """The rows of a batch that this process takes."""
+        index, count = self.shard
+        own = self.size // count
+        return slice(index * own, (index + 1) * own)
 
     def _fill(self, name: str) -> int:
         fills = {"labels": IGNORED, "input_ids": self.pad}
@@ -226,6 +240,8 @@ class Batches:
         self, function: Callable[[Arrays], Sequence[T]], title: str | None = None
     ) -> list[T]:
         """Call a function of each batch; return its results in the examples' order.
+
+        Of several processes each knows those of its part, and None of the others.
 
         Args:
           function: from a batch's arrays to one result a row.
@@ -245,9 +261,23 @@ class Batches:
             if title is not None and batch.shape not in seen:
                 batches.set_postfix_str("")
             seen.add(batch.shape)
-            for row, result in zip(batch.rows, results, strict=False):
+            for row, result in zip(batch.rows[self._part], results, strict=False):
                 out[row] = result
         return out
+
+
+def check_shard(shard: tuple[int, int], size: int) -> None:
+    """Refuse a part of batches that there is not.
+
+    Raises:
+      DataError: an index beyond the count, or a count that does not divide the size.
+    """
+    index, count = shard
+    if not 0 <= index < count or size % count:
+        raise DataError(
+            f"shard={shard} of batches of {size}: expected (index, count), an index "
+            "below the count and a count that divides the size."
+        )
 
 
 def _is(name: str, kind: str) -> bool:

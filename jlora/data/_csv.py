@@ -25,13 +25,18 @@ def tab_records(text: str) -> Iterator[Record]:
         yield number, line.split("\t")
 
 
-def comma_records(text: str, name: str) -> Iterator[Record]:
+def comma_records(text: str, name: str, line: int = 1) -> Iterator[Record]:
     """Yield the records of comma-separated text, by RFC 4180.
+
+    Args:
+      text: the text.
+      name: how messages call it.
+      line: the number of its first line.
 
     Raises:
       DataError: a quotation mark out of place, or one that is never closed.
     """
-    position, line, first = 0, 1, 1
+    position, first = 0, line
     fields: list[str] = []
     while position < len(text):
         field = _FIELD.match(text, position)

@@ -185,7 +185,8 @@ def _table(
     return Table(str(path), list(columns), rows, columns.__getitem__, lines)
 
 
-def _unique(names: Sequence[str], where: str) -> list[str]:
+def unique_names(names: Sequence[str], where: str) -> list[str]:
+    """Return names of columns; refuse one that stands twice."""
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
         raise DataError(f"{where} has the column {twice[0]!r} more than once.")
@@ -207,7 +208,7 @@ def _delimited(path: Path, names: Names | None = None) -> Table:
         names = [name.strip() for name in rows.pop(0)[1]]
     if names == "numbered":
         names = [str(number + 1) for number in range(len(rows[0][1]) if rows else 0)]
-    names = _unique(names, str(path))
+    names = unique_names(names, str(path))
     for line, fields in rows:
         if len(fields) != len(names):
             raise DataError(
@@ -230,7 +231,7 @@ class _NotJsonError(ValueError):
     """JSON with what JSON does not have."""
 
 
-def _parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Parse JSON; refuse NaN and keys that stand twice, which Python lets pass."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def _json_lines(path: Path) -> Table:
         if not line.strip():
             continue
         try:
-            row = _parse(line.lstrip("\ufeff"))
+            row = parse_json(line.lstrip("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON: {error}.") from error
         if not isinstance(row, dict):
@@ -277,7 +278,7 @@ def _kind_of_json(value: Any) -> str:
 def _json(path: Path) -> Table:
     text = read_text(path)
     try:
-        content = _parse(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # an object a line, as much of the hub has it
             return _json_lines(path)
@@ -314,7 +315,7 @@ def _parquet(path: Path) -> Table:
         raise DataError("Parquet needs pyarrow: pip install pyarrow") from error
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(read_bytes(path)))
-        names = _unique(file.schema_arrow.names, str(path))
+        names = unique_names(file.schema_arrow.names, str(path))
         rows = file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         first = str(error).partition("\n")[0]

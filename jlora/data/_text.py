@@ -67,15 +67,34 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     if suffix not in _PACKED:
         return data
-    if not data.startswith(_PACKED[suffix]):
-        raise DataError(
-            f"{path} cannot be read: it is not packed as its name says ({suffix}).\n"
-            "Rename it, or fetch it again."
-        )
+    _check_packed(path, data)
     try:
         return _UNPACK[suffix](data)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def check_packed(path: Path) -> None:
+    """Refuse a file that is not there, or not packed as its name says.
+
+    Raises:
+      DataError: it is so.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    _check_packed(path, start)
+
+
+def _check_packed(path: Path, data: bytes) -> None:
+    suffix = path.suffix.lower()
+    if not data.startswith(_PACKED.get(suffix, b"")):
+        raise DataError(
+            f"{path} cannot be read: it is not packed as its name says ({suffix}).\n"
+            "Rename it, or fetch it again."
+        )
 
 
 def _unpack_zstd(data: bytes) -> bytes:

@@ -156,7 +156,7 @@ def test_activated_adapters_never_act_everywhere_in_silence(trees):
             f(jlora.pick(bank, 0))
     jlora.merge(jlora.pick(bank, 1))
     with pytest.raises(jlora.ShapeError, match="activated_ids"):
-        jlora.with_ids(bank, [0, 0, 0, 0])
+        jlora.mixed(plain)(jlora.with_ids(bank, [0, 0, 0, 0]), X)
     with pytest.raises(jlora.OptionError, match="one token"):
         jlora.activated(trees[0], [])
     with pytest.raises(jlora.StructureError, match=r"before jlora\.bank"):
@@ -229,3 +229,84 @@ def test_logits_are_pefts(tmp_path, scan):
     with torch.no_grad():
         back = again(input_ids=torch.tensor(X)).logits.numpy()
     np.testing.assert_allclose(back, want, rtol=1e-5, atol=1e-5)
+
+
+END = 23
+PROMPTS = np.array(
+    [
+        [5, 6, 1, 5, 6, 2],
+        [1, 2, 5, 6, 0, 0],  # padding on its right, the invocation before it
+        [0, 0, 5, 1, 6, 2],  # and on its left; nobody is called
+        [5, 6, 2, 0, 0, 0],
+        [0, 3, 1, 2, 5, 6],
+    ]
+)
+
+
+@pytest.mark.parametrize("form", [{}, {"scan_layers": True}], ids=["layers", "scan"])
+def test_generated_tokens_are_those_of_whole_sequences(form):
+    """Greedy, without a cache: the adapter acts from the prompt's invocation on."""
+    model, base = make("llama", **form)
+    shapes = jax.eval_shape(lambda: base)
+    trees = [
+        filled(tree, base, np.random.default_rng(n))
+        for n, tree in enumerate(
+            jlora.lorafy(shapes, 2, ["query", "value", "out", "up", "down"])
+            for _ in range(2)
+        )
+    ]
+    bank = jlora.bank([jlora.activated(trees[0], CALL), trees[1]])
+    numbers, mask = np.array([0, 0, 0, 1, 0]), (PROMPTS > 0).astype(int)
+    how = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": END}
+    got = jlora.models.generate(
+        model, jlora.with_ids(bank, numbers), PROMPTS, mask,
+        transform=jlora.mixed_steps, **how,
+    )  # fmt: skip
+
+    apply = jax.jit(jlora.mixed(lambda p, x: model.apply({"params": p}, x)))
+    for row, number, new in zip(PROMPTS, numbers, got, strict=True):
+        prompt = row[row > 0][None]
+        acts = np.asarray(jlora.activated_ids(bank, [number], prompt))
+        sequence = prompt
+        for token in new:
+            more = np.full((1, sequence.size - prompt.size), acts[0, -1])
+            ids = np.concatenate([acts, more], axis=1)
+            room = ((0, 0), (0, 10 - sequence.size))  # one shape for all lengths
+            given = [np.pad(x, room) for x in (ids, sequence)]
+            logits = apply(jlora.with_ids(bank, given[0]), given[1])
+            assert token == np.argmax(logits[0, sequence.size - 1])
+            if token == END:
+                break
+            sequence = np.append(sequence, [[token]], axis=1)
+    none = jlora.models.generate(model, base, PROMPTS, mask, **how)
+    same = (got == none).all(axis=1)
+    assert same[2]
+    assert (~same).sum() >= 2
+
+
+def test_beams_follow_their_prompts_adapter():
+    model, base = make("llama")
+    tree = jlora.lorafy(jax.eval_shape(lambda: base), 2, ["query", "value"])
+    bank = jlora.bank(
+        [jlora.activated(filled(tree, base, np.random.default_rng(0)), CALL)]
+    )
+    how = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    how |= {"num_beams": 3, "transform": jlora.mixed_steps}
+    mask = (PROMPTS > 0).astype(int)
+    ids = np.zeros(len(PROMPTS), int)
+    got = jlora.models.generate(model, jlora.with_ids(bank, ids), PROMPTS, mask, **how)
+    for n, row in enumerate(PROMPTS):
+        alone = jlora.models.generate(
+            model, jlora.with_ids(bank, [0]), row[None], mask[n][None], **how
+        )
+        np.testing.assert_array_equal(got[n], alone[0])
+
+
+def test_an_encoder_is_refused():
+    model, base = make("t5")
+    bank = jlora.bank([jlora.activated(jlora.lorafy(base, 2, ["query"]), CALL)])
+    with pytest.raises(jlora.StructureError, match="without an encoder"):
+        jlora.models.generate(
+            model, jlora.with_ids(bank, [0]), X[:1], max_new_tokens=2,
+            transform=jlora.mixed_steps,
+        )  # fmt: skip

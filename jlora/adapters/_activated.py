@@ -22,7 +22,7 @@ from jlora._kernel.axes import Array
 from jlora._kernel.bank import has_bank
 from jlora._kernel.nodes import LowRank, is_node
 from jlora._paths import Tree
-from jlora.adapters._bank import bank_size
+from jlora.adapters._bank import invocations
 
 
 def activated(tree: Tree, tokens: Sequence[int] | None) -> Tree:
@@ -85,20 +85,10 @@ def activated_ids(bank: Tree, ids: Any, input_ids: Any) -> Array:
             f"ids {which.shape} and input_ids {x.shape} must be [B] and [B, T]."
         )
     starts = [jnp.zeros(which.shape, int)]  # of nobody
-    for tokens in _invocations(bank):
+    for tokens in invocations(bank):
         starts.append(_last_start(x, tokens) if tokens else starts[0])
     own = jnp.stack(starts)[which + 1, jnp.arange(which.size)]
     return jnp.where(jnp.arange(x.shape[1]) >= own[:, None], which[:, None], -1)
-
-
-def _invocations(bank: Tree) -> Sequence[Any]:
-    size = bank_size(bank)
-    nodes = [x for x in jax.tree.leaves(bank, is_leaf=is_node) if has_bank(x)]
-    found = {t.invocation for x in nodes for t in x.adapters.values()}
-    known = [x for x in found if x]
-    if not known:
-        return (None,) * size
-    return [next((x[n] for x in known if x[n]), None) for n in range(size)]
 
 
 def _last_start(x: Array, tokens: Sequence[int]) -> Array:

@@ -190,3 +190,14 @@ def _check_alike(path: str, known: Sequence[Adapter], lacking: bool) -> None:
             f"{reasons[0]}.\nA bank is of adapters that are alike; ranks, alphas, "
             "rslora and the choice of kernels may differ."
         )
+
+
+def invocations(bank: Tree) -> Sequence[Any]:
+    """The tokens from which each adapter of a bank acts, or None: everywhere."""
+    size = bank_size(bank)
+    nodes = [x for x in jax.tree.leaves(bank, is_leaf=is_node) if has_bank(x)]
+    found = {t.invocation for x in nodes for t in x.adapters.values()}
+    known = [x for x in found if x]
+    if not known:
+        return (None,) * size
+    return [next((x[n] for x in known if x[n]), None) for n in range(size)]

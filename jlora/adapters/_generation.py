@@ -7,6 +7,9 @@ The two functions that stand for a model, `encode` and `decode`, each see one pr
 with its beams. Of the cache, `"beams"` has the rows of all prompts, as the search wants
 them; of the rest, what differs from prompt to prompt is kept by prompt, and what does
 not, the number of the step say, once.
+
+The invocation of an activated adapter (aLoRA) is looked for in the prompt. From there
+on the adapter acts, on all new tokens too; a prompt without one the base answers.
 """
 
 from __future__ import annotations
@@ -20,11 +23,22 @@ import jax.numpy as jnp
 
 from jlora import _compat
 from jlora._compat import Jaxpr
-from jlora._errors import ShapeError
+from jlora._errors import ShapeError, StructureError
 from jlora._kernel.axes import Array
-from jlora._transform.lora import lora
-from jlora.adapters._mixed import Mixture, by_example, checked, choose, together
+from jlora._transform.lora import transformed
+from jlora.adapters._activated import activated_ids
+from jlora.adapters._bank import invocations
+from jlora.adapters._mixed import (
+    Mixture,
+    by_example,
+    check_by_token,
+    checked,
+    choose,
+    together,
+)
 from jlora.adapters._mixed import without_nodes as results
+
+ACTING = "acting"  # in the cache: who makes each prompt's new tokens
 
 
 @jax.tree_util.register_dataclass
@@ -42,15 +56,19 @@ def mixed_steps(fn: Callable[..., Any]) -> Callable[..., Any]:
     of one number for each prompt. Beams and samples have that of their prompt. Tokens
     are those that `transform=jlora.lora` gives with each prompt's own adapter.
 
+    Activated adapters act from the last occurrence of their invocation in the prompt
+    on, on what is generated too. That is for models without an encoder.
+
     Args:
       fn: `encode(params, input_ids, attention_mask, *, length, beams)` or
         `decode(params, tokens, cache)`, as `jlora.models.generate` has them.
 
     Raises:
-      StructureError: parameters that are no mixture, when called.
+      StructureError: parameters that are no mixture, when called; or activated adapters
+        on a model with an encoder.
       ShapeError: not one number for each prompt.
     """
-    lorafied = lora(fn)
+    left = getattr(fn, "keywords", {}).get("left", False)  # as decoders read prompts
 
     def run(mixture: Mixture, first: Array, second: Any, **kwargs: Any) -> Any:
         bank, ids = checked(mixture)
@@ -58,20 +76,47 @@ def mixed_steps(fn: Callable[..., Any]) -> Callable[..., Any]:
             raise ShapeError(
                 f"ids {ids.shape}: generation takes one number for each prompt, [B]."
             )
+        activated = any(invocations(bank))
+        is_cache = isinstance(second, Mapping) and "beams" in second
+        by_token = activated and not is_cache
+        if by_token:
+            check_by_token(bank)
+            _check_left(left)
+        lorafied = transformed(fn, "error", True, [1, 1] if by_token else [])
 
         def one(number: Array, which: Array, *args: Any) -> Any:
             return results(lorafied(choose(bank, which, number), *args, **kwargs))
 
-        is_cache = isinstance(second, Mapping) and "beams" in second
-        step = _decode if is_cache else _encode
-        return step(one, ids, first, second)
+        if not activated:
+            return (_decode if is_cache else _encode)(one, ids, first, second)
+        if is_cache:
+            cache = {name: x for name, x in second.items() if name != ACTING}
+            acting = second[ACTING].value
+            logits, cache = _decode(one, acting, first, cache)
+        else:
+            real = jnp.where(jnp.asarray(second).astype(bool), first, -1)  # no padding
+            which = activated_ids(bank, ids, real)
+            logits, cache = _encode(one, which, first, second)
+            acting = which[:, -1]
+        return logits, {**cache, ACTING: ByPrompt(acting)}
 
     return run
 
 
+def _check_left(left: bool) -> None:
+    if not left:
+        raise StructureError(
+            "some of the bank's adapters act from their invocation tokens on (aLoRA). "
+            "That is defined for models without an encoder, and generation with "
+            "functions of your own cannot follow the tokens.\nTake a decoder of "
+            "jlora.models and its jlora.models.generate."
+        )
+
+
 def _encode(one: Callable[..., Any], ids: Array, inputs: Array, mask: Any) -> Any:
-    """First tokens `[B*K]` and the cache, of prompts `[B, S]`."""
-    args = [jnp.arange(ids.size), ids, *by_example((inputs, mask), ids.size)]
+    """First tokens `[B*K]` and the cache, of prompts `[B, S]`; ids too, or `[B]`."""
+    size = ids.shape[0]
+    args = [jnp.arange(size), ids, *by_example((inputs, mask), size)]
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), args)
     jaxpr, shapes = jax.make_jaxpr(one, return_shape=True)(*example)
     differs = jax.tree.unflatten(jax.tree.structure(shapes), _dependent(jaxpr))

@@ -33,7 +33,7 @@ from jlora._paths import Tree, leaf_paths
 from jlora._transform.lora import transformed
 from jlora._transform.masks import fold
 from jlora._transform.replay import OnMissing
-from jlora.adapters._bank import bank_size
+from jlora.adapters._bank import bank_size, invocations
 
 
 class Mixture(NamedTuple):
@@ -60,8 +60,7 @@ def with_ids(bank: Tree, ids: Any) -> Mixture:
 
     Raises:
       DtypeError: ids that are no integers.
-      ShapeError: ids that are not `[B]` or `[B, T]`; `[B]` for adapters that act
-        from their invocation tokens on.
+      ShapeError: ids that are not `[B]` or `[B, T]`.
       OptionError: ids beyond the bank.
       StructureError: a tree that is no bank.
     """
@@ -84,18 +83,7 @@ def with_ids(bank: Tree, ids: Any) -> Mixture:
                 f"ids hold {wrong.ravel()[0]}, and the bank's adapters are 0 to "
                 f"{size - 1}; -1 is none."
             )
-    if ids.ndim == 1 and any(_invocations(bank)):
-        raise ShapeError(
-            "some of the bank's adapters act from their invocation tokens on (aLoRA), "
-            "and ids [B] would have them act everywhere.\nPass "
-            "jlora.activated_ids(bank, ids, input_ids), which are [B, T]."
-        )
     return Mixture(bank, jnp.asarray(ids, jnp.int32))
-
-
-def _invocations(bank: Tree) -> list[Any]:
-    nodes = [x for x in jax.tree.leaves(bank, is_leaf=is_node) if has_bank(x)]
-    return [t.invocation for x in nodes for t in x.adapters.values()]
 
 
 def mixed(
@@ -129,7 +117,8 @@ def mixed(
       the loss of a batch of one say, becomes `[B]`.
 
     Raises:
-      ShapeError: an array without the axis of the examples, or not B long there.
+      ShapeError: an array without the axis of the examples, or not B long there; or
+        ids `[B]` for adapters that act from their invocation tokens on.
       StructureError: parameters that are no mixture, when called.
 
     >>> bank = jlora.bank([jlora.lorafy({"w": jnp.ones((3, 2))}, 1, ["w"])] * 2)
@@ -145,7 +134,9 @@ def mixed(
         leaves, structure = jax.tree.flatten(args)
         axes = _axes_of(in_axes, args, ids.shape[0])
         tokens: list[int | None] = []
-        if ids.ndim > 1:
+        if ids.ndim == 1:
+            check_everywhere(bank)
+        else:
             check_by_token(bank)
             tokens = _axes_of(token_axes, args, ids.shape[1], "tokens")
         lorafied = transformed(fn, on_missing, stop_frozen, tokens)
@@ -239,6 +230,20 @@ def checked(mixture: Any) -> tuple[Tree, Array]:
             f"{type(mixture).__name__}.\nWithout a bank it is jlora.lora(fn)."
         )
     return mixture
+
+
+def check_everywhere(bank: Tree) -> None:
+    """Refuse adapters that must not act on all tokens of an example.
+
+    Raises:
+      ShapeError: some act from their invocation on.
+    """
+    if any(invocations(bank)):
+        raise ShapeError(
+            "some of the bank's adapters act from their invocation tokens on (aLoRA), "
+            "and ids [B] would have them act everywhere.\nPass "
+            "jlora.activated_ids(bank, ids, input_ids), which are [B, T]."
+        )
 
 
 def check_by_token(bank: Tree) -> None:

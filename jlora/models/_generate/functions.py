@@ -27,11 +27,13 @@ def functions_of(model: Any) -> tuple[Encode, Decode]:
         )
 
     def encode(
-        params: Any, input_ids: Array, attention_mask: Array, *, length: int, beams: int
+        params: Any, input_ids: Array, attention_mask: Array, **how: Any
     ) -> tuple[Array, Any]:
         """Read the inputs; answer with the first tokens `[B*K]` and the cache."""
-        how = {"length": length, "beams": beams, "method": "prefill"}
-        read: Any = model.apply({"params": params}, input_ids, attention_mask, **how)
+        variables = {"params": params}
+        read: Any = model.apply(
+            variables, input_ids, attention_mask, method="prefill", **how
+        )
         return read
 
     def decode(params: Any, tokens: Array, cache: Any) -> tuple[Array, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,45 @@ def generate_with(
       DataError: prompts of no tokens.
       StructureError: sampling without a key, or no room for new tokens.
     """
+    return _generated(
+        (apply_encode, apply_decode),
+        params,
+        input_ids,
+        attention_mask,
+        key,
+        Plan(config, transform, is_encoder_decoder),
+    )
+
+
+class Plan(NamedTuple):
+    """What a program of generation is compiled for, beside functions and shapes.
+
+    Attributes:
+      config: what to do.
+      transform: applied to both functions.
+      is_encoder_decoder: whether the output begins anew.
+      left: turn rows so that padding stands on their left before they are read, and
+        tell the function that reads them.
+    """
+
+    config: GenerationConfig
+    transform: Transform | None
+    is_encoder_decoder: bool
+    left: bool = False
+
+
+def _generated(
+    functions: tuple[Encode, Decode],
+    params: Any,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None,
+    key: Array | None,
+    plan: Plan,
+) -> Array:
+    """Check the prompts, and run the program."""
     ids = jnp.asarray(input_ids)
     mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+    config = plan.config
     if ids.ndim != 2 or ids.shape != mask.shape:
         raise ShapeError(
             f"input_ids {ids.shape} and attention_mask {mask.shape} must both be "
@@ -96,10 +133,10 @@ def generate_with(
             f"input_ids {ids.shape} are empty prompts: there is no token to go on "
             "from.\nBegin each with the tokenizer's bos_token_id, [[bos_token_id]]."
         )
-    config = with_room(config, 1 if is_encoder_decoder else ids.shape[1])
+    config = with_room(config, 1 if plan.is_encoder_decoder else ids.shape[1])
     if not ids.shape[0]:
         return jnp.zeros((0, config.max_new_tokens), jnp.int32)
-    run = compiled(apply_encode, apply_decode, config, transform, is_encoder_decoder)
+    run = compiled(*functions, plan._replace(config=config))
     return run(ids.astype(jnp.int32), mask, params, key)
 
 
@@ -148,20 +185,12 @@ def generate(
       StructureError: settings that are not known, not honoured or exclude each other,
         sampling without a key, or a model that generates nothing.
     """
-    encode, decode = functions_of(model)
+    functions = functions_of(model)
     config = resolve(model.config, config, settings, sampling=key is not None)
     _check_ids(input_ids, model.config.vocab_size)
-    out = generate_with(
-        encode,
-        decode,
-        params,
-        input_ids,
-        attention_mask,
-        config,
-        key=key,
-        transform=transform,
-        is_encoder_decoder=getattr(model, "is_encoder_decoder", False),
-    )
+    has_encoder = getattr(model, "is_encoder_decoder", False)
+    plan = Plan(config, transform, has_encoder, left=not has_encoder)
+    out = _generated(functions, params, input_ids, attention_mask, key, plan)
     if isinstance(out, jax.core.Tracer) or not out.is_fully_addressable:
         return out
     return np.asarray(out)
@@ -185,25 +214,23 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def compiled(
-    apply_encode: Encode,
-    apply_decode: Decode,
-    config: GenerationConfig,
-    transform: Transform | None,
-    is_encoder_decoder: bool,
-) -> Any:
+def compiled(apply_encode: Encode, apply_decode: Decode, plan: Plan) -> Any:
     """Return the jitted program; it holds no parameters."""
+    config, transform = plan.config, plan.transform
     length, rows = config.max_new_tokens, config.rows_per_prompt
-    encode: Encode = partial(apply_encode, length=length, beams=rows)
+    left = {"left": True} if plan.left else {}
+    encode: Encode = partial(apply_encode, length=length, beams=rows, **left)
     decode = apply_decode
     if transform is not None:
         encode, decode = transform(encode), transform(decode)
 
     def run(ids: Array, mask: Array, params: Any, key: Array | None) -> Array:
+        if plan.left:
+            ids, mask = padding_left(ids, mask.astype(bool))
         tokens, cache = encode(params, ids, mask)
         step, held = partial(decode, params), mask.astype(bool)
         history = _history(ids, held, tokens, config)
-        if is_encoder_decoder:
+        if plan.is_encoder_decoder:
             start = config.decoder_start_token_id
             tokens = tokens if start is None else jnp.full_like(tokens, start)
             prompt, counted = tokens[:, None], jnp.ones((tokens.size, 1), bool)

@@ -297,6 +297,7 @@ class Decoder(DecoderModule):
         *,
         length: int,
         beams: int = 1,
+        left: bool = False,
     ) -> tuple[Array, Cache]:
         """Read prompts up to their last tokens, and make room for n steps.
 
@@ -306,6 +307,7 @@ class Decoder(DecoderModule):
           length: n, the most tokens that will be fed: the last of the prompt, and what
             is generated.
           beams: K, how many sequences continue each prompt.
+          left: padding is on the left already, so rows need not be turned.
 
         Returns:
           The last tokens `[B*K]`, to be fed next; and the cache. `beams` of it are
@@ -319,7 +321,9 @@ class Decoder(DecoderModule):
         room = S - 1 + length
         self.check_room(room)
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, mask = padding_left(input_ids, mask.astype(bool))
+        ids, mask = input_ids, mask.astype(bool)
+        if not left:
+            ids, mask = padding_left(ids, mask)
         keys = jnp.concatenate([mask, jnp.ones((B, length - 1), bool)], axis=1)
         layers, G, D = self.cache_shape()
         past = self.empty(layers, (B, G, room, D))

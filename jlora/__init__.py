@@ -28,6 +28,7 @@
     jlora.checkpoint          adapters, training states and merged parameters on disk
     jlora.optim               LoRA+, LoRA-FA, Riemannian steps, weight decay, for optax
     jlora.peft                PEFT's adapter folders, read and written
+    jlora.sharding            meshes by name, and where parameters lie on them
     jlora.init                how adapters start: PiSSA, EVA, LoRA-GA and others
     jlora.models              Flax models that read and write Hugging Face folders
     jlora.data                text and tables, tokens, batches
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from jlora import models as models
     from jlora import optim as optim
     from jlora import peft as peft
+    from jlora import sharding as sharding
     from jlora import sweep as sweep
     from jlora import tasks as tasks
     from jlora import train as train
@@ -135,6 +137,7 @@ _SUBMODULES = (
     "models",
     "optim",
     "peft",
+    "sharding",
     "sweep",
     "tasks",
     "train",

@@ -143,6 +143,7 @@ ROOMS_FOR_USERS = [
     "models",
     "optim",
     "peft",
+    "sharding",
     "sweep",
     "tasks",
     "train",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,24 @@ def factor_spec(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
     """
     parts = tuple(spec)
     return PartitionSpec(*(parts[d] if 0 <= d < len(parts) else None for d in dims))
+
+
+def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """A spec without the entries that do not divide their axis of the shape.
+
+    An adapter on a part of a fused kernel may be cut less finely than the kernel.
+
+    >>> mesh = jax.sharding.AbstractMesh((2,), ("x",))
+    >>> tuple(fitting(PartitionSpec("x", None), (3, 4), mesh))
+    (None, None)
+    """
+
+    def ways(part: Any) -> int:
+        names = part if isinstance(part, tuple) else (part,)
+        return math.prod(mesh.shape.get(name, 1) for name in names)
+
+    pairs = zip(tuple(spec), shape, strict=False)
+    return PartitionSpec(*(None if n % ways(part) else part for part, n in pairs))
 
 
 def place_spec(
@@ -52,7 +71,8 @@ def placed(x: Any, dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
     """
     sharding = sharding_of(leaf)
     if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, factor_spec(sharding.spec, dims))
+        spec = fitting(factor_spec(sharding.spec, dims), x.shape, sharding.mesh)
+        sharding = NamedSharding(sharding.mesh, spec)
     else:
         sharding = None
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -92,5 +112,5 @@ def along(x: Array, dims: Dims, kernel: Any) -> Array:
     sharding = sharding_of(kernel)
     if not isinstance(sharding, NamedSharding):
         return x
-    where = NamedSharding(sharding.mesh, factor_spec(sharding.spec, dims))
-    return jax.device_put(x, where)
+    spec = fitting(factor_spec(sharding.spec, dims), x.shape, sharding.mesh)
+    return jax.device_put(x, NamedSharding(sharding.mesh, spec))

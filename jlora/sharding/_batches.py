@@ -1,0 +1,98 @@
+"""Batches on a mesh: examples over the data axes, tokens over `sequence`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlora._errors import ShapeError
+from jlora._paths import map_with_path
+from jlora.sharding._mesh import DATA_AXES, describe
+from jlora.sharding._rules import Uneven, ways_of
+
+Batch = Any
+
+
+def batch_spec(ndim: int, mesh: Mesh) -> PartitionSpec:
+    """How an array of a batch with so many axes is cut.
+
+    >>> mesh = jax.sharding.AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+    >>> tuple(batch_spec(2, mesh))
+    (('data', 'fsdp'), None)
+    """
+    data = tuple(name for name in DATA_AXES if name in mesh.axis_names)
+    parts = [data or None, "sequence" if "sequence" in mesh.axis_names else None]
+    return PartitionSpec(*(parts + [None] * ndim)[:ndim])
+
+
+def data_ways(mesh: Mesh) -> int:
+    """Into how many parts a mesh cuts the examples of a batch."""
+    return ways_of(mesh, batch_spec(1, mesh)[0])
+
+
+def place_batch(batch: Batch, mesh: Mesh, *, uneven: Uneven = "error") -> Batch:
+    """A batch on the mesh: its examples over `data` and `fsdp`.
+
+    Args:
+      batch: a tree of arrays `[B, ...]`. Of a mesh with an axis `sequence` the second
+        axis of each, the tokens, is cut over that. With several processes each passes
+        its own examples, and the batch is all of them, in the processes' order.
+        Numbers are put on every device.
+      mesh: the mesh.
+      uneven: what to do where the mesh does not divide the examples or the tokens: an
+        `"error"`, or `"replicate"`, not to cut that axis. Every device then computes
+        all of it, and no example is lost or counted twice.
+
+    Raises:
+      ShapeError: an axis that the mesh does not divide, or, with several processes and
+        `"replicate"`, examples that are not alike in number.
+    """
+    return map_with_path(lambda path, x: _placed(path, x, mesh, uneven), batch)
+
+
+def _placed(path: str, x: Any, mesh: Mesh, uneven: Uneven) -> jax.Array:
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    shape, parts = _global_shape(x), list(batch_spec(x.ndim, mesh))
+    for axis, part in enumerate(parts):
+        if shape[axis] % ways_of(mesh, part) == 0:
+            continue
+        if uneven == "error" or jax.process_count() > 1:
+            raise _uneven(path, shape, axis, part, mesh)
+        parts[axis] = None
+    where = NamedSharding(mesh, PartitionSpec(*parts))
+    if jax.process_count() == 1 or _is_global(x):
+        return jax.device_put(x, where)
+    return jax.make_array_from_process_local_data(where, np.asarray(x), shape)
+
+
+def _is_global(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def _global_shape(x: Any) -> tuple[int, ...]:
+    """The shape of the batch of all processes; a number has none."""
+    if x.ndim == 0 or _is_global(x):
+        return tuple(x.shape)
+    return (x.shape[0] * jax.process_count(), *x.shape[1:])
+
+
+def _uneven(
+    path: str, shape: tuple[int, ...], axis: int, part: Any, mesh: Mesh
+) -> ShapeError:
+    what = "examples" if axis == 0 else "tokens"
+    ways = ways_of(mesh, part)
+    near = ways * -(-shape[axis] // ways)
+    remedy = (
+        f"Take a batch of {near}"
+        if axis == 0
+        else f"Pad the tokens to {near}, a multiple of {ways}"
+    )
+    return ShapeError(
+        f"batch {path + ' ' if path else ''}{list(shape)}: {shape[axis]} {what} do not "
+        f"fall into {ways} equal parts, as the mesh {describe(mesh)} cuts them.\n"
+        f"{remedy}, or pass uneven='replicate', so that every device computes all of "
+        "them."
+    )

@@ -4,6 +4,7 @@
     rules          where parameters lie: a layout by name, or rules of your own
     place          a tree, or its shapes, on a mesh by such rules
     place_batch    a batch on a mesh
+    mesh_of        the mesh that a tree's arrays lie on
     Rules          what `rules` returns: `spec`, `on`, `shardings`
 
 JAX and XLA do the rest: `jax.jit` follows its arguments and inserts the communication.
@@ -13,6 +14,7 @@ JAX and XLA do the rest: `jax.jit` follows its arguments and inserts the communi
 >>> params = place(params, mesh, "fsdp+tensor")
 """
 
+from jlora.sharding._batches import mesh_of as mesh_of
 from jlora.sharding._batches import place_batch as place_batch
 from jlora.sharding._mesh import make_mesh as make_mesh
 from jlora.sharding._rules import Rules as Rules

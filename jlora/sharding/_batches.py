@@ -16,16 +16,17 @@ from jlora.sharding._rules import Uneven, ways_of
 Batch = Any
 
 
-def batch_spec(ndim: int, mesh: Mesh) -> PartitionSpec:
-    """How an array of a batch with so many axes is cut.
+def batch_spec(ndim: int, mesh: Mesh, axis: int = 0) -> PartitionSpec:
+    """How an array of a batch with so many axes is cut; its examples lie along `axis`.
 
     >>> mesh = jax.sharding.AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
     >>> tuple(batch_spec(2, mesh))
     (('data', 'fsdp'), None)
     """
     data = tuple(name for name in DATA_AXES if name in mesh.axis_names)
-    parts = [data or None, "sequence" if "sequence" in mesh.axis_names else None]
-    return PartitionSpec(*(parts + [None] * ndim)[:ndim])
+    tokens = "sequence" if "sequence" in mesh.axis_names else None
+    parts = [None] * axis + [data or None, tokens] + [None] * ndim
+    return PartitionSpec(*parts[:ndim])
 
 
 def data_ways(mesh: Mesh) -> int:
@@ -33,7 +34,9 @@ def data_ways(mesh: Mesh) -> int:
     return ways_of(mesh, batch_spec(1, mesh)[0])
 
 
-def place_batch(batch: Batch, mesh: Mesh, *, uneven: Uneven = "error") -> Batch:
+def place_batch(
+    batch: Batch, mesh: Mesh, *, uneven: Uneven = "error", axis: int = 0
+) -> Batch:
     """A batch on the mesh: its examples over `data` and `fsdp`.
 
     Args:
@@ -45,22 +48,23 @@ def place_batch(batch: Batch, mesh: Mesh, *, uneven: Uneven = "error") -> Batch:
       uneven: what to do where the mesh does not divide the examples or the tokens: an
         `"error"`, or `"replicate"`, not to cut that axis. Every device then computes
         all of it, and no example is lost or counted twice.
+      axis: the one along which the examples lie; tokens lie along the next one.
 
     Raises:
       ShapeError: an axis that the mesh does not divide, or, with several processes and
         `"replicate"`, examples that are not alike in number.
     """
-    return map_with_path(lambda path, x: _placed(path, x, mesh, uneven), batch)
+    return map_with_path(lambda path, x: _placed(path, x, mesh, uneven, axis), batch)
 
 
-def _placed(path: str, x: Any, mesh: Mesh, uneven: Uneven) -> jax.Array:
+def _placed(path: str, x: Any, mesh: Mesh, uneven: Uneven, first: int) -> jax.Array:
     x = x if isinstance(x, jax.Array) else np.asarray(x)
-    shape, parts = _global_shape(x), list(batch_spec(x.ndim, mesh))
+    shape, parts = _global_shape(x, first), list(batch_spec(x.ndim, mesh, first))
     for axis, part in enumerate(parts):
         if shape[axis] % ways_of(mesh, part) == 0:
             continue
         if uneven == "error" or jax.process_count() > 1:
-            raise _uneven(path, shape, axis, part, mesh)
+            raise _uneven(path, shape, axis, part, mesh, axis == first)
         parts[axis] = None
     where = NamedSharding(mesh, PartitionSpec(*parts))
     if jax.process_count() == 1 or _is_global(x):
@@ -72,22 +76,39 @@ def _is_global(x: Any) -> bool:
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
-def _global_shape(x: Any) -> tuple[int, ...]:
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's arrays lie on; None where they lie on none.
+
+    >>> mesh_of({"w": jnp.ones(3)}) is None
+    True
+    """
+    for x in jax.tree.leaves(tree):
+        sharding = getattr(x, "sharding", None)
+        traced = isinstance(x, jax.core.Tracer)
+        if not traced and isinstance(sharding, NamedSharding):
+            mesh = sharding.mesh
+            if isinstance(mesh, Mesh):
+                return mesh
+    return None
+
+
+def _global_shape(x: Any, axis: int) -> tuple[int, ...]:
     """The shape of the batch of all processes; a number has none."""
-    if x.ndim == 0 or _is_global(x):
-        return tuple(x.shape)
-    return (x.shape[0] * jax.process_count(), *x.shape[1:])
+    shape = list(x.shape)
+    if len(shape) > axis and not _is_global(x):
+        shape[axis] *= jax.process_count()
+    return tuple(shape)
 
 
 def _uneven(
-    path: str, shape: tuple[int, ...], axis: int, part: Any, mesh: Mesh
+    path: str, shape: tuple[int, ...], axis: int, part: Any, mesh: Mesh, is_batch: bool
 ) -> ShapeError:
-    what = "examples" if axis == 0 else "tokens"
+    what = "examples" if is_batch else "tokens"
     ways = ways_of(mesh, part)
     near = ways * -(-shape[axis] // ways)
     remedy = (
         f"Take a batch of {near}"
-        if axis == 0
+        if is_batch
         else f"Pad the tokens to {near}, a multiple of {ways}"
     )
     return ShapeError(

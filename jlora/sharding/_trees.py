@@ -111,8 +111,8 @@ class _Walk:
             spec = self.between_codes(path, base, spec)
         if isinstance(x, Rows):
             table = None if x.base is None else self.under(x.base, spec)
-            rows = PartitionSpec(None, *tuple(spec)[1:])
-            rows = None if x.rows is None else self.on(rows)
+            own = PartitionSpec(None, *tuple(spec)[1:])
+            rows = None if x.rows is None else self.on(own)
             return dataclasses.replace(x, base=table, rows=rows)
         if isinstance(x, Quantized):
             return self.under(x, spec)
@@ -151,8 +151,7 @@ class _Walk:
         for name in ("codes", "absmax"):
             array = getattr(base, name)
             for axis, dim in enumerate(base.along(name)):
-                part = None if dim is None else parts[dim]
-                if part is None:
+                if dim is None or (part := parts[dim]) is None:
                     continue
                 own = PartitionSpec(*[None] * axis, part)
                 if tuple(fitting(own, array.shape, self.mesh)) == tuple(own):

@@ -84,8 +84,8 @@ def run(
       adapt: makes a job's tree, `(params, job) -> tree`, in the place of `Job.lorafy`.
       progress: the title of a progress bar over the steps of all jobs; None shows none.
       **options: of the step (`accumulate`, `clip_norm`, `compute_dtype`, `cast_batch`,
-        `hooks`, `on_missing`), and what all jobs share of `jlora.lorafy` (`targets`,
-        `train`, `dora`, ...).
+        `hooks`, `mesh`, `on_missing`), and what all jobs share of `jlora.lorafy`
+        (`targets`, `train`, `dora`, ...).
 
     Returns:
       The results, in the order of the jobs.

@@ -14,7 +14,7 @@ from jlora.sweep._step import SweepEval, SweepStep, sweep_step
 from jlora.train._gradients import LossFn
 
 STEP_OPTIONS = ("accumulate", "clip_norm", "compute_dtype", "cast_batch", "hooks",
-                "on_missing")  # fmt: skip
+                "mesh", "on_missing")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,6 @@ class Settings:
 
     def evaluation(self, group: int | None) -> SweepEval:
         """The evaluation, likewise."""
-        kept = ("compute_dtype", "cast_batch", "on_missing")
+        kept = ("compute_dtype", "cast_batch", "mesh", "on_missing")
         own = {n: x for n, x in self.of_step.items() if n in kept}
         return SweepEval(self.loss_fn, group=group, **own)

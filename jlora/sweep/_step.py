@@ -14,16 +14,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from jlora._errors import OptionError
 from jlora._transform.replay import OnMissing
 from jlora._tree.partition import combine
+from jlora.sharding._batches import place_batch
+from jlora.sharding._rules import Uneven
 from jlora.sweep._bank import Bank, Kept
 from jlora.sweep._jobs import Hyper
 from jlora.sweep._plan import Optimizer, adamw, checked_optimizer
 from jlora.train._evaluation import EvalStep
 from jlora.train._gradients import GradientSettings, LossFn, cast, cast_base, cast_full
-from jlora.train._step import Hook, StepSettings, TrainStep, update
+from jlora.train._step import Hook, StepSettings, TrainStep, check_mesh, update
 from jlora.train._totals import Metrics, Totals, totals_fn
 
 Tree = Any
@@ -41,6 +44,7 @@ def sweep_step(
     cast_batch: bool = True,
     hooks: Hook | Sequence[Hook] = (),
     donate: bool = True,
+    mesh: Mesh | None = None,
     on_missing: OnMissing = "error",
 ) -> SweepStep:
     """Compile a step `(bank, batch) -> (bank, metrics)` of all slots of a bank.
@@ -60,6 +64,7 @@ def sweep_step(
       cast_batch: whether that goes for the batch too.
       hooks: they see one slot.
       donate: reuse the bank's memory; the one that is given cannot be used again.
+      mesh: put batches on this mesh, the examples of each slot over its data axes.
       on_missing: as in `jlora.lora`.
 
     Returns:
@@ -80,11 +85,15 @@ def sweep_step(
     )
     loss = totals_fn(loss_fn, on_missing)
     pure = functools.partial(_bank_update, loss, optimizer, settings, group)
-    return SweepStep(pure, donate, "jit", None)
+    check_mesh(mesh)
+    return SweepStep(pure, donate, "jit", None, mesh)
 
 
 class SweepStep(TrainStep):
     """A compiled step of a bank."""
+
+    def _placed(self, batch: Batch) -> Batch:
+        return _on_mesh(batch, self._mesh, "error")
 
     def __call__(  # type: ignore[override]
         self, bank: Bank, batch: Batch, *, shared: bool = False
@@ -103,6 +112,13 @@ class SweepStep(TrainStep):
     ) -> jax.stages.Lowered:
         """Lower without running: for costs and memory."""
         return super().lower(bank, _wrapped(batch, shared))  # type: ignore[arg-type]
+
+
+def _on_mesh(batch: dict[str, Batch], mesh: Mesh | None, uneven: Uneven) -> Batch:
+    """A batch on the mesh; of one that is stacked the slots lead."""
+    if mesh is None:
+        return batch
+    return place_batch(batch, mesh, uneven=uneven, axis=int("each" in batch))
 
 
 def _wrapped(batch: Batch, shared: bool) -> dict[str, Batch]:
@@ -175,6 +191,7 @@ class SweepEval:
         group: int | None = None,
         compute_dtype: Any = None,
         cast_batch: bool = True,
+        mesh: Mesh | None = None,
         on_missing: OnMissing = "error",
     ) -> None:
         """Make the step.
@@ -184,6 +201,7 @@ class SweepEval:
           group: as there, as is the rest.
           compute_dtype: of the base.
           cast_batch: whether that goes for the batch too.
+          mesh: as there; what it does not divide is computed on every device.
           on_missing: as in `jlora.lora`.
         """
         loss = totals_fn(loss_fn, on_missing)
@@ -203,9 +221,10 @@ class SweepEval:
 
             return _mapped(one, group, (trainable, own, batch.get("each")))
 
-        self._step = EvalStep(totals)
+        self._mesh, self._step = mesh, EvalStep(totals)
 
     def __call__(self, bank: Bank, batch: Batch, *, shared: bool = False) -> Totals:
         """Each metric as `(total, count)`, `[K]` both."""
         tree = (bank.trainable, bank.frozen.own, bank.frozen.shared)
-        return self._step.totals(tree, _wrapped(batch, shared))
+        wrapped = _wrapped(batch, shared)
+        return self._step.totals(tree, _on_mesh(wrapped, self._mesh, "replicate"))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from jlora._errors import OptionError, StructureError
 from jlora._paths import leaf_paths, module_of
@@ -15,6 +16,7 @@ from jlora._transform.lora import lora
 from jlora._transform.replay import OnMissing
 from jlora._tree.dropout import with_dropout
 from jlora._tree.options import one_of
+from jlora.sharding._batches import place_batch
 from jlora.train._batch import Batch, as_batch
 from jlora.train._gradients import (
     AxisName,
@@ -28,7 +30,7 @@ from jlora.train._gradients import (
 )
 from jlora.train._state import TrainState, unreplicate
 from jlora.train._static import put_together, take_apart
-from jlora.train._step import PARALLEL, Parallel
+from jlora.train._step import PARALLEL, Parallel, check_mesh
 from jlora.train._totals import Metrics, Totals, means, pair, totals_fn
 from jlora.train._uses import IdCheck
 
@@ -44,11 +46,12 @@ class EvalStep:
         totals: Callable[[Tree, Batch], Totals],
         parallel: Parallel = "jit",
         axis_name: AxisName | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         def of_arrays(rest: Any, arrays: Any, batch: Batch) -> Totals:
             return totals(put_together(arrays, rest), batch)
 
-        self._is_mapped = parallel == "pmap"
+        self._is_mapped, self._mesh = parallel == "pmap", mesh
         self._check_ids = IdCheck()
         self._totals: Any = (
             jax.pmap(of_arrays, axis_name=axis_name, static_broadcasted_argnums=0)
@@ -64,12 +67,18 @@ class EvalStep:
         """Each metric as `(total, count)`, to be summed over batches."""
         arrays, rest = take_apart(_eval_params(state))
         batch = as_batch(batch)
-        arguments = (rest, arrays, batch)
+        arguments = (rest, arrays, self._placed(batch))
         if not self._is_mapped:
             trace = lambda: self._totals.trace(*arguments).jaxpr  # noqa: E731
             self._check_ids(rest, batch, trace)
         totals = self._totals(*arguments)
         return unreplicate(totals) if self._is_mapped else totals
+
+    def _placed(self, batch: Batch) -> Batch:
+        # What does not divide is computed by all: no example is lost or counted twice.
+        if self._mesh is None:
+            return batch
+        return place_batch(batch, self._mesh, uneven="replicate")
 
 
 def _eval_params(state: TrainState | Tree) -> Tree:
@@ -84,6 +93,7 @@ def make_eval_step(
     cast_batch: bool = True,
     axis_name: AxisName | None = None,
     parallel: Parallel = "jit",
+    mesh: Mesh | None = None,
     on_missing: OnMissing = "error",
 ) -> EvalStep:
     """Compile an evaluation step, without dropout and without gradients.
@@ -97,6 +107,8 @@ def make_eval_step(
       axis_name: as in `make_train_step`.
       parallel: as in `make_train_step`; the metrics of `"pmap"` have no axis of
         devices.
+      mesh: as in `make_train_step`. A batch that the mesh does not divide is computed
+        whole on every device.
       on_missing: as in `jlora.lora`.
 
     Returns:
@@ -114,6 +126,7 @@ def make_eval_step(
         )
     check_compute_dtype(compute_dtype)
     one_of("parallel", parallel, PARALLEL)
+    check_mesh(mesh, parallel)
     if parallel == "pmap" and axis_name is None:
         axis_name = "batch"
 
@@ -139,7 +152,7 @@ def make_eval_step(
         out = of_lorafied(params, batch)
         return out if axis_name is None else lax.psum(out, axis_name)
 
-    return EvalStep(totals, parallel, axis_name)
+    return EvalStep(totals, parallel, axis_name, mesh)
 
 
 def evaluate(

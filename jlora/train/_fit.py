@@ -150,7 +150,7 @@ def fit(
       patience: after how many skipped steps in a row to stop: the parameters are as
         they were before, so a run that has diverged does not find back by itself. None
         never stops. With `skip_nonfinite=False` the first such step ends the run.
-      **options: those of `make_train_step`.
+      **options: those of `make_train_step`; `mesh` is for validation, too.
 
     Raises:
       Interrupted: the run was asked to stop, and saved.
@@ -176,6 +176,7 @@ def fit(
         measure = make_eval_step(
             lambda p, batch: _named(loss_fn(p, batch, no_key)),
             compute_dtype=options.get("compute_dtype"),
+            mesh=options.get("mesh"),
         )
         validate = Validate(measure, valid, run.metrics, run.adapter, every, len(train))
     often = log_every or min(10, max(1, steps // 20))

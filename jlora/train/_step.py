@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jlora import _compat
 from jlora._errors import OptionError, StructureError
 from jlora._transform.replay import OnMissing
 from jlora._tree.options import one_of
+from jlora.sharding._batches import place_batch
 from jlora.train._batch import Batch, as_batch
 from jlora.train._gradients import (
     AxisName,
@@ -98,6 +99,7 @@ def make_train_step(
     donate: bool = True,
     axis_name: AxisName | None = None,
     parallel: Parallel = "jit",
+    mesh: Mesh | None = None,
     on_missing: OnMissing = "error",
 ) -> TrainStep:
     """Compile a training step `(state, batch) -> (state, metrics)`.
@@ -141,6 +143,8 @@ def make_train_step(
         `jax.shard_map`. Not needed for sharded arrays under `jax.jit`.
       parallel: `"jit"`, which follows the shardings of its arguments; or `"pmap"`, for
         a state from `replicate` and a batch with a leading axis of devices.
+      mesh: put each batch on this mesh, by `jlora.sharding.place_batch`. None leaves a
+        batch where it is, and XLA puts one of NumPy where it likes.
       on_missing: as in `jlora.lora`.
 
     Returns:
@@ -160,6 +164,7 @@ def make_train_step(
     """
     _check_functions(loss_fn, tx)
     one_of("parallel", parallel, PARALLEL)
+    check_mesh(mesh, parallel)
     if parallel == "pmap" and axis_name is None:
         axis_name = "batch"
     settings = StepSettings(
@@ -176,7 +181,22 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
     loss = totals_fn(loss_fn, on_missing)
     pure = functools.partial(update, loss, tx, settings)
-    return TrainStep(pure, donate, parallel, axis_name)
+    return TrainStep(pure, donate, parallel, axis_name, mesh)
+
+
+def check_mesh(mesh: Any, parallel: Parallel = "jit") -> None:
+    """Refuse what is no mesh, and one where nothing is placed."""
+    if mesh is None or (isinstance(mesh, Mesh) and parallel == "jit"):
+        return
+    if isinstance(mesh, Mesh):
+        raise OptionError(
+            "mesh goes with parallel='jit': a pmapped step takes batches with a "
+            "leading axis of devices.\nLeave one of the two out."
+        )
+    raise OptionError(
+        f"mesh={mesh!r}: expected a jax.sharding.Mesh, of "
+        "jlora.sharding.make_mesh('data=2,fsdp=2') say."
+    )
 
 
 def _check_functions(loss_fn: Any, tx: Any) -> None:
@@ -196,22 +216,29 @@ class TrainStep:
     """A compiled step; call it as `state, metrics = step(state, batch)`."""
 
     def __init__(
-        self, pure: Callable[..., Any], donate: bool, parallel: Parallel, axis_name: Any
+        self,
+        pure: Callable[..., Any],
+        donate: bool,
+        parallel: Parallel,
+        axis_name: Any,
+        mesh: Mesh | None = None,
     ) -> None:
         self._pure = pure
         self._donate = (0,) if donate else ()
         self._parallel = parallel
         self._axis_name = axis_name
+        self._mesh = mesh
         self._compiled: dict[Any, Any] = {}
         self._traces = 0
         self._check_ids = IdCheck()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Run one step."""
+        batch = as_batch(batch)
         run, arguments, treedef = self._prepare(state, batch)
         if self._parallel == "jit":
             trace = lambda: run.trace(*arguments).jaxpr  # noqa: E731
-            self._check_ids(run, arguments[-1], trace)
+            self._check_ids(run, batch, trace)
         leaves, metrics = run(*arguments)
         step, trainable, opt_state = jax.tree.unflatten(treedef, leaves)
         return dataclasses.replace(
@@ -220,7 +247,7 @@ class TrainStep:
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """Lower without running, as `jax.jit(f).lower`: for costs and memory."""
-        run, arguments, _ = self._prepare(state, batch)
+        run, arguments, _ = self._prepare(state, as_batch(batch))
         return run.lower(*arguments)
 
     def cache_size(self) -> int:
@@ -231,7 +258,7 @@ class TrainStep:
 
     def _prepare(self, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
         """The compiled function, its arguments, and the structure of its result."""
-        batch = as_batch(batch)
+        batch = self._placed(batch)
         # Flattened once: nodes are flattened in Python, and a model has hundreds.
         leaves, treedef = jax.tree.flatten(
             (state.step, state.trainable, state.opt_state)
@@ -250,6 +277,9 @@ class TrainStep:
             flat = functools.partial(self._flat, treedef, rest)
             self._compiled[known] = wrap(flat, donate_argnums=self._donate)
         return self._compiled[known], (leaves, frozen, state.key, batch), treedef
+
+    def _placed(self, batch: Batch) -> Batch:
+        return batch if self._mesh is None else place_batch(batch, self._mesh)
 
     def _flat(
         self, treedef: Any, rest: Any, leaves: Any, frozen: Any, key: Any, batch: Any

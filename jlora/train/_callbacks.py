@@ -34,11 +34,12 @@ class Log(Callback):
         self.metrics, self.every, self.unit = metrics, every, unit
         self.loss = self.weight = 0.0
         self.counted, self.since = 0, 0.0
+        self.waited = 0.0  # for batches, up to the last line
         self.last: Numbers = {}
 
     def on_start(self, loop: Loop) -> None:
         """Begin to measure the rate."""
-        self.since = loop.step_seconds
+        self.since, self.waited = loop.step_seconds, loop.data_wait
 
     def on_step(self, loop: Loop, step: int, metrics: Numbers) -> None:
         """Add a step to the mean; one that was skipped has no loss."""
@@ -59,7 +60,9 @@ class Log(Callback):
             values["learning_rate"] = self.last["learning_rate"]
         if self.counted and seconds > 0:
             values[f"{self.unit}_per_second"] = round(self.counted / seconds)
+        values["data_wait"] = round(loop.data_wait - self.waited, 3)
         self.metrics.write("train", step=loop.position, **values)
+        self.waited = loop.data_wait
         self.loss = self.weight = 0.0
         self.counted, self.since = 0, loop.step_seconds
 
@@ -82,7 +85,7 @@ class Validate(Callback):
       metrics: the file to log to.
       adapter: where the best adapter is saved.
       every: steps between validations.
-      epoch: steps an epoch.
+      epoch: steps an epoch; None where nobody knows.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Validate(Callback):
         metrics: MetricsLog,
         adapter: Path,
         every: int,
-        epoch: int,
+        epoch: int | None,
     ) -> None:
         self.step, self.batches, self.metrics = step, batches, metrics
         self.adapter, self.every, self.epoch = adapter, every, epoch
@@ -117,10 +120,13 @@ class Validate(Callback):
         batches = loop.until_stopped(self.batches)
         values = evaluate(self.step, loop.state, batches)
         self.loss = values["loss"]
-        loss, epoch = self.loss, loop.position / self.epoch
+        loss, at = self.loss, f"step {loop.position}"
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.metrics.write("valid", step=loop.position, epoch=round(epoch, 3), **known)
-        _say(f"step {loop.position} (epoch {epoch:.2f}): validation loss {loss:.4f}")
+        if self.epoch:
+            epoch = loop.position / self.epoch
+            known, at = {"epoch": round(epoch, 3), **known}, f"{at} (epoch {epoch:.2f})"
+        self.metrics.write("valid", step=loop.position, **known)
+        _say(f"{at}: validation loss {loss:.4f}")
         if not math.isfinite(loss):
             warnings.warn(
                 f"step {loop.position}: the validation loss is {loss}, so this adapter "

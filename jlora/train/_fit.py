@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import jax
@@ -27,10 +27,14 @@ Tree = Any
 
 
 class Stream(Protocol):
-    """Training batches, such as `jlora.data.Batches`."""
+    """Training batches, such as `jlora.data.Batches` or `jlora.data.Streaming`.
 
-    def __len__(self) -> int:
-        """Return the number of batches an epoch."""
+    Where the number of batches an epoch is known, `__len__` returns it. A step's number
+    is place enough for some. Others return iterators with a method `position()`: where
+    the next batch is, as JSON. It goes into the checkpoint, and a run that is resumed
+    calls `stream(step, position)`. Each batch has arrays of its own: some are made
+    before the one before them is used.
+    """
 
     def stream(self, step: int) -> Iterator[Batch]:
         """Yield batches from a step on, without end."""
@@ -50,9 +54,12 @@ class Fit:
       best_loss: the lowest.
       best_step: after which step that was.
       compilations: how many programs of the step were compiled in this process.
-      epoch: steps an epoch.
+      epoch: steps an epoch; None where nobody knows.
       skipped: how many steps were skipped, their loss or gradient not being finite.
       spikes: how often the loss jumped, see `Watch`.
+      data_waits: steps of this process for which a batch was not there in time, the
+        first left out.
+      data_wait: seconds that this process waited for batches.
     """
 
     params: Tree
@@ -64,18 +71,23 @@ class Fit:
     best_loss: float
     best_step: int
     compilations: int
-    epoch: int
+    epoch: int | None
     skipped: int = 0
     spikes: int = 0
+    data_waits: int = 0
+    data_wait: float = 0.0
 
     def facts(self) -> dict[str, str]:
         """Return what is to be said of the run, in lines for a report."""
         beside = self.seconds - self.step_seconds
+        epochs = f" ({self.steps / self.epoch:.2f} epochs)" if self.epoch else ""
         said = {
-            "training": f"{self.steps} steps ({self.steps / self.epoch:.2f} epochs) in "
+            "training": f"{self.steps} steps{epochs} in "
             f"{self.seconds:.0f} s, {beside:.0f} s of it for validation and saving",
             "compiled": f"the step, for {self.compilations} "
             f"shape{'' if self.compilations == 1 else 's'} of batches",
+            "data": f"{_times(self.data_waits, 'step')} waited for a batch, "
+            f"{self.data_wait:.1f} s in all",
         }
         if self.skipped:
             said["skipped"] = (
@@ -117,6 +129,7 @@ def fit(
     keep: int = 2,
     keep_best: int = 0,
     patience: int | None = 5,
+    prefetch: int = 2,
     **options: Any,
 ) -> Fit:
     """Train, validate, keep the best adapter, log, save; go on if `run` is resumed.
@@ -150,6 +163,9 @@ def fit(
       patience: after how many skipped steps in a row to stop: the parameters are as
         they were before, so a run that has diverged does not find back by itself. None
         never stops. With `skip_nonfinite=False` the first such step ends the run.
+      prefetch: batches that a thread makes and puts on the device ahead, so that no
+        step waits for one; 0 makes each before its step. The log's `data_wait` says how
+        many seconds the steps since the last line have waited for batches.
       **options: those of `make_train_step`; `mesh` is for validation, too.
 
     Raises:
@@ -169,7 +185,8 @@ def fit(
         raise OptionError(f"patience={patience}: expected at least 1, or None.")
     step = make_train_step(loss_fn, tx, **options)
     state = TrainState.create(params, tx, key)
-    every = eval_every or max(1, min(len(train), math.ceil(steps / 10)))
+    epoch = len(train) if isinstance(train, Sized) else None
+    every = eval_every or max(1, min(epoch or steps, math.ceil(steps / 10)))
     validate = None
     if valid is not None:
         no_key: Any = None
@@ -178,7 +195,7 @@ def fit(
             compute_dtype=options.get("compute_dtype"),
             mesh=options.get("mesh"),
         )
-        validate = Validate(measure, valid, run.metrics, run.adapter, every, len(train))
+        validate = Validate(measure, valid, run.metrics, run.adapter, every, epoch)
     often = log_every or min(10, max(1, steps // 20))
     watch = Watch(run.metrics)
     save = Save(run.state, every, keep=keep, keep_best=keep_best, valid=validate)
@@ -192,6 +209,8 @@ def fit(
         callbacks=[*own, *callbacks, *trackers_of(run, often), save],
         count=count,
         patience=patience,
+        prefetch=prefetch,
+        place=step.place if prefetch else None,
     )
     if run.resumed:
         _restore(loop, run, save)
@@ -217,9 +236,11 @@ def fit(
         best_loss=math.nan if validate is None else validate.best_loss,
         best_step=loop.position if best is None else best,
         compilations=step.cache_size(),
-        epoch=len(train),
+        epoch=epoch,
         skipped=loop.skipped,
         spikes=watch.spikes,
+        data_waits=loop.data_waits,
+        data_wait=loop.data_wait,
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from jlora._errors import NonFiniteError
+from jlora._errors import DataError, NonFiniteError
+from jlora.train._prefetch import Placed, batches_from
 from jlora.train._state import TrainState
 from jlora.train._step import TrainStep
 
@@ -105,18 +106,24 @@ class Loop:
       step_seconds: the part of it that steps took, without validation and saving.
       skipped: steps whose loss or gradient was not finite.
       stopped: signals to stop that have come.
+      data_position: where the next batch is, as JSON; None where the step's number says
+        it.
+      data_waits: steps of this process for which a batch was not there in time.
+      data_wait: seconds that this process has waited for batches.
     """
 
     def __init__(
         self,
         step: TrainStep,
         state: TrainState,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Callable[..., Iterator[Batch]],
         *,
         steps: int,
         callbacks: Sequence[Callback] = (),
         count: Callable[[Batch], int] | None = None,
         patience: int | None = 1,
+        prefetch: int = 0,
+        place: Callable[[Batch], Any] | None = None,
     ) -> None:
         """Prepare a loop.
 
@@ -124,22 +131,29 @@ class Loop:
           step: from `make_train_step`.
           state: from `TrainState.create`.
           batches: a function from a step's number to the batches from there on, such
-            as `jlora.data.Batches.stream`.
+            as `jlora.data.Batches.stream`. Where its iterators have a `position()`, as
+            those of `jlora.data.Streaming` have, what that returns is kept beside the
+            state, and a run that goes on calls `batches(step, position)`.
           steps: how many updates to make.
           callbacks: called in this order.
           count: how many tokens, or what else is to be counted, a batch holds; its
             metrics have it as `count`.
           patience: at how many steps in a row whose loss or gradient is not finite to
             stop; None never does. More than 1 is for steps that skip such an update.
+          prefetch: batches that are made ahead, by a thread; 0 makes them in between.
+          place: from a batch to one on devices, called in that thread. None leaves it
+            to the step.
         """
         self.step, self.state, self.batches = step, state, batches
         self.steps, self.callbacks, self.count = steps, callbacks, count
-        self.patience = patience
+        self.patience, self.prefetch, self.place = patience, prefetch, place
         self.position = int(state.step)
         self.seconds = self.step_seconds = 0.0
         self.skipped, self._in_a_row = 0, 0
         self.stopped: list[int] = []
         self._unfinished: list[Callback] = []
+        self.data_position: Any = None
+        self.data_waits, self.data_wait = 0, 0.0
         self._waiting: list[tuple[int, int, Any]] = []
         self._shapes: set[Any] = set()
 
@@ -151,6 +165,7 @@ class Loop:
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,
             "skipped": [self.skipped, self._in_a_row],
+            "data": self.data_position,
             "unfinished": [type(callback).__name__ for callback in self._unfinished],
             "callbacks": {name: values for name, values in kept.items() if values},
         }
@@ -161,6 +176,7 @@ class Loop:
         self.seconds = saved["seconds"]
         self.step_seconds = saved["step_seconds"]
         self.skipped, self._in_a_row = saved["skipped"]
+        self.data_position = saved.get("data")
         for callback in self.callbacks:
             callback.restore(saved["callbacks"].get(type(callback).__name__, {}))
         names = saved["unfinished"]
@@ -179,8 +195,7 @@ class Loop:
         with stop_signals() as self.stopped, self._ended():
             self._clock = time.perf_counter()
             self._start()
-            left = max(0, self.steps - self.position)
-            for batch in islice(self.batches(self.position), left):
+            for batch in self._read_batches(max(0, self.steps - self.position)):
                 self._dispatch(batch)
                 due = [c for c in self.callbacks if c.every and self._is_due(c.every)]
                 self._read(0 if due or self.position == self.steps else 1)
@@ -190,6 +205,27 @@ class Loop:
                 self._on_interval(due)
                 self._stop_if_asked()
         return self.state
+
+    def _read_batches(self, most: int) -> Iterator[Batch]:
+        """Yield so many batches from where the run is, and note where the next is."""
+        if not most:
+            return
+        at: list[Any] = [self.position]
+        if self.data_position is not None:
+            at.append(self.data_position)
+        source = iter(self.batches(*at))
+        batches = batches_from(source, self.place, self.prefetch, most)
+        with contextlib.closing(batches):
+            try:
+                for batch in islice(batches, most):
+                    self.data_position = batches.position
+                    self.data_waits, self.data_wait = batches.waits, batches.seconds
+                    yield batch
+            except DataError:
+                # A signal may have ended the processes that read, too.
+                self._read(0)
+                self._stop_if_asked()
+                raise
 
     def _start(self) -> None:
         """Call what begins, and what a stop has left undone."""
@@ -251,11 +287,12 @@ class Loop:
         self._clock = now
 
     def _dispatch(self, batch: Batch) -> None:
-        shapes = tuple(map(jax.numpy.shape, jax.tree.leaves(batch)))
+        host = batch.host if isinstance(batch, Placed) else batch
+        shapes = tuple(map(jax.numpy.shape, jax.tree.leaves(host)))
         if shapes not in self._shapes:
             self._shapes.add(shapes)
             self.announce("compiling")
-        count = self.count(batch) if self.count else 0
+        count = self.count(host) if self.count else 0
         self.state, metrics = self.step(self.state, batch)
         self.position += 1
         self._waiting.append((self.position, int(count), metrics))

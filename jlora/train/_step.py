@@ -27,6 +27,7 @@ from jlora.train._gradients import (
     Objective,
     at_least_f32,
 )
+from jlora.train._prefetch import Placed
 from jlora.train._state import TrainState, strongly_typed
 from jlora.train._static import put_together, take_apart
 from jlora.train._totals import Metrics, Totals, accumulation_dtype, means, totals_fn
@@ -234,11 +235,12 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Run one step."""
-        batch = as_batch(batch)
+        ahead = isinstance(batch, Placed)
+        host, batch = (batch.host, batch.device) if ahead else (as_batch(batch),) * 2
         run, arguments, treedef = self._prepare(state, batch)
         if self._parallel == "jit":
             trace = lambda: run.trace(*arguments).jaxpr  # noqa: E731
-            self._check_ids(run, batch, trace)
+            self._check_ids(run, host, trace)
         leaves, metrics = run(*arguments)
         step, trainable, opt_state = jax.tree.unflatten(treedef, leaves)
         return dataclasses.replace(
@@ -277,6 +279,15 @@ class TrainStep:
             flat = functools.partial(self._flat, treedef, rest)
             self._compiled[known] = wrap(flat, donate_argnums=self._donate)
         return self._compiled[known], (leaves, frozen, state.key, batch), treedef
+
+    def place(self, batch: Batch) -> Batch:
+        """Put a batch where the step takes it, while another step runs perhaps.
+
+        It has been through `as_batch`. One for `"pmap"` is left as it is.
+        """
+        if self._parallel == "pmap":
+            return batch
+        return jax.device_put(batch) if self._mesh is None else self._placed(batch)
 
     def _placed(self, batch: Batch) -> Batch:
         return batch if self._mesh is None else place_batch(batch, self._mesh)

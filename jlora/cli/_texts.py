@@ -12,12 +12,13 @@ import numpy as np
 
 from jlora._errors import DataError, StructureError
 from jlora._options import UsageError, option
+from jlora._programs import ProgramOptions
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
+class GenerationOptions(ProgramOptions):
     """How tokens are chosen; what is not given is the model's own setting."""
 
     # fmt: off
@@ -53,7 +54,7 @@ class GenerationOptions:
         """
         names = [field.name for field in dataclasses.fields(GenerationOptions)]
         given = {name: getattr(self, name) for name in names}
-        del given["seed"]
+        del given["seed"], given["compilation_cache"]
         given["do_sample"] = given.pop("sample")
         given["num_return_sequences"] = given.pop("answers")
         given = {name: value for name, value in given.items() if value is not None}

@@ -145,4 +145,12 @@ def facts_of(settings: Any, summary: jlora.Summary, fit: Fit) -> dict[str, str]:
         "parameters": f"{summary.trainable:,} ({summary.fraction:.2%} of "
         f"{summary.total:,})",
         **fit.facts(),
+        **_programs(settings),
     }
+
+
+def _programs(settings: Any) -> dict[str, str]:
+    folder = settings.keep_programs()
+    if folder is None:
+        return {}
+    return {"compiled programs": f"kept in {folder} for the next run"}

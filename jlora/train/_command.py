@@ -14,6 +14,7 @@ from jlora._errors import LoraError, OptionError
 from jlora._options import UsageError, flag, options_of, read_file, read_words
 from jlora._options import option as option
 from jlora._options._option import Option
+from jlora._programs import ProgramOptions
 from jlora.train._loop import Interrupted
 from jlora.train._run import RunFolder, saved_settings
 
@@ -23,7 +24,7 @@ TASK = "task"  # a run's settings say by this what trained it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(ProgramOptions):
     """The settings of every script: where it writes, and what of an earlier run."""
 
     output: str | None = option(
@@ -48,7 +49,7 @@ class RunSettings:
           name: of the task, which the run's settings hold and its folder is named by.
         """
         kept = {TASK: name, **dataclasses.asdict(self)}
-        for own in ("output", "resume", "overwrite"):
+        for own in ("output", "resume", "overwrite", "compilation_cache"):
             del kept[own]
         if self.resume:
             return RunFolder.resume(self.output or "", kept)
@@ -158,6 +159,7 @@ def command_line(
         try:
             words = sys.argv[1:] if argv is None else argv
             settings = read_settings(kind, words, description)
+            settings.keep_programs()
             run(settings)
         except SystemExit as stop:  # after --help
             return int(stop.code or 0)

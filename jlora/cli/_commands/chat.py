@@ -42,6 +42,7 @@ class Options(GenerationOptions):
 def run(options: Options) -> None:
     """Read a line, answer it, and so on until the end."""
     settings = options.settings()
+    options.keep_programs()
     from jlora._errors import LoraError, OptionError
     from jlora.cli._sources import writer
 

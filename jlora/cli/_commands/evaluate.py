@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jlora._errors import DataError, StructureError
 from jlora._options import UsageError, option
+from jlora._programs import ProgramOptions
 from jlora.cli._common import DTYPES, progress
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Pairs = Mapping[str, list[Any]]  # of a test its sentences beside their answers
 
 # fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ProgramOptions):
     """What `jlora evaluate` takes."""
 
     source: str = option(
@@ -56,6 +57,7 @@ def run(options: Options) -> None:
     """Print loss and perplexity of each test, and BLEU where there are answers."""
     from jlora.cli import _sources
 
+    options.keep_programs()
     source = _sources.find(options.source, base=options.base, adapter=options.adapter)
     tests = _tests(options, source)  # before anything heavy, for it may be wrong
     check = "values" if options.dtype is None else "shapes"

@@ -42,6 +42,7 @@ class Options(GenerationOptions):
 def run(options: Options) -> None:
     """Answer each text, in their order."""
     settings = options.settings()
+    options.keep_programs()
     from jlora.cli._texts import read_texts
 
     texts = read_texts(options.texts, options.file)

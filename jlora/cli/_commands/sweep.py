@@ -59,6 +59,7 @@ def run(options: Options) -> None:
         kind, options.words, f"Options of the task {task!r}.",
         program=f"jlora sweep {source}", file=file, source=source,
     )  # fmt: skip
+    settings.keep_programs()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what runs say is no data
             rows = _sweeping.run(task, settings, swept)

@@ -58,6 +58,7 @@ def run(options: Options) -> None:
         print(_template(options.template), end="")
         return
     name, settings = read_task(options)
+    settings.keep_programs()
     try:
         tasks.run(name, settings)
     except Interrupted as place:

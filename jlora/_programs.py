@@ -1,0 +1,95 @@
+"""Compiled programs, kept from run to run: the second run of a script starts at once.
+
+JAX's own persistent cache does it. Here it gets a folder, a size that it keeps, and a
+place on the command line.
+
+Source: https://docs.jax.dev/en/latest/persistent_compilation_cache.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora._errors import OptionError
+from jlora._options import option
+
+OFF = "off"
+# JAX's settings, their defaults, and what they are here.
+_SETTINGS = (
+    # Two gigabytes, hundreds of runs; what was not used for longest goes. With a limit
+    # entries are written under a lock, so that several runs may share the folder.
+    ("jax_compilation_cache_max_size", -1, 2 * 2**30),
+    # Most programs of a small model compile in less than JAX's second.
+    ("jax_persistent_cache_min_compile_time_secs", 1.0, 0.1),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramOptions:
+    """Where compiled programs are kept."""
+
+    compilation_cache: str | None = option(
+        None,
+        "keep compiled programs there for the next run, or off (~/.cache/jlora)",
+        metavar="DIR|off",
+        extends=True,
+        group="programs",
+    )
+
+    def keep_programs(self) -> Path | None:
+        """Have JAX keep programs, as the option says; return the folder, if any."""
+        return keep_programs(self.compilation_cache)
+
+
+def keep_programs(where: str | Path | None = None) -> Path | None:
+    """Have JAX keep what it compiles from now on, and read what is there already.
+
+    Args:
+      where: a folder; `"off"` keeps nothing. None is what JAX was told by its own
+        settings (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE`), and
+        without any of them `jlora/programs` in the user's folder of caches,
+        `$XDG_CACHE_HOME` or `~/.cache`. One that cannot be made is passed over.
+
+    Returns:
+      The folder; None where nothing is kept.
+
+    Raises:
+      OptionError: a folder that was asked for cannot be written.
+    """
+    if where == OFF:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not _told("jax_enable_compilation_cache"):
+        return None
+    if where is None and (told := _told("jax_compilation_cache_dir")):
+        return Path(told)
+    folder = _users_folder() if where is None else Path(where).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "no permission to write", str(folder))
+    except OSError as error:
+        if where is None:
+            return None
+        raise OptionError(
+            f"--compilation-cache {folder}: {error.strerror} ({error.filename}).\n"
+            "Choose another folder, or off."
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    for name, jaxs_own, ours in _SETTINGS:
+        if _told(name) == jaxs_own:  # nobody has said anything else
+            jax.config.update(name, ours)
+    return folder
+
+
+def _told(name: str) -> Any:
+    return getattr(jax.config, name)  # JAX declares its settings as it runs
+
+
+def _users_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "jlora" / "programs"

@@ -45,7 +45,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(train.RunSettings):
+class Settings(tasks.DeviceOptions):
     """What was asked for; the defaults stand in brackets."""
 
     # fmt: off
@@ -85,7 +85,8 @@ class Settings(train.RunSettings):
             beside = ASSETS / "corpus"
             files = {n: [str(beside / f"travel.{n}.{x}") for x in ("de", "en")]
                      for n in files}  # fmt: skip
-        names = ("model", "direction", "train_size", "valid_size", "test_size", "seed")
+        names = ("model", "direction", "train_size", "valid_size", "test_size", "seed",
+                 "mesh", "layout", "uneven")  # fmt: skip
         own = {name: getattr(self, name) for name in names}
         return tasks.TranslationSettings(**own, **files, buckets=1)
 
@@ -109,7 +110,8 @@ class Settings(train.RunSettings):
             tasks.refuse({f"{flag} has a value twice": len({*values}) < len(values)})
         alone = {"--valid and --test need --train": self.valid or self.test}
         tasks.refuse({} if self.train else alone)
-        self.text.check()
+        for size in self.batch_sizes:
+            dataclasses.replace(self.text, batch_size=size).check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Group:
                 optimizer=self.optimizer, targets=self.targets, clip_norm=1.0,
                 valid=self.task.valid, eval_every=self.steps, folder=place,
                 resume=place.exists(), progress=f"batches of {self.size}",
+                mesh=self.s.device_mesh,
             )  # fmt: skip
         except train.Interrupted as said:
             where = f"{said}".partition(".")[0]
@@ -169,7 +172,9 @@ class Group:
         tx = self.optimizer(job)
         tree = job.lorafy(params, targets=self.targets)
         state = train.TrainState.create(tree, tx, job.key)
-        step = train.make_train_step(self.task.loss_fn, tx, clip_norm=1.0)
+        step = train.make_train_step(
+            self.task.loss_fn, tx, clip_norm=1.0, mesh=self.s.device_mesh
+        )
         losses = []
         for batch in itertools.islice(self.batches.stream(0), self.steps):
             state, metrics = step(state, batch)

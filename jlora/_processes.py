@@ -158,6 +158,6 @@ def on_host(x: Any) -> np.ndarray:
 
 def read_shard(x: Any) -> np.ndarray:
     """The values of an array on one device; of a CPU's it is no copy."""
-    if isinstance(x, jax.Array) and x.devices().pop().platform != "cpu":
+    if isinstance(x, jax.Array) and next(iter(x.devices())).platform != "cpu":
         x = x.copy()  # keeps what is read of it, and goes with it
     return np.asarray(x)

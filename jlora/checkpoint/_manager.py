@@ -504,7 +504,7 @@ def _own(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _platform(x: jax.Array) -> str:
-    return str(x.devices().pop().platform)
+    return str(next(iter(x.devices())).platform)
 
 
 def _try_config(place: Path) -> dict[str, Any]:

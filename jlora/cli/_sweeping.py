@@ -25,7 +25,8 @@ _OWN = {field.name for kind in (tasks.AdapterOptions, tasks.TrainingOptions)
         for field in dataclasses.fields(kind)}  # fmt: skip
 ALLOWED = frozenset(_OWN) - {
     *("output", "resume", "overwrite", "log_to", "eval_every", "eval_batch_size"),
-    *("quantize", "precision"),  # of the model, which is loaded once
+    # Of the model, which is loaded once, and of where it lies.
+    *("quantize", "precision", "mesh", "layout", "uneven"),
 }
 
 Values = Mapping[str, Any]
@@ -177,7 +178,8 @@ def _together(kind: Any, loaded: Any, group: list[Member], folder: Any) -> Made:
         task.loss_fn, loaded.params, jobs, task.train, optimizer=optimizer,
         adapt=lambda params, job: own[job.name].settings.adapt(params, s.key),
         valid=task.valid, eval_every=steps, accumulate=s.accumulate,
-        clip_norm=s.clip or None, progress=f"{len(jobs)} runs in one step",
+        clip_norm=s.clip or None, mesh=s.device_mesh,
+        progress=f"{len(jobs)} runs in one step",
     )  # fmt: skip
     each = (time.perf_counter() - began) / len(jobs)
     for result in results:

@@ -5,6 +5,7 @@
     place          a tree, or its shapes, on a mesh by such rules
     place_batch    a batch on a mesh
     mesh_of        the mesh that a tree's arrays lie on
+    device_bytes   what lies on each device, of a tree or of all that is alive
     Rules          what `rules` returns: `spec`, `on`, `shardings`
 
 JAX and XLA do the rest: `jax.jit` follows its arguments and inserts the communication.
@@ -14,6 +15,7 @@ JAX and XLA do the rest: `jax.jit` follows its arguments and inserts the communi
 >>> params = place(params, mesh, "fsdp+tensor")
 """
 
+from jlora.sharding._account import device_bytes as device_bytes
 from jlora.sharding._batches import mesh_of as mesh_of
 from jlora.sharding._batches import place_batch as place_batch
 from jlora.sharding._mesh import make_mesh as make_mesh

@@ -1,6 +1,7 @@
 """Tasks: what training scripts share, so that each is read in five minutes.
 
     AdapterOptions  TrainingOptions    options of the command line, and what they mean
+    DeviceOptions                      those that spread a run over devices
     seq2seq_loss  causal_loss  classification_loss      the loss of a kind of model
     preference_loss  step_memory       DPO's, and what a step takes
     Generator                          a model's answers, in files
@@ -24,6 +25,7 @@ from jlora.tasks._compare import METHODS as METHODS
 from jlora.tasks._compare import Comparison as Comparison
 from jlora.tasks._compare import Outcome as Outcome
 from jlora.tasks._compare import compare as compare
+from jlora.tasks._devices import DeviceOptions as DeviceOptions
 from jlora.tasks._examples import Examples as Examples
 from jlora.tasks._examples import read_examples as read_examples
 from jlora.tasks._generation import Generator as Generator

@@ -266,6 +266,7 @@ def _measured(settings: Any, task: Any, tree: Any) -> tuple[float, int]:
     """Return the time of a compiled step, and the memory of it by XLA's account."""
     tx, _ = settings.optimizer(TIMED)
     options = {"accumulate": settings.accumulate, "clip_norm": settings.clip or None}
+    options["mesh"] = settings.device_mesh
     step = train.make_train_step(task.loss_fn, tx, **options)
     state = train.TrainState.create(tree, tx, settings.key)
     # The largest shape, which needs the most memory.

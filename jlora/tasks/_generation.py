@@ -10,6 +10,7 @@ from typing import Any
 
 import jlora
 from jlora import data, models
+from jlora.tasks._devices import beside
 
 Tree = Any
 Batch = Mapping[str, Any]
@@ -33,11 +34,11 @@ class Generator:
 
     def __call__(self, params: Tree, batch: Batch) -> list[str]:
         """Answer a batch of prompts, `input_ids` and `attention_mask` of `[B, S]`."""
+        prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
         tokens = models.generate(
             self.model,
             params,
-            batch["input_ids"],
-            batch["attention_mask"],
+            **beside(params, prompts),
             max_new_tokens=self.max_new_tokens,
             transform=jlora.lora,
             **self.settings,

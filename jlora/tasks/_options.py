@@ -14,6 +14,7 @@ import optax
 import jlora
 from jlora import data, models, optim, train
 from jlora._errors import OptionError
+from jlora.tasks._devices import DeviceOptions
 from jlora.train import option
 
 Tree = Any
@@ -112,7 +113,7 @@ class AdapterOptions(train.RunSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingOptions(train.RunSettings):
+class TrainingOptions(DeviceOptions):
     """How a run trains: batches, steps, the optimiser, precision, validation."""
 
     # fmt: off
@@ -171,6 +172,8 @@ class TrainingOptions(train.RunSettings):
         dtype = jnp.float32 if getattr(self, "full", False) else precision
         if form := getattr(self, "quantize", None):
             options["quantize"] = jlora.quantizer(form)
+        if (mesh := self.device_mesh) is not None:
+            options["sharding"] = self.rules.on(mesh)
         model, params = models.load(source, dtype, compute_dtype=precision, **options)
         return Loaded(model, params, data.load_tokenizer(source))
 
@@ -233,6 +236,7 @@ class TrainingOptions(train.RunSettings):
                 "count": count_tokens,
                 "accumulate": self.accumulate,
                 "clip_norm": self.clip or None,
+                "mesh": self.device_mesh,
                 **options,
             },
         )

@@ -144,6 +144,7 @@ def facts_of(settings: Any, summary: jlora.Summary, fit: Fit) -> dict[str, str]:
         "trained": settings.what_is_trained,
         "parameters": f"{summary.trainable:,} ({summary.fraction:.2%} of "
         f"{summary.total:,})",
+        **settings.device_facts(fit.params),
         **fit.facts(),
         **_programs(settings),
     }

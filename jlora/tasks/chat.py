@@ -83,7 +83,8 @@ class Chat:
         self.loss_fn, self.count = causal_loss(loaded.model), count_tokens
         self.prompts = prompts_of(settings, loaded, valid, measures or {})
         self._measure = train.make_eval_step(
-            lambda params, batch: {"loss": self.loss_fn(params, batch, None)}
+            lambda params, batch: {"loss": self.loss_fn(params, batch, None)},
+            mesh=settings.device_mesh,
         )
 
     def _columns(self, name: str, talks: Talks, tokenizer: Any) -> dict[str, Any]:

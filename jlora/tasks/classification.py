@@ -20,6 +20,7 @@ from jlora.tasks._class_settings import LONGEST, METRICS
 from jlora.tasks._class_settings import (
     ClassificationSettings as ClassificationSettings,
 )
+from jlora.tasks._devices import beside
 from jlora.tasks._examples import Examples
 from jlora.tasks._losses import classification_loss
 from jlora.tasks._options import Loaded, count_tokens
@@ -103,6 +104,7 @@ class Classification:
 
         def of_batch(batch: dict[str, np.ndarray]) -> Any:
             inputs = {name: x for name, x in batch.items() if name != "labels"}
+            inputs = dict(beside(params, inputs))
             return np.asarray(self._apply(params, inputs), np.float32)
 
         return np.stack(batches.collect(of_batch, title))

@@ -29,6 +29,7 @@ from jlora.tasks._chats import (
     score_rows,
     use_of,
 )
+from jlora.tasks._devices import beside
 from jlora.tasks._losses import Batch, Loss
 from jlora.tasks._options import Loaded, refuse
 from jlora.tasks._reports import training_part
@@ -228,7 +229,7 @@ class Preferences:
             [answer for _, answer in asked],
             measures or {},
         )
-        self._measure = train.make_eval_step(self._metrics)
+        self._measure = train.make_eval_step(self._metrics, mesh=settings.device_mesh)
 
     def _references(self, params: Tree, batches: data.Batches) -> dict[str, np.ndarray]:
         """What the model says before training, a number for each answer."""
@@ -237,7 +238,7 @@ class Preferences:
             jlora.lora(lambda p, b: answer_scores(self._model, p, b, mean=mean))
         )
         rows: list[Any] = batches.collect(
-            lambda batch: list(np.stack(scores(params, batch), axis=1)),
+            lambda batch: list(np.stack(scores(params, beside(params, batch)), axis=1)),
             title="reference",
         )
         both = np.array(rows, np.float32)

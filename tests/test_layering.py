@@ -16,7 +16,16 @@ import jlora
 PACKAGE = pathlib.Path(jlora.__file__).parent
 # The rooms, lowest first: what is in one imports from its own room and from those below.
 FLOORS = [
-    ["_errors", "_compat", "_paths", "_text", "_files", "_processes", "_options", "_programs"],
+    [
+        "_errors",
+        "_compat",
+        "_paths",
+        "_text",
+        "_files",
+        "_processes",
+        "_options",
+        "_programs",
+    ],
     ["_kernel"],
     ["_transform"],
     ["_tree"],

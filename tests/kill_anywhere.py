@@ -33,7 +33,7 @@ import optax
 import jlora
 from jlora import train  # imported once: an attempt is a fork of this
 
-STEPS, EVERY, SIZE, RANK = 24, 3, 512, 128
+EVERY, SIZE, RANK = 3, 768, 256
 
 
 class Stream:
@@ -70,7 +70,7 @@ class Say(train.Callback):
         os.write(self.pipe, f"{loop.position}\n".encode())
 
 
-def attempt(folder, pipe):
+def attempt(folder, pipe, steps):
     """A run from its beginning, or from where it was killed, to its end."""
     warnings.simplefilter("error", jlora.JloraWarning)
     base = {"dense": {"kernel": jnp.asarray(noise(7, (SIZE, SIZE))) / SIZE**0.5}}
@@ -80,7 +80,7 @@ def attempt(folder, pipe):
     options = {} if is_saved else {"overwrite": True}
     with claim(folder, {}, **options) as run:
         fit = train.fit(
-            loss_fn, params, optax.adamw(3e-3), Stream(), run, steps=STEPS,
+            loss_fn, params, optax.adamw(3e-3), Stream(), run, steps=steps,
             valid=[next(Stream().stream(1000))], eval_every=EVERY, keep_best=1,
             callbacks=[Say(pipe)],
         )  # fmt: skip
@@ -106,7 +106,7 @@ def digest(tree):
     return found.hexdigest()
 
 
-def forked(folder, log):
+def forked(folder, log, steps):
     """Begin an attempt in a process of its own: its id, and what it says of itself."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -118,7 +118,7 @@ def forked(folder, log):
         os.close(reading)
         for stream in (1, 2):
             os.dup2(log, stream)
-        attempt(folder, writing)
+        attempt(folder, writing, steps)
         status = 0
     except BaseException:
         import traceback
@@ -142,19 +142,19 @@ def is_within_a_save(folder):
     return bool(left or halves)
 
 
-def undisturbed(folder, log):
+def undisturbed(folder, log, steps):
     """How a run ends that nobody kills, and how long it takes."""
-    pid, pipe = forked(folder, log)
+    pid, pipe = forked(folder, log, steps)
     assert begun(pipe) == 0, "the undisturbed run did not begin"
     began = time.monotonic()
     assert os.waitpid(pid, 0)[1] == 0, "the undisturbed run failed"
     return json.loads((folder / "end.json").read_text()), time.monotonic() - began
 
 
-def killed(folder, log, moment):
+def killed(folder, log, steps, moment):
     """One attempt, killed at a moment after its beginning; None if it ended before."""
     whole = [int(p.name) for p in folder.glob("state/[0-9]*") if p.name.isdigit()]
-    pid, pipe = forked(folder, log)
+    pid, pipe = forked(folder, log, steps)
     start = begun(pipe)
     if start is not None:
         reading = os.pidfd_open(pid)
@@ -174,23 +174,25 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--each", type=int, default=5, help="kills a run, at most")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
     rng, within, kills, runs = random.Random(asked.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as root, open(f"{root}/log.txt", "wb") as log:
+        said = log.fileno(), asked.steps
         try:
-            want, seconds = undisturbed(Path(root, "undisturbed"), log.fileno())
+            want, seconds = undisturbed(Path(root, "undisturbed"), *said)
             while kills < asked.kills:
                 runs += 1
                 folder = Path(root, f"run-{runs}")
                 for _ in range(min(asked.each, asked.kills - kills)):
                     moment = rng.uniform(0, seconds / 2)
-                    found = killed(folder, log.fileno(), moment)
+                    found = killed(folder, *said, moment)
                     if found is None:
                         break
                     kills, within = kills + 1, within + found
                 if not (folder / "end.json").exists():
-                    pid, pipe = forked(folder, log.fileno())
+                    pid, pipe = forked(folder, *said)
                     begun(pipe)
                     assert os.waitpid(pid, 0)[1] == 0, "the last attempt failed"
                 got = json.loads((folder / "end.json").read_text())

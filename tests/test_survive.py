@@ -485,7 +485,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_were_not():
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     environment.pop("JAX_COMPILATION_CACHE_DIR")  # half written by what is killed
     done = subprocess.run(
-        [sys.executable, HERE / "kill_anywhere.py", "--kills", "3"],
+        [sys.executable, HERE / "kill_anywhere.py", "--kills", "3", "--steps", "24"],
         capture_output=True, text=True, env=environment, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

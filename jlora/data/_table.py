@@ -70,7 +70,7 @@ class Table:
         Raises:
           DataError: no such column, or a cell that is no whole number.
         """
-        return self._numbers(column, int, "a whole number").astype(np.int32)
+        return self._numbers(column, _int32, "a whole number of 32 bits")
 
     def floats(self, column: str) -> np.ndarray:
         """Return a column of numbers as `[rows]` float32.
@@ -86,7 +86,9 @@ class Table:
             raise DataError(f"{self.name} has the columns {names}, not {column!r}.")
         return self.cells(column)
 
-    def _numbers(self, column: str, kind: type, wanted: str) -> np.ndarray:
+    def _numbers(
+        self, column: str, kind: Callable[[Any], Any], wanted: str
+    ) -> np.ndarray:
         found = []
         for row, cell in enumerate(self._column(column)):
             try:
@@ -97,7 +99,14 @@ class Table:
                 raise DataError(
                     f"{self.place(row)}, column {column}: {cell!r} is not {wanted}."
                 ) from error
-        return np.array(found)
+        return np.array(found, np.int32 if kind is _int32 else np.float64)
+
+
+def _int32(cell: Cell) -> int:
+    number = int(cell)
+    if not -(2**31) <= number < 2**31:
+        raise OverflowError
+    return number
 
 
 def as_text(cell: Cell) -> str:

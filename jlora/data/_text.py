@@ -14,6 +14,7 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jlora._errors import DataError
 
@@ -69,8 +70,10 @@ def read_bytes(path: Path) -> bytes:
         return data
     _check_packed(path, data)
     try:
-        return _UNPACK[suffix](data)
+        return _unpacked(path, _OPEN[suffix](data), max(_LEAST, _MOST * len(data)))
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path} cannot be read: {error}.") from error
 
 
@@ -97,23 +100,43 @@ def _check_packed(path: Path, data: bytes) -> None:
         )
 
 
-def _unpack_zstd(data: bytes) -> bytes:
+def _unpacked(path: Path, stream: Any, limit: int) -> bytes:
+    """Return what a stream holds, if that is not out of all proportion.
+
+    A few bytes can be made to unpack to more than a machine has.
+    """
+    parts, size = [], 0
+    with stream:
+        while part := stream.read(_CHUNK):
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise DataError(
+                    f"{path} unpacks to more than {_MOST} times its size, which no "
+                    "text does.\nUnpack it yourself, if it is what it should be."
+                )
+    return b"".join(parts)
+
+
+def _open_zstd(data: bytes) -> Any:
     try:
         import pyarrow
     except ImportError as error:
         raise DataError(
             "to read .zst files pyarrow is needed: pip install pyarrow"
         ) from error
-    with pyarrow.CompressedInputStream(io.BytesIO(data), "zstd") as stream:
-        return stream.read()
+    return pyarrow.CompressedInputStream(io.BytesIO(data), "zstd")
 
 
-_UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-    ".zst": _unpack_zstd,
+_OPEN: dict[str, Callable[[bytes], Any]] = {
+    ".gz": lambda data: gzip.GzipFile(fileobj=io.BytesIO(data)),
+    ".bz2": lambda data: bz2.BZ2File(io.BytesIO(data)),
+    ".xz": lambda data: lzma.LZMAFile(io.BytesIO(data)),  # noqa: SIM115, closed by its reader
+    ".zst": _open_zstd,
 }
+_CHUNK = 2**20  # bytes
+_MOST = 200  # times its size that a file may unpack to
+_LEAST = 2**28  # bytes that any file may
 
 
 def read_text(path: Path) -> str:

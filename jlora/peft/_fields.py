@@ -157,7 +157,7 @@ def check_config(config: Config, where: str) -> None:
         or a value of the wrong type; the key is named.
     """
     kind = config.get("peft_type")
-    if kind != "LORA" and kind not in FORMS:
+    if not isinstance(kind, str) or (kind != "LORA" and kind not in FORMS):
         raise CheckpointError(
             f"{where}: peft_type is {kind!r}; jlora reads 'LORA', "
             f"{', '.join(map(repr, FORMS))}.\nMerge the adapter into its base with "

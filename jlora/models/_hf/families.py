@@ -306,7 +306,7 @@ def family_of(model_type: Any, where: str) -> Family:
     Raises:
       CheckpointError: no family of that name; `where` names the file that asked.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{where}: model_type is {model_type!r}, which jlora.models does not "
             f"define.\nKnown are {', '.join(sorted(FAMILIES))}."

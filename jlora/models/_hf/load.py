@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from jlora._errors import CheckpointError, OptionError
+from jlora._errors import CheckpointError, LoraError, OptionError
 from jlora._files import check_local, read_json
 from jlora._text import listed
 from jlora.models._generate.settings import said_in_config
@@ -132,7 +132,8 @@ def load(
     raw = heads.chosen(family, raw, head, num_labels)
     tensors = TensorFolder(folder)
     codes = QuantisedWeights(tensors, raw) if is_quantised else None
-    config = family.config.from_dict(raw)
+    config = _config_of(family, raw, folder)
+    _check_depth(family, config, tensors)
     tensors.rename(family.names_here(config, tensors.names))
     _rename_aliases(tensors, family, config)
     config = family.config_of_file(config, raw, tensors.names, tensors.same)
@@ -171,6 +172,34 @@ def load(
     dtypes = {"dtype": compute_dtype, "param_dtype": param_dtype}
     model = family.model(config=config, **dtypes, **form)
     return model, params
+
+
+def _config_of(family: Family, raw: Mapping[str, Any], folder: Path) -> Any:
+    """Return the configuration in a file, which may hold anything.
+
+    Raises:
+      CheckpointError: it holds what is none.
+    """
+    try:
+        return family.config.from_dict(raw)
+    except LoraError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is no configuration of a {raw['model_type']}: "
+            f"{type(e).__name__}: {e}.\nIt is damaged; copy or download it again."
+        ) from e
+
+
+def _check_depth(family: Family, config: Any, tensors: TensorFolder) -> None:
+    """Refuse more layers than there are tensors, before a model is made of them."""
+    layers = sum(family.stacks(config).values())
+    if layers > len(tensors.names):
+        raise CheckpointError(
+            f"{tensors.folder / 'config.json'} says that there are {layers:,} layers, "
+            f"and the files hold {len(tensors.names)} tensors.\nThey belong to "
+            "different checkpoints."
+        )
 
 
 def sources_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,7 +184,7 @@ class TensorFolder:
         shards: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
             # A shard lies beside its index; anything else could read foreign files.
-            if not isinstance(file, str) or file != Path(file).name or "\\" in file:
+            if not isinstance(file, str) or not _is_plain(file):
                 raise CheckpointError(
                     f"{index} places {name} in {file!r}, which is no file name in "
                     "this folder.\nThe index is damaged or made to mislead."
@@ -191,13 +192,23 @@ class TensorFolder:
             names = shards.setdefault(file, set())
             assert names is not None
             names.add(name)
-        missing = [file for file in shards if not (self.folder / file).exists()]
+        missing = [file for file in shards if not (self.folder / file).is_file()]
         if missing:
             raise CheckpointError(
                 f"{index} names {len(missing)} of {len(shards)} shards that are not "
                 f"there:\n  {listed(missing)}\nDownload them beside the index."
             )
         return shards
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file in a folder, whatever the folder."""
+    leads_out = name in ("", ".", "..") or name != Path(name).name or "\\" in name
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
+    return not leads_out and size < 256 and "\0" not in name
 
 
 class _Held(NamedTuple):

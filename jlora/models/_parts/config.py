@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jlora._errors import CheckpointError, JloraWarning, ShapeError
@@ -75,9 +76,55 @@ def read_keys(
         for key, value in config.items()
         if key in types and (value is not None or "None" in types[key])
     }
+    for key, value in known.items():
+        check_type(kind, key, value, types[key])
     extra = {key: value for key, value in config.items() if key not in types}
     pass_over(kind, extra, harmless)
     return known, extra
+
+
+# What a field's annotation allows, and how a message says it.
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda x: type(x) is int and abs(x) < 2**31, "a whole number"),
+    "float": (
+        lambda x: type(x) in (int, float) and math.isfinite(x) and abs(x) < 2**63,
+        "a number",
+    ),
+    "bool": (lambda x: isinstance(x, bool), "true or false"),
+    "str": (lambda x: isinstance(x, str), "text"),
+    "None": (lambda x: x is None, "null"),
+    "tuple[int, ...]": (
+        lambda x: isinstance(x, tuple) and all(type(y) is int for y in x),
+        "a list of whole numbers",
+    ),
+    "tuple[str, ...]": (
+        lambda x: isinstance(x, tuple) and all(isinstance(y, str) for y in x),
+        "a list of texts",
+    ),
+}
+_LAYERS = re.compile(r"(num_.*)?layers|n_layer")
+_MOST_LAYERS = 10_000  # more than any model has; a list as long is harmless
+
+
+def check_type(kind: str, key: str, value: Any, annotation: str) -> None:
+    """Refuse a value of another type than its field's.
+
+    Raises:
+      CheckpointError: it is, or it is too large to be meant.
+    """
+    allowed = annotation.split(" | ")
+    if any(name not in _TYPES for name in allowed):
+        return
+    said = " or ".join(_TYPES[name][1] for name in allowed)
+    is_right = any(_TYPES[name][0](value) for name in allowed)
+    if is_right and _LAYERS.fullmatch(key) and type(value) is int:
+        is_right, said = value <= _MOST_LAYERS, f"at most {_MOST_LAYERS:,}"
+    if not is_right:
+        shown = f"{value!r:.60}"
+        raise CheckpointError(
+            f"{kind} config: {key} is {shown}; it must be {said}.\nThe file is damaged "
+            "or of another kind."
+        )
 
 
 def pass_over(kind: str, extra: Mapping[str, Any], harmless: str) -> None:

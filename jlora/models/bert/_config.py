@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jlora._errors import CheckpointError, ShapeError
-from jlora.models._parts.config import pass_over
+from jlora.models._parts.config import check_type, pass_over
 from jlora.models._parts.layers import ACTIVATIONS
 
 
@@ -188,6 +188,9 @@ class BertConfig:
         # A null stands for the default, as in files written by older releases.
         known = {k: v for k, v in config.items() if k in names and v is not None}
         known["num_labels"] = _num_labels(config)
+        types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        for key, value in known.items():
+            check_type("BERT", key, value, types[key])
         extra = {k: v for k, v in config.items() if k not in known}
         return cls(**known, head=_head(config), extra=extra)
 

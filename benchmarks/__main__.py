@@ -16,7 +16,7 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
             "sweep", "many", "mixed_batches", "initialise", "qlora",
-            "optimisers", "glue")  # fmt: skip
+            "optimisers", "glue", "data")  # fmt: skip
 # They load a checkpoint, and train on text.
 TRAINING = ("initialise", "qlora", "optimisers")
 
@@ -32,14 +32,14 @@ def parser() -> argparse.ArgumentParser:
         add("--results", metavar="DIR", help="of result files (benchmarks/results)")
         if name != "report":
             _add_run(one.add_argument_group("run").add_argument)
-        if name not in ("load", "text", *TRAINING, "glue", "report"):
+        if name not in ("load", "text", *TRAINING, "glue", "data", "report"):
             _add_case(one.add_argument_group("what is measured").add_argument)
         if name == "memory":
             words = "XLA's account for a GPU that is not here; needs jax[cuda12]"
             add("--compile-for", choices=sorted(TARGETS), help=words)
         if name == "compile_time":
             add("--depths", nargs="+", type=int, metavar="N")
-        elif name != "report":
+        elif name not in ("data", "report"):
             words = "peers too (the command's own)"
             add("--contenders", nargs="+", metavar="NAME", help=words)
         if name == "generate":
@@ -78,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
             add("--length", type=int, help="tokens; longer texts are cut (128)")
             words = "peak rates: of LoRA, of every weight, of the head alone"
             add("--rates", nargs=3, type=float, default=[2e-3, 1e-4, 5e-3], help=words)
+        if name == "data":
+            add("--model", metavar="DIR", required=True, help="with a tokenizer")
+            add("--data", metavar="DIR", required=True, help="holds train.{de,en}[.gz]")
+            add("--workers", nargs="+", type=int, default=[0, 1, 2], metavar="N")
         if name == "many":
             add("--steps", type=int, default=20, help="of each run (20)")
         if name == "sweep":

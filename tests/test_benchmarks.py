@@ -54,6 +54,7 @@ RUNS = {
     "qlora": ["--model", T5, "--contenders", "LoRA", "nf4"],
     "initialise": ["--model", T5, "--contenders", "default", "PiSSA"],
     "optimisers": ["--model", T5, "--contenders", "AdamW", "LoRA-FA"],
+    "data": ["--model", T5, "--workers", "0"],
     "glue": ["--model", BERT, "--tasks", "sst2", "--contenders", "jlora", "head alone"],
 }
 
@@ -86,7 +87,7 @@ def test_all_commands_are_run():
 
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_measures_saves_and_is_reported(command, corpus, tmp_path):
-    reads = command in ("text", "glue", *TRAINING)
+    reads = command in ("text", "glue", "data", *TRAINING)
     data = ["--data", str(corpus)] if reads else []
     folder = tmp_path / "results"
     rows = main([command, *TINY, *RUNS[command], *data, "--results", str(folder)])

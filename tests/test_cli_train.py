@@ -228,3 +228,52 @@ def test_tables_that_are_none(table, status, message, run, tmp_path):
     got, out, err = run("sweep", file)
     assert (got, out) == (status, "")
     assert message in err
+
+
+def test_what_is_streamed_in_packed_rows(run, config, monkeypatch):
+    """Interrupted and continued, with a worker process: the same end."""
+    folder = config.parent
+    lines = [
+        (CORPUS / f"travel.train.{c}").read_text().splitlines() for c in ("de", "en")
+    ]
+    file = folder / "train.jsonl"
+    rows = [json.dumps({"de": de, "en": en}) for de, en in zip(*lines, strict=True)]
+    file.write_text("\n".join(rows[:90]))
+    words = ["--train", file, "--steps", 5, "--streaming", "--pack", "--batch-size", 4]
+    words += ["--max-source-length", 48, "--max-target-length", 40, "--eval-every", 9]
+    kept = "".join(
+        line for line in config.read_text().splitlines(True) if "train_size" not in line
+    )
+    config.write_text(kept)
+    status, out, err = run("train", config, *words, "--output", folder / "whole")
+    assert (status, err.count("Error")) == (0, 0)
+    assert "waited for a batch" in out
+    on_step = train.Log.on_step
+
+    def interrupt(self, loop, step, metrics):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        on_step(self, loop, step, metrics)
+
+    monkeypatch.setattr(train.Log, "on_step", interrupt)
+    cut = [*words, "--workers", 1, "--output", folder / "cut"]
+    assert run("train", config, *cut)[0] == 130
+    monkeypatch.undo()
+    assert run("train", "--resume", folder / "cut")[0] == 0
+    one, two = (
+        train.MetricsLog(folder / name / "metrics.jsonl").rows("train")
+        for name in ("whole", "cut")
+    )
+    assert [row["step"] for row in one] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in one] == [row["loss"] for row in two]
+
+
+def test_streams_that_are_not_to_be(run, config):
+    for words, message in (
+        (["--streaming"], "--streaming needs --steps"),
+        (["--streaming", "--steps", 2], "--train-size chooses from text in memory"),
+        (["--workers", 2], "--workers are for --streaming"),
+    ):
+        status, _, err = run("train", config, *words)
+        assert status != 0
+        assert message in err

@@ -432,3 +432,60 @@ def test_no_such_file(folder):
     for name in ("nothing.txt", "*.jsonl"):
         with pytest.raises(jlora.DataError, match="no such file"):
             data.stream_files(name)
+
+
+# --------------------------------------------------------------------------- encoders
+
+
+class Letters:
+    """A token a letter, and the end token 1."""
+
+    eos_token_id, unk_token_id = 1, None
+
+    def __call__(self, texts, truncation=False, max_length=None, **options):
+        most = max_length - 1 if truncation else None
+        return {"input_ids": [[*map(ord, text[:most]), 1] for text in texts]}
+
+
+PAIR_ROWS = [
+    {"de": "ja", "en": "yes"},
+    {"translation": {"de": "nein", "en": "no"}},
+    {"source": "lang", "target": "for long"},
+]
+
+
+def test_pairs_are_encoded():
+    encode = data.EncodePairs(Letters(), "de-en", (5, 6), prefix=">")
+    got = encode(PAIR_ROWS)
+    text = lambda ids: "".join(map(chr, ids)).replace("\x01", ".")
+    assert [text(x) for x in got["input_ids"]] == [">ja.", ">nei.", ">lan."]
+    assert [text(x) for x in got["labels"]] == ["yes.", "no.", "for l."]
+    rows = [*PAIR_ROWS, {"de": "", "en": "nothing"}]
+    with pytest.raises(jlora.DataError, match=r"a side of the pair .*nothing"):
+        encode(rows)
+    skips = data.EncodePairs(Letters(), "de-en", (5, 6), empty="skip")
+    assert len(skips(rows)["labels"]) == 3
+    with pytest.raises(jlora.DataError, match="columns fr, en, not 'de'"):
+        encode([{"fr": "oui", "en": "yes"}])
+    with pytest.raises(jlora.DataError, match="'de' holds a number"):
+        encode([{"de": 1.5, "en": "yes"}])
+
+
+def test_texts_are_encoded_cut_or_split():
+    rows = [{"body": "abcdefg"}, {"body": " "}, {"body": "hi"}]
+    cut = data.EncodeTexts(Letters(), 4, "body")(rows)
+    assert [len(x) for x in cut["input_ids"]] == [4, 3]
+    split = data.EncodeTexts(Letters(), 4, "body", split=True)(rows)
+    assert [len(x) for x in split["input_ids"]] == [4, 4, 3]
+    whole = [*map(ord, "abcdefg"), 1, *map(ord, "hi"), 1]
+    for name in ("input_ids", "labels"):
+        assert np.concatenate(split[name]).tolist() == whole
+    with pytest.raises(jlora.DataError, match="beyond the model's vocabulary"):
+        data.EncodeTexts(Letters(), 4, "body", vocabulary=100)(rows)
+
+
+def test_shapes_from_a_sample(folder):
+    source = data.stream_files(shards(folder))
+    shapes = data.sample_shapes(source, stream_rows.encode, 9, 2, rows=30)
+    assert shapes == [(4, 4), (12, 12)] or shapes[-1] == (12, 12)
+    assert len(list(stream(source, shapes=shapes))) == 10

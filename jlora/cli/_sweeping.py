@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import optax
 
 import jlora
-from jlora import checkpoint, models, optim, sweep, tasks, train
+from jlora import checkpoint, data, models, optim, sweep, tasks, train
 from jlora._errors import NonFiniteError, OptionError
 from jlora.train._command import TASK
 
@@ -155,7 +155,8 @@ def _together(kind: Any, loaded: Any, group: list[Member], folder: Any) -> Made:
     """Train a group in one compiled step."""
     began, s = time.perf_counter(), dataclasses.replace(group[0].settings, buckets=1)
     task = kind.make(s, loaded)
-    steps = s.number_of_steps(len(task.train))
+    epoch = len(task.train) if isinstance(task.train, data.Batches) else 0
+    steps = s.number_of_steps(epoch)
     unit = train.warmup_schedule(1.0, steps, warmup=s.warmup, decay=s.schedule)
     own = {member.name: member for member in group}
     jobs = [

@@ -8,6 +8,7 @@
     pack                               several examples in a row, kept apart
     stream_files  stream_dataset  in_memory    sources that need not fit in memory
     Streaming                              their batches, mixed, by worker processes
+    EncodeTexts  EncodePairs  sample_shapes    what workers do with rows, and its shapes
     read_conversations  read_preferences    chats, and answers of which one is better
     tokenise_chats  chat_prompt        by the tokenizer's template, answers labelled
 
@@ -18,6 +19,7 @@ line. Nothing here knows of models or of LoRA.
 from jlora.data._batches import IGNORED as IGNORED
 from jlora.data._batches import Batch as Batch
 from jlora.data._batches import Batches as Batches
+from jlora.data._batches import Shape as Shape
 from jlora.data._batches import shapes_for as shapes_for
 from jlora.data._chat import Conversation as Conversation
 from jlora.data._chat import Message as Message
@@ -32,6 +34,9 @@ from jlora.data._chat_tokens import tokenise_preferences as tokenise_preferences
 from jlora.data._chat_tokens import with_template as with_template
 from jlora.data._dataset import read_dataset as read_dataset
 from jlora.data._dataset import read_dataset_pairs as read_dataset_pairs
+from jlora.data._encode import EncodePairs as EncodePairs
+from jlora.data._encode import EncodeTexts as EncodeTexts
+from jlora.data._encode import sample_shapes as sample_shapes
 from jlora.data._languages import LANGUAGES as LANGUAGES
 from jlora.data._languages import Direction as Direction
 from jlora.data._languages import direction as direction

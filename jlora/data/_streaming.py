@@ -48,6 +48,7 @@ from jlora.data._workers import Workers
 Encode = Callable[[list[Row]], Mapping[str, Column]]
 Position = Mapping[str, Any]
 
+PACKED = 4  # times as many examples a window, if they are packed
 EMPTY = 64  # windows of which nothing is left, after which something is wrong
 
 
@@ -151,6 +152,8 @@ class Streaming:
         None keeps the sources' order.
       window: batches a window: within so many examples order is random, and examples
         of like lengths are found. A window is held in memory for each worker and two.
+        To be packed it has four times as many examples, for several go into a row and
+        a window's last batch is seldom full.
       workers: processes that make windows; 0 makes them here. The batches are the same.
       causal: as in `pack`.
       shard: `(index, count)`: of several processes that read together each takes its
@@ -210,7 +213,7 @@ class Streaming:
     @property
     def examples(self) -> int:
         """Rows a window."""
-        return self.size * self.window
+        return self.size * self.window * (1 if self.length is None else PACKED)
 
     def __iter__(self) -> Iterator[Arrays]:
         """Yield the batches of every source, each read once, one after the other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -139,6 +140,29 @@ def tokenise(
     added = len(_encode_one(tokenizer, pairs is not None, longest, stop))
     blank = 0 if prefix else sum(len(row) <= added for row in rows)
     return Tokens(rows, types or None, longest, cut, blank, lost, changed, sampled)
+
+
+def token_rows(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    longest: int | None,
+    *,
+    prefix: str = "",
+    end: bool | int = True,
+    vocabulary: int | None = None,
+) -> list[np.ndarray]:
+    """Tokenise texts without an account of what that costs them.
+
+    The arguments are those of `tokenise`; with `longest=None` nothing is cut.
+    """
+    stop = None if end is False else _end_token(tokenizer, None if end is True else end)
+    most = longest if longest is not None else sys.maxsize
+    with_prefix = [prefix + text for text in texts]
+    found = _encode(tokenizer, with_prefix, None, most, stop) if texts else ()
+    rows = [np.array(ids, np.int32) for ids, _, _ in found]
+    if vocabulary is not None:
+        _check_vocabulary(tokenizer, rows, texts, vocabulary)
+    return rows
 
 
 def _encode_one(

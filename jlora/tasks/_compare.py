@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import textwrap
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 import jlora
-from jlora import train
+from jlora import data, train
 from jlora._errors import OptionError
 from jlora.tasks._memory import step_memory
 from jlora.tasks._run import KINDS, started, trained
@@ -262,6 +263,14 @@ def _outcome(name: str, method: str, settings: Any) -> Outcome:
         )
 
 
+def _largest(batches: data.Batches | data.Streaming) -> Any:
+    """Return a batch of the largest shape, which needs the most memory."""
+    if isinstance(batches, data.Streaming):  # among those of a window
+        window = itertools.islice(batches, batches.window)
+        return max(window, key=lambda batch: batch["input_ids"].shape)
+    return batches.arrays(max(batches.plan(), key=lambda one: one.shape))
+
+
 def _measured(settings: Any, task: Any, tree: Any) -> tuple[float, int]:
     """Return the time of a compiled step, and the memory of it by XLA's account."""
     tx, _ = settings.optimizer(TIMED)
@@ -269,8 +278,7 @@ def _measured(settings: Any, task: Any, tree: Any) -> tuple[float, int]:
     options["mesh"] = settings.device_mesh
     step = train.make_train_step(task.loss_fn, tx, **options)
     state = train.TrainState.create(tree, tx, settings.key)
-    # The largest shape, which needs the most memory.
-    batch = task.train.arrays(max(task.train.plan(), key=lambda one: one.shape))
+    batch = _largest(task.train)
     memory = step_memory(task.loss_fn, tree, tx, batch, **options) or {}
     state, _ = step(state, batch)
     times = []

@@ -204,7 +204,7 @@ class TrainingOptions(DeviceOptions):
         self,
         loss_fn: Callable[..., Any],
         tree: Tree,
-        batches: data.Batches,
+        batches: data.Batches | data.Streaming,
         folder: train.RunFolder,
         valid: Iterable[Batch] | None = None,
         **options: Any,
@@ -219,7 +219,8 @@ class TrainingOptions(DeviceOptions):
           valid: validation batches.
           **options: more of `jlora.train.fit`'s.
         """
-        steps = self.number_of_steps(len(batches))
+        epoch = len(batches) if isinstance(batches, data.Batches) else 0
+        steps = self.number_of_steps(epoch)
         tx, rate = self.optimizer(steps)
         return train.fit(
             loss_fn,

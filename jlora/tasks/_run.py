@@ -23,17 +23,20 @@ class Task(Protocol):
     """What `run` asks of a task; `Translation` is one.
 
     Attributes:
-      train, valid: batches.
+      valid: batches.
       loss_fn: the loss, as `jlora.train` takes it.
       count: how many tokens a batch holds.
       remarks: what a user should know of the data.
     """
 
-    train: data.Batches
     valid: data.Batches
     loss_fn: Callable[..., Any]
     count: Callable[..., int]
     remarks: list[str]
+
+    @property
+    def train(self) -> data.Batches | data.Streaming:
+        """Batches to train on."""
 
     def answer(self, when: str, params: Tree, folder: RunFolder) -> Any:
         """Return what the model makes of the tests, `"before"` or `"after"`."""

@@ -65,6 +65,12 @@ class TranslationSettings(AdapterOptions, TrainingOptions):
     skip_empty: bool = option(False, "leave out pairs of which a side is empty")
     max_source_length: int = option(128, "tokens; longer texts are cut (128)", least=2)
     max_target_length: int = option(128, "tokens; longer texts are cut (128)", least=2)
+    pack: bool = option(
+        False, "several pairs a row of these lengths; a batch is of rows")
+    streaming: bool = option(
+        False, "read --train, tables, while training: they need not fit in memory")
+    workers: int = option(
+        0, "processes that tokenise what is streamed (0: this one)", least=0)
     beams: int = option(1, "of the tests' translations; 1 is greedy (1)", least=1)
     # fmt: on
 
@@ -81,6 +87,16 @@ class TranslationSettings(AdapterOptions, TrainingOptions):
             "--valid, --test and --keep need --train or --dataset": (
                 not own and (self.valid or self.test or self.keep)
             ),
+            "--streaming needs files for each of --train, --valid and --test": (
+                self.streaming and not (self.train and self.valid and self.test)
+            ),
+            "--streaming needs --steps: how long an epoch is, nobody has counted": (
+                self.streaming and self.steps is None
+            ),
+            "--train-size chooses from text in memory, not from what is streamed": (
+                self.streaming and self.train_size
+            ),
+            "--workers are for --streaming": self.workers and not self.streaming,
             "--model needs data: --train FILE.de FILE.en, or --dataset": not own,
             "a model is needed: --model DIR, or its name on the hub": not self.model,
         })  # fmt: skip
@@ -98,7 +114,10 @@ class TranslationSettings(AdapterOptions, TrainingOptions):
         return "test", "keep"
 
     def read(self) -> tuple[Pairs, Pairs, dict[str, Pairs]]:
-        """Read what to train on, to validate with, and to test."""
+        """Read what to train on, to validate with, and to test.
+
+        What is to be streamed is not read: there are no pairs to train on.
+        """
 
         def pairs(files: Sequence[str | Path]) -> Pairs:
             return data.read_pairs(
@@ -108,7 +127,7 @@ class TranslationSettings(AdapterOptions, TrainingOptions):
         if self.dataset is not None:
             training, valid, test = self._splits(self.dataset)
         else:
-            training = pairs(self.train or [])
+            training = [] if self.streaming else pairs(self.train or [])
             if self.test:
                 test = pairs(self.test)
             else:
@@ -141,7 +160,8 @@ class Translation:
       loaded: the model, its parameters and its tokenizer.
 
     Attributes:
-      train, valid: batches of `input_ids`, `attention_mask` and `labels`.
+      train, valid: batches of `input_ids`, `attention_mask` and `labels`. Packed ones
+        to train on have `segment_ids` and `decoder_segment_ids` as well.
       tests: batches by the test's name.
       pairs: the tests' sentences.
       remarks: what a user should know of the text, cut sentences say.
@@ -158,22 +178,69 @@ class Translation:
         self._tokenizer, config = loaded.tokenizer, loaded.model.config
         self._known = {"vocabulary": config.vocab_size, "end": config.eos_token_id}
         training, valid, self.pairs = settings.read()
-        splits = {"train": training, "valid": valid, **self.pairs}
+        splits = {"train": training} if training else {}
+        splits |= {"valid": valid, **self.pairs}
         tokens = {name: self._tokens(name, pairs) for name, pairs in splits.items()}
+        stream = self._stream(config.pad_token_id) if settings.streaming else None
         shapes = data.shapes_for(list(tokens.values()), settings.buckets)
         pad, size = config.pad_token_id, settings.eval_batch_size
         batches = {
             name: data.Batches(columns, shapes, size, pad)
             for name, columns in tokens.items()
         }
-        self.train = data.Batches(
-            tokens["train"], shapes, settings.batch_size, pad, settings.seed
-        )
+        self.train = stream or self._batches(tokens["train"], shapes, pad)
         self.valid = batches["valid"]
         self.tests = {name: batches[name] for name in self.pairs}
         self.loss_fn, self.count = seq2seq_loss(loaded.model), count_both_sides
         self.translate = Generator(
             loaded.model, loaded.tokenizer, shapes[-1][1], {"num_beams": settings.beams}
+        )
+
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        return self.settings.max_source_length, self.settings.max_target_length
+
+    def _batches(
+        self, columns: dict[str, Any], shapes: Sequence[data.Shape], pad: int
+    ) -> data.Batches:
+        """Return the batches to train on, packed if that is asked for."""
+        s = self.settings
+        if s.pack:
+            packed = data.pack(columns, self._lengths)
+            rows, pairs = len(packed.members), len(columns["labels"])
+            self.remarks.append(
+                f"train: {pairs:,} pairs in {rows:,} rows of {self._lengths[0]} and "
+                f"{self._lengths[1]}, {packed.fraction:.0%} of them tokens."
+            )
+            columns, shapes = dict(packed.columns), [packed.shape]
+        return data.Batches(columns, shapes, s.batch_size, pad, s.seed)
+
+    def _stream(self, pad: int) -> data.Streaming:
+        """Return batches of what is read, tokenised and cut up while training."""
+        s = self.settings
+        source = data.stream_files(s.train or [])
+        encode = data.EncodePairs(
+            self._tokenizer,
+            s.direction,
+            self._lengths,
+            prefix=s.prefix,
+            empty="skip" if s.skip_empty else "error",
+            **self._known,
+        )
+        if s.pack:
+            cut: dict[str, Any] = {"length": self._lengths}
+        else:
+            cut = {
+                "shapes": data.sample_shapes(source, encode, self._lengths, s.buckets)
+            }
+        return data.Streaming(
+            source,
+            encode,
+            size=s.batch_size,
+            pad=pad,
+            seed=s.seed,
+            workers=s.workers,
+            **cut,
         )
 
     def _tokens(self, name: str, pairs: Pairs) -> dict[str, Any]:

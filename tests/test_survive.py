@@ -220,7 +220,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_step(tmp_path, capfd):
     assert str(error.value) == (
         f"step 8 could not be saved in '{run}/state': the file would be larger than a "
         "limit allows.\nEarlier checkpoints are as they were. See to space and "
-        "permissions."
+        f"permissions.\nThen go on with:\n  {resume_command(run)}"
     )
     assert capfd.readouterr().err.count("Traceback") == 0
     assert states(run) == ["4"]
@@ -231,6 +231,11 @@ def test_an_error_in_the_background_is_raised_at_the_next_step(tmp_path, capfd):
     assert states(run) == states(whole) == ["12", "16"]
     one, two = (json_of(f / "state" / "16") for f in (run, whole))
     assert one["arrays"] == two["arrays"]
+
+
+def resume_command(run):
+    with train.RunFolder.resume(run) as folder:
+        return folder.resume_command
 
 
 def json_of(place):

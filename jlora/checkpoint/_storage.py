@@ -31,7 +31,7 @@ from jlora._processes import agree, on_first
 from jlora.checkpoint._arrays import as_arrays, encoded, entries_of, named, refilled
 from jlora.checkpoint._arrays import wanted as wanted_arrays
 from jlora.checkpoint._digests import IN_BLOCKS, LeafPrint, leaf_kind, leaf_prints
-from jlora.checkpoint._failures import brief, failure, quiet
+from jlora.checkpoint._failures import brief, clear, failure, quiet
 
 try:
     import orbax.checkpoint as ocp
@@ -114,6 +114,8 @@ def write(path: Path, kind: str, arrays: Tree, config: Config) -> None:
     finally:
         if jax.process_index() == 0:
             shutil.rmtree(new, ignore_errors=True)
+        if jax.process_index() == 0 and error is not None:
+            clear(path.parent, f"{new.name}*")
     if isinstance(error, CheckpointError):
         raise error
     if error is not None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import optax
 
-from jlora._errors import NonFiniteError, OptionError
+from jlora._errors import CheckpointError, NonFiniteError, OptionError
 from jlora._kernel.nodes import Full, is_node
 from jlora._kernel.quantized import Quantized
 from jlora.train._callbacks import Log, ProgressBar, Save, Validate, save_best
@@ -219,6 +219,11 @@ def fit(
     except Interrupted as place:
         again = f"{place}. To continue:\n  {run.resume_command}"
         raise place.saying(again) from None
+    except CheckpointError as error:
+        if not any(run.state.glob("[0-9]*")):
+            raise
+        again = f"{error}\nThen go on with:\n  {run.resume_command}"
+        raise CheckpointError(again) from error
     except NonFiniteError as error:
         kept = validate is not None and validate.best_step is not None
         where = f"\nThe best adapter so far is kept in {run.adapter}." if kept else ""

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jlora._errors import CheckpointError
+
 Row = dict[str, Any]
 
 
@@ -24,10 +26,20 @@ class MetricsLog:
         self.file = file
 
     def write(self, event: str, **values: Any) -> None:
-        """Append a line."""
+        """Append a line.
+
+        Raises:
+          CheckpointError: the file cannot be written.
+        """
         line = json.dumps({"event": event, **values}, ensure_ascii=False)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"the log {str(self.file)!r} cannot be written: {error.strerror}.\nSee "
+                "to space and permissions. What was saved before is as it was."
+            ) from error
 
     def rows(self, event: str | None = None) -> list[Row]:
         """Return the events of a kind, or all; a line that was cut off is left out."""

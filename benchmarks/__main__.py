@@ -16,7 +16,7 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
             "sweep", "many", "mixed_batches", "initialise", "qlora",
-            "optimisers", "glue", "data")  # fmt: skip
+            "optimisers", "glue", "data", "gpu")  # fmt: skip
 # They load a checkpoint, and train on text.
 TRAINING = ("initialise", "qlora", "optimisers")
 
@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         add("--results", metavar="DIR", help="of result files (benchmarks/results)")
         if name != "report":
             _add_run(one.add_argument_group("run").add_argument)
-        if name not in ("load", "text", *TRAINING, "glue", "data", "report"):
+        if name == "gpu":
+            add("--budget-s", type=float, default=360.0, help="seconds for all (360)")
+        if name not in ("load", "text", *TRAINING, "glue", "data", "gpu", "report"):
             _add_case(one.add_argument_group("what is measured").add_argument)
         if name == "memory":
             words = "XLA's account for a GPU that is not here; needs jax[cuda12]"

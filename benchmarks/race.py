@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import select
 import statistics
 import subprocess
 import sys
@@ -134,10 +135,13 @@ class Race:
         }
 
 
-def race(contenders: Sequence[Contender], options: Any) -> Race:
+def race(
+    contenders: Sequence[Contender], options: Any, end: float | None = None
+) -> Race:
     """Build every contender, warm up, and time them round by round.
 
-    One that fails, at any time, is in `errors` and runs no further.
+    One that fails, at any time, is in `errors` and runs no further. So are those that
+    work at `end`, by `time.monotonic`.
     """
     out, running, draw = Race(), list(contenders), random.Random(0)
     workers: dict[str, Any] = {}
@@ -149,7 +153,8 @@ def race(contenders: Sequence[Contender], options: Any) -> Race:
                 workers[one.group] = stack.enter_context(_worker(options, one.group))
             try:
                 line = json.dumps({"do": do, "name": one.name, **request})
-                reply = json.loads(workers[one.group](line))
+                left = None if end is None else max(0.0, end - time.monotonic())
+                reply = json.loads(workers[one.group](line, left))
                 if "error" not in reply:
                     return reply["answer"]
                 out.errors[one.name] = reply["error"]
@@ -180,7 +185,8 @@ def race(contenders: Sequence[Contender], options: Any) -> Race:
 def _worker(options: Any, group: str) -> Any:
     """Give a function that passes a line to a worker and returns its answer."""
     if options.in_process:
-        yield worker.Worker().answer
+        own = worker.Worker()
+        yield lambda line, left: own.answer(line)
         return
     pythons = dict(entry.split("=", 1) for entry in options.python)
     with tempfile.TemporaryFile("w+") as log:
@@ -193,7 +199,7 @@ def _worker(options: Any, group: str) -> Any:
             env=environment(options),
         )
         try:
-            yield lambda line: _answer(process, log, line)
+            yield lambda line, left: _answer(process, log, line, left)
         finally:
             with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
                 process.communicate(timeout=20)  # it ends with its input
@@ -214,11 +220,18 @@ def environment(options: Any) -> dict[str, str]:
     }
 
 
-def _answer(process: Any, log: Any, line: str) -> str:
-    """The answer of a process; if it ended, an error with its last words."""
+def _answer(process: Any, log: Any, line: str, left: float | None) -> str:
+    """The answer of a process; if it ended, an error with its last words.
+
+    Raises:
+      WorkerError: it ended, or did not answer in the seconds that are left.
+    """
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(line + "\n")
         process.stdin.flush()
+        if not select.select([process.stdout], [], [], left)[0]:
+            process.kill()
+            raise WorkerError("stopped: the time that was given is over")
         if answer := process.stdout.readline():
             return answer
     status = process.wait()

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 import types
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
-from benchmarks import jax_steps, report, results, step_time, sweep  # noqa: E402
+from benchmarks import gpu, jax_steps, report, results, step_time, sweep  # noqa: E402
 from benchmarks.__main__ import COMMANDS, TRAINING, main, parser  # noqa: E402
 from benchmarks.cases import Case, cases  # noqa: E402
 from benchmarks.race import (  # noqa: E402
@@ -55,6 +56,7 @@ RUNS = {
     "initialise": ["--model", T5, "--contenders", "default", "PiSSA"],
     "optimisers": ["--model", T5, "--contenders", "AdamW", "LoRA-FA"],
     "data": ["--model", T5, "--workers", "0"],
+    "gpu": ["--contenders", "jlora", "floor", "jlora, nf4", "merge"],
     "glue": ["--model", BERT, "--tasks", "sst2", "--contenders", "jlora", "head alone"],
 }
 
@@ -322,6 +324,46 @@ def test_gpu_rows_are_the_wide_models_in_bfloat16():
     # cuDNN takes no float32, which this shape has of its own.
     asked = parser().parse_args(["step_time", "--gpu", "--shape", "t5-small-8x64"])
     assert cases(asked, *step_time.GPU)[0].model_fields == {}
+
+
+def test_what_does_not_end_in_time_is_stopped_and_named():
+    asked = parser().parse_args(["step_time", "--quick", "--repeats", "1"])
+    case = Case("gpt2-4x128", quick=True).json
+    late = Contender("late", "benchmarks.jax_steps:matmul", {"case": case, "size": 8})
+    result = race([late], asked, end=time.monotonic())
+    assert result.errors == {"late": "stopped: the time that was given is over"}
+    rows = main(["gpu", *TINY, "--budget-s", "0", "--contenders", "merge", "floor"])
+    assert {row["contender"] for row in rows} == {"merge", "floor"}
+    assert all("0 s of the budget" in row["error"] for row in rows)
+
+
+def test_kernels_are_told_apart():
+    names = {
+        "gemm_fusion_dot_39": "Triton's products",
+        "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT": "a library's products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": "attention",
+        "input_reduce_fusion_7": "reductions",
+        "MemcpyD2D": "copies",
+        "loop_add_multiply_fusion": "elementwise",
+    }
+    assert {name: gpu.kind_of(name) for name in names} == names
+
+
+def check_gpu(rows):
+    floors = [row for row in rows if row["contender"] == "floor" and "to_floor" in row]
+    ours = next(row for row in rows if row["contender"] == "jlora")
+    (floor,) = (row for row in floors if row["case"] == ours["case"])
+    assert ours["to_floor"] == ours["median_ms"] / floor["median_ms"]
+    kinds = [row for row in rows if "kind" in row]
+    whole = {row["contender"]: row for row in kinds if row["kind"] == "all kernels"}
+    assert {*whole} == {"jlora", "floor", "jlora, nf4"}
+    assert all(row["ms"] > 0 for row in kinds)
+    parts = [r["kernels"] for r in kinds if r["case"] == kinds[0]["case"]]
+    assert whole["jlora"]["kernels"] > 10
+    assert sum(parts) > whole["jlora"]["kernels"]
+
+
+CHECKS["gpu"] = check_gpu
 
 
 def test_axes_of_a_sweep_cross():

@@ -199,3 +199,18 @@ def test_ctrl_c_and_on_with_a_stream(tmp_path, workers):
     assert "24 steps in" in parts.facts()["training"]
     assert parts.compilations <= 2
     assert not [t for t in threading.enumerate() if t.name == "jlora-prefetch"]
+
+
+def test_batches_are_put_on_a_mesh_ahead(tmp_path):
+    mesh = jlora.sharding.make_mesh("data=2", devices=jax.devices()[:2])
+
+    def lay(folder, **options):
+        return fit(tmp_path / folder, Numbered(), mesh=mesh, steps=6, **options)
+
+    one, two = lay("ahead"), lay("between", prefetch=0)
+    same(moved(one), moved(two))
+    assert one.compilations == two.compilations
+    step = train.make_train_step(loss_fn, optax.adam(0.1), mesh=mesh)
+    placed = step.place(Numbered().batch(0))["x"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    assert len(placed.sharding.device_set) == 2

@@ -6,11 +6,15 @@ import gzip
 import itertools
 import json
 import lzma
+import pathlib
+import tempfile
 import warnings
 
 import numpy as np
 import pytest
 import stream_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jlora
 from jlora import data
@@ -489,3 +493,24 @@ def test_shapes_from_a_sample(folder):
     shapes = data.sample_shapes(source, stream_rows.encode, 9, 2, rows=30)
     assert shapes == [(4, 4), (12, 12)] or shapes[-1] == (12, 12)
     assert len(list(stream(source, shapes=shapes))) == 10
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([*KINDS, ".ndjson", ".tab"]), st.binary(max_size=60), st.data())
+def test_whatever_a_file_holds_is_read_or_refused(end, noise, choice):
+    with tempfile.TemporaryDirectory() as place:
+        path = pathlib.Path(place, f"x{end}")
+        write = KINDS.get(end) or (lambda path, rows: path.write_text("\n".join(rows)))
+        write(path, LINES[:9])
+        whole = path.read_bytes()
+        at = choice.draw(st.integers(0, len(whole)))
+        cut = choice.draw(st.integers(0, len(whole) - at))
+        path.write_bytes(whole[:at] + noise + whole[at + cut :])
+        shard = data.stream_files(path).shards[0]
+        try:
+            rows = shard.rows()
+            for _ in range(99):
+                assert isinstance(next(rows), dict)
+                shard.rows(rows.place())
+        except (StopIteration, jlora.DataError):
+            pass

@@ -255,8 +255,7 @@ class Loop:
     def until_stopped(self, items: Iterable[Any]) -> Iterator[Any]:
         """Yield items, of something that takes long, while nothing asks to stop.
 
-        Raises:
-          Unfinished: something does; a callback lets it pass.
+        If something does, an exception ends it, which a callback lets pass.
         """
         for item in items:
             if self.stopped:

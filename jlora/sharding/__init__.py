@@ -6,6 +6,7 @@
     place_batch    a batch on a mesh
     mesh_of        the mesh that a tree's arrays lie on
     device_bytes   what lies on each device, of a tree or of all that is alive
+    collectives    what devices send each other in a compiled program
     Rules          what `rules` returns: `spec`, `on`, `shardings`
 
 JAX and XLA do the rest: `jax.jit` follows its arguments and inserts the communication.
@@ -18,6 +19,9 @@ JAX and XLA do the rest: `jax.jit` follows its arguments and inserts the communi
 from jlora.sharding._account import device_bytes as device_bytes
 from jlora.sharding._batches import mesh_of as mesh_of
 from jlora.sharding._batches import place_batch as place_batch
+from jlora.sharding._collectives import Collective as Collective
+from jlora.sharding._collectives import Collectives as Collectives
+from jlora.sharding._collectives import collectives as collectives
 from jlora.sharding._mesh import make_mesh as make_mesh
 from jlora.sharding._rules import Rules as Rules
 from jlora.sharding._rules import rules as rules

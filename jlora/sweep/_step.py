@@ -26,7 +26,14 @@ from jlora.sweep._jobs import Hyper
 from jlora.sweep._plan import Optimizer, adamw, checked_optimizer
 from jlora.train._evaluation import EvalStep
 from jlora.train._gradients import GradientSettings, LossFn, cast, cast_base, cast_full
-from jlora.train._step import Hook, StepSettings, TrainStep, check_mesh, update
+from jlora.train._step import (
+    Hook,
+    StepSettings,
+    TrainStep,
+    check_mesh,
+    on_mesh,
+    update,
+)
 from jlora.train._totals import Metrics, Totals, totals_fn
 
 Tree = Any
@@ -219,7 +226,8 @@ class SweepEval:
                 )
                 return loss(params, batch.get("shared", each), no_key)
 
-            return _mapped(one, group, (trainable, own, batch.get("each")))
+            with on_mesh(mesh):
+                return _mapped(one, group, (trainable, own, batch.get("each")))
 
         self._mesh, self._step = mesh, EvalStep(totals)
 

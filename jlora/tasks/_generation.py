@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jlora
-from jlora import data, models
+from jlora import data, models, sharding
 from jlora.tasks._devices import beside
+from jlora.train._step import on_mesh
 
 Tree = Any
 Batch = Mapping[str, Any]
@@ -35,14 +36,15 @@ class Generator:
     def __call__(self, params: Tree, batch: Batch) -> list[str]:
         """Answer a batch of prompts, `input_ids` and `attention_mask` of `[B, S]`."""
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        tokens = models.generate(
-            self.model,
-            params,
-            **beside(params, prompts),
-            max_new_tokens=self.max_new_tokens,
-            transform=jlora.lora,
-            **self.settings,
-        )
+        with on_mesh(sharding.mesh_of(params)):
+            tokens = models.generate(
+                self.model,
+                params,
+                **beside(params, prompts),
+                max_new_tokens=self.max_new_tokens,
+                transform=jlora.lora,
+                **self.settings,
+            )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 

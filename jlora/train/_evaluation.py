@@ -30,7 +30,7 @@ from jlora.train._gradients import (
 )
 from jlora.train._state import TrainState, unreplicate
 from jlora.train._static import put_together, take_apart
-from jlora.train._step import PARALLEL, Parallel, check_mesh
+from jlora.train._step import PARALLEL, Parallel, check_mesh, on_mesh
 from jlora.train._totals import Metrics, Totals, means, pair, totals_fn
 from jlora.train._uses import IdCheck
 
@@ -49,7 +49,8 @@ class EvalStep:
         mesh: Mesh | None = None,
     ) -> None:
         def of_arrays(rest: Any, arrays: Any, batch: Batch) -> Totals:
-            return totals(put_together(arrays, rest), batch)
+            with on_mesh(mesh):
+                return totals(put_together(arrays, rest), batch)
 
         self._is_mapped, self._mesh = parallel == "pmap", mesh
         self._check_ids = IdCheck()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import numbers
@@ -144,8 +145,9 @@ def make_train_step(
         `jax.shard_map`. Not needed for sharded arrays under `jax.jit`.
       parallel: `"jit"`, which follows the shardings of its arguments; or `"pmap"`, for
         a state from `replicate` and a batch with a leading axis of devices.
-      mesh: put each batch on this mesh, by `jlora.sharding.place_batch`. None leaves a
-        batch where it is, and XLA puts one of NumPy where it likes.
+      mesh: put each batch on this mesh, by `jlora.sharding.place_batch`, and let models
+        of `jlora.models` say there how their hidden states are cut. None leaves a batch
+        where it is, and XLA puts one of NumPy where it likes.
       on_missing: as in `jlora.lora`.
 
     Returns:
@@ -298,7 +300,8 @@ class TrainStep:
         self._traces += 1
         moving = jax.tree.unflatten(treedef, leaves)
         kept = (put_together(frozen, rest), key)
-        moving, metrics = self._pure(moving, kept, batch)
+        with on_mesh(self._mesh):
+            moving, metrics = self._pure(moving, kept, batch)
         leaves, structure = jax.tree.flatten(moving)
         if structure != treedef:
             raise StructureError(
@@ -307,6 +310,13 @@ class TrainStep:
                 f"TrainState.create(params, tx).\n  was {treedef}\n  is  {structure}"
             )
         return [strongly_typed(x) for x in leaves], metrics
+
+
+def on_mesh(mesh: Mesh | None) -> Any:
+    """Tell what is traced of the mesh: models say there how their states are cut."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def named_sharding(x: Any) -> NamedSharding | None:

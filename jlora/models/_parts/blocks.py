@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from jlora._errors import StructureError
 from jlora.models._parts.attention import EINSUM, Masking, check_form
+from jlora.models._parts.explicit import by_example
 from jlora.models._parts.layers import Numbered, mask_bias
 
 # Takes a block, what goes through (`x`, most often an array), the block's past keys and
@@ -143,6 +144,7 @@ class Configured(nn.Module):
           `x`, and the cache with what the blocks kept. A scan without `past` keeps
           nothing.
         """
+        step = _by_example(step)
         if self.remat:
             step = _remat(step, self.scan_layers)
         if self.scan_layers:
@@ -163,6 +165,16 @@ class Configured(nn.Module):
             return carry, f(block)
 
         return _scan(body, length)(blocks, None, None)[1]
+
+
+def _by_example(step: Step) -> Step:
+    """Return `step` with what comes in and goes out cut by examples, on a mesh."""
+
+    def run(block: Any, x: Any, past: Any, own: Any) -> tuple[Any, Any]:
+        x, kept = step(block, by_example(x), past, own)
+        return by_example(x), kept
+
+    return run
 
 
 def _remat(step: Step, scan: bool) -> Step:

@@ -7,6 +7,7 @@ the program has to choose. Elsewhere these functions are the plain ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ def take_rows(table: Array, ids: Array) -> Array:
     """
     mesh = _mesh(ids, table)
     if mesh is None:
-        return jnp.take(table, ids, axis=0)
+        return jnp.take(_whole_rows(table), ids, axis=0)
     spec = _distinct(*_spec(ids), *_spec(table)[1:])
     return table.at[ids].get(mode="fill", out_sharding=NamedSharding(mesh, spec))
 
@@ -43,6 +44,50 @@ def without_explicit_axes(f: Callable[..., Array], rows: Array, *args: Any) -> A
     spec = PartitionSpec(_spec(rows)[0] if _mesh(rows) is not None else None)
     free = jax.sharding.auto_axes(f, out_sharding=NamedSharding(mesh, spec))
     return free(rows, *args)
+
+
+def by_example(x: Any) -> Any:
+    """Return hidden states `[B, T, d]`, or a tree of them, cut by examples and tokens.
+
+    Where weights are cut over the axes that cut the batch, XLA may also cut the hidden
+    states along d and sum every layer's outputs, rather than gather its weights. On a
+    mesh that is set (`jax.set_mesh`, or a step's `mesh`) and whose axes are XLA's to
+    use this says that examples stay over `data` and `fsdp`, and tokens over `sequence`.
+    Elsewhere it says nothing.
+    """
+    data, tokens = _free("data", "fsdp"), _free("sequence")
+    if not data and not tokens:
+        return x
+
+    def even(names: dict[str, int], size: int) -> tuple[str, ...] | None:
+        return tuple(names) if names and size % math.prod(names.values()) == 0 else None
+
+    def cut(x: Any) -> Any:
+        if getattr(x, "ndim", 0) != 3:
+            return x
+        spec = PartitionSpec(even(data, x.shape[0]), even(tokens, x.shape[1]), None)
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree.map(cut, x)
+
+
+def _whole_rows(table: Array) -> Array:
+    """Return a table `[V, d]` of which every device has rows in full.
+
+    Otherwise the rows that are looked up are cut as the table's are, along d over
+    `fsdp`, and XLA makes them whole and cuts them anew by examples.
+    """
+    if not _free("fsdp"):
+        return table
+    spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+    return jax.lax.with_sharding_constraint(table, spec)
+
+
+def _free(*names: str) -> dict[str, int]:
+    """Return the sizes of those axes of the mesh that is set that XLA may use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {n: mesh.shape[n] for n in names if kinds.get(n) == AxisType.Auto}
 
 
 def _mesh(*arrays: Any) -> Any:

@@ -247,7 +247,7 @@ def test_what_is_streamed_in_packed_rows(run, config, monkeypatch):
     config.write_text(kept)
     status, out, err = run("train", config, *words, "--output", folder / "whole")
     assert (status, err.count("Error")) == (0, 0)
-    assert "waited for a batch" in out
+    assert "beside the first waited" in out
     on_step = train.Log.on_step
 
     def interrupt(self, loop, step, metrics):

@@ -123,7 +123,7 @@ def test_a_run_is_the_same_with_and_without(tmp_path):
     between = fit(tmp_path / "b", Numbered((4, 3)), valid=VALID, prefetch=0)
     same(moved(ahead), moved(between))
     assert ahead.compilations == between.compilations == 2
-    assert "waited for a batch" in ahead.facts()["data"]
+    assert "beside the first waited" in ahead.facts()["data"]
     rows = train.MetricsLog(tmp_path / "a" / "metrics.jsonl").rows("train")
     assert all(row["data_wait"] >= 0 for row in rows)
 
@@ -214,3 +214,12 @@ def test_batches_are_put_on_a_mesh_ahead(tmp_path):
     placed = step.place(Numbered().batch(0))["x"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     assert len(placed.sharding.device_set) == 2
+
+
+def test_a_stream_that_ends_early(tmp_path):
+    class Finite(Numbered):
+        def stream(self, step):
+            return itertools.islice(super().stream(step), 5)
+
+    with pytest.raises(jlora.DataError, match="ended after step 5 of 24"):
+        fit(tmp_path / "run", Finite())

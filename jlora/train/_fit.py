@@ -86,8 +86,8 @@ class Fit:
             f"{self.seconds:.0f} s, {beside:.0f} s of it for validation and saving",
             "compiled": f"the step, for {self.compilations} "
             f"shape{'' if self.compilations == 1 else 's'} of batches",
-            "data": f"{_times(self.data_waits, 'step')} waited for a batch, "
-            f"{self.data_wait:.1f} s in all",
+            "data": f"{_times(self.data_waits, 'step')} beside the first waited for a "
+            f"batch, {self.data_wait:.1f} s in all",
         }
         if self.skipped:
             said["skipped"] = (

@@ -191,6 +191,7 @@ class Loop:
         Raises:
           Interrupted: SIGINT or SIGTERM came; the callbacks have saved.
           NonFiniteError: the loss or the gradient is not finite.
+          DataError: a batch that cannot be read, or none where there are to be more.
         """
         with stop_signals() as self.stopped, self._ended():
             self._clock = time.perf_counter()
@@ -226,6 +227,13 @@ class Loop:
                 self._read(0)
                 self._stop_if_asked()
                 raise
+        if self.position < self.steps:
+            self._read(0)
+            raise DataError(
+                f"the training batches ended after step {self.position} of "
+                f"{self.steps}.\nA stream has no end: begin again after the last "
+                "batch, or ask for fewer steps."
+            )
 
     def _start(self) -> None:
         """Call what begins, and what a stop has left undone."""

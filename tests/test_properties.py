@@ -4,7 +4,7 @@
 
 in value, in the gradient of what is trained, and in the forward derivative along it,
 for programs of `programs.STEPS`, adapters of every kind, and bases in fewer bits.
-The suite looks at 50 of them, `pytest -m nightly` at 2,000.
+The suite looks at 25 of them, `pytest -m slow` at 200, `pytest -m nightly` at 2,000.
 """
 
 import collections
@@ -166,9 +166,17 @@ def looked_at(count, *, repeatable):
     )
 
 
-@looked_at(50, repeatable=True)  # half a second each, most of it compiling
+# Half a second of a processor each, most of it compiling.
+@looked_at(25, repeatable=True)
 @given(cases())
 def test_a_program_is_the_merged_one(case):
+    check(case)
+
+
+@pytest.mark.slow
+@looked_at(200, repeatable=True)
+@given(cases())
+def test_more_programs_are_the_merged_ones(case):
     check(case)
 
 

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from jlora._errors import LoraError as LoraError
     from jlora._errors import NonFiniteError as NonFiniteError
     from jlora._errors import OptionError as OptionError
+    from jlora._errors import ProcessError as ProcessError
     from jlora._errors import ShapeError as ShapeError
     from jlora._errors import StructureError as StructureError
     from jlora._errors import TargetError as TargetError
@@ -157,6 +158,7 @@ _MODULE_OF = {
     "LowRank": "_kernel.nodes",
     "Mixture": "adapters._mixed",
     "NonFiniteError": "_errors",
+    "ProcessError": "_errors",
     "OptionError": "_errors",
     "Quantized": "_kernel.quantized",
     "Quantizer": "quant._loading",

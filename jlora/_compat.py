@@ -468,3 +468,10 @@ def coordination_client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def preemption_is_shared() -> bool:
+    """Whether `jax.distributed.initialize` listens for SIGTERM on behalf of all."""
+    from jax._src import distributed
+
+    return distributed.global_state.preemption_sync_manager is not None

@@ -46,6 +46,10 @@ class CheckpointError(LoraError, ValueError):
     """A checkpoint that is cut off, of another base, or incomplete."""
 
 
+class ProcessError(LoraError, RuntimeError):
+    """Another process of a run is dead, or hangs."""
+
+
 class DataError(LoraError, ValueError):
     """Training data that cannot be read as asked."""
 

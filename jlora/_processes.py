@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._compat import coordination_client
+from jlora._compat import coordination_client, preemption_is_shared
 from jlora._errors import CheckpointError
 
 # How long to wait for the others, in seconds: one may gather and write a whole model.
@@ -121,6 +121,34 @@ def _exchange(what: str, word: dict[str, Any], patience: int) -> list[dict[str, 
         client.key_value_delete(key)
     _said[:] = [own]
     return told
+
+
+def tell(topic: str, word: Any) -> None:
+    """Let the others know something, as JSON; it replaces what was told before."""
+    own = f"jlora/{topic}/{jax.process_index()}"
+    client = coordination_client()
+    client.key_value_set(own, json.dumps(word), allow_overwrite=True)
+
+
+def told(topic: str) -> dict[int, Any]:
+    """What each process has told last, by its number."""
+    found = coordination_client().key_value_dir_get(f"jlora/{topic}/")
+    return {int(key.rpartition("/")[2]): json.loads(word) for key, word in found}
+
+
+def stop_together() -> bool:
+    """Whether processes agree after which step to stop when one is asked to.
+
+    JAX's own handler of SIGTERM tells the others then, so nothing else may take it.
+    """
+    return jax.process_count() > 1 and preemption_is_shared()
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether to stop after this step; every process asks after every step."""
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(step))
 
 
 def _is_known(error: BaseException | None) -> bool:

@@ -31,8 +31,9 @@ import numpy as np
 import optax
 
 import jlora
-from jlora import train  # imported once: an attempt is a fork of this
+from jlora import checkpoint, train  # imported once: an attempt is a fork of this
 
+assert checkpoint  # which training imports when it first saves
 EVERY, SIZE, RANK = 3, 768, 256
 
 
@@ -188,7 +189,8 @@ def main(argv=None):
                 for _ in range(min(asked.each, asked.kills - kills)):
                     moment = rng.uniform(0, seconds / 2)
                     found = killed(folder, *said, moment)
-                    if found is None:
+                    if found is None:  # it was over before: the machine is quicker now
+                        seconds *= 0.8
                         break
                     kills, within = kills + 1, within + found
                 if not (folder / "end.json").exists():

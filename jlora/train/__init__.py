@@ -71,6 +71,7 @@ from jlora.train._trackers import TensorBoard as TensorBoard
 from jlora.train._trackers import Tracker as Tracker
 from jlora.train._trackers import WandB as WandB
 from jlora.train._watch import Watch as Watch
+from jlora.train._watchdog import Watchdog as Watchdog
 
 __all__ = [name for name in dir() if not name.startswith("_")]
 

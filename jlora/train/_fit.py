@@ -22,6 +22,7 @@ from jlora.train._state import TrainState
 from jlora.train._step import make_train_step
 from jlora.train._trackers import trackers_of
 from jlora.train._watch import Watch
+from jlora.train._watchdog import Watchdog
 
 Tree = Any
 
@@ -130,6 +131,7 @@ def fit(
     keep_best: int = 0,
     patience: int | None = 5,
     prefetch: int = 2,
+    hang_after: float = 1800.0,
     **options: Any,
 ) -> Fit:
     """Train, validate, keep the best adapter, log, save; go on if `run` is resumed.
@@ -166,6 +168,8 @@ def fit(
       prefetch: batches that a thread makes and puts on the device ahead, so that no
         step waits for one; 0 makes each before its step. The log's `data_wait` says how
         many seconds the steps since the last line have waited for batches.
+      hang_after: of several processes, seconds without a step after which all end, see
+        `Watchdog`.
       **options: those of `make_train_step`; `mesh` is for validation, too.
 
     Raises:
@@ -199,7 +203,8 @@ def fit(
     often = log_every or min(10, max(1, steps // 20))
     watch = Watch(run.metrics)
     save = Save(run.state, every, keep=keep, keep_best=keep_best, valid=validate)
-    own: list[Callback] = [ProgressBar(unit), watch, Log(run.metrics, often, unit)]
+    own: list[Callback] = [Watchdog(hang_after), ProgressBar(unit), watch]
+    own += [Log(run.metrics, often, unit)]
     own += [validate] if validate is not None else []
     loop = Loop(
         step,

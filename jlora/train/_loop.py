@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 
 from jlora._errors import DataError, NonFiniteError
+from jlora._processes import asked_to_stop, stop_together
 from jlora.train._prefetch import Placed, batches_from
 from jlora.train._state import TrainState
 from jlora.train._step import TrainStep
@@ -104,6 +106,7 @@ class Loop:
       steps: how many updates the run makes.
       seconds: time since the loop began, in this process and those before.
       step_seconds: the part of it that steps took, without validation and saving.
+      begun: the step that was begun last; on some devices it is under way in there.
       skipped: steps whose loss or gradient was not finite.
       stopped: signals to stop that have come.
       data_position: where the next batch is, as JSON; None where the step's number says
@@ -147,11 +150,12 @@ class Loop:
         self.step, self.state, self.batches = step, state, batches
         self.steps, self.callbacks, self.count = steps, callbacks, count
         self.patience, self.prefetch, self.place = patience, prefetch, place
-        self.position = int(state.step)
+        self.position = self.begun = int(state.step)
         self.seconds = self.step_seconds = 0.0
         self.skipped, self._in_a_row = 0, 0
         self.stopped: list[int] = []
         self._unfinished: list[Callback] = []
+        self._together = False
         self.data_position: Any = None
         self.data_waits, self.data_wait = 0, 0.0
         self._waiting: list[tuple[int, int, Any]] = []
@@ -173,6 +177,7 @@ class Loop:
     def restore(self, state: TrainState, saved: dict[str, Any]) -> None:
         """Go back to a saved state and what `saved` returned beside it."""
         self.state, self.position = state, int(state.step)
+        self.begun = self.position
         self.seconds = saved["seconds"]
         self.step_seconds = saved["step_seconds"]
         self.skipped, self._in_a_row = saved["skipped"]
@@ -193,7 +198,8 @@ class Loop:
           NonFiniteError: the loss or the gradient is not finite.
           DataError: a batch that cannot be read, or none where there are to be more.
         """
-        with stop_signals() as self.stopped, self._ended():
+        self._together = stop_together()
+        with stop_signals(self._together) as self.stopped, self._ended():
             self._clock = time.perf_counter()
             self._start()
             for batch in self._read_batches(max(0, self.steps - self.position)):
@@ -203,6 +209,8 @@ class Loop:
                 if self.stopped:
                     self._read(0)
                 self._tick(steps=True)
+                if self._together and asked_to_stop(self.position):
+                    self.stopped.append(signal.SIGTERM)
                 self._on_interval(due)
                 self._stop_if_asked()
         return self.state
@@ -300,6 +308,7 @@ class Loop:
             self._shapes.add(shapes)
             self.announce("compiling")
         count = self.count(host) if self.count else 0
+        self.begun = self.position + 1
         self.state, metrics = self.step(self.state, batch)
         self.position += 1
         self._waiting.append((self.position, int(count), metrics))
@@ -334,21 +343,30 @@ class Loop:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals(together: bool = False) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM; a second SIGINT interrupts at once.
 
     A second SIGTERM does not: schedulers repeat theirs, and the run is saving.
+
+    Args:
+      together: several processes stop after the same step. SIGTERM is left to JAX,
+        which tells the others, and Ctrl-C in one of them becomes that.
     """
     received: list[int] = []
+    asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        if (received or asked) and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
+        if together:
+            asked.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            received.append(number)
 
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in (signal.SIGINT, *(() if together else (signal.SIGTERM,))):
             before[name] = signal.signal(name, note)
     try:
         yield received

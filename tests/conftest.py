@@ -3,8 +3,10 @@
 import itertools
 import os
 import pathlib
+import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "gpu" not in sys.argv:  # `-m gpu` takes the GPU, and the CPU beside it
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile thousands of tiny programs: LLVM's optimiser is half their time.
 os.environ["XLA_FLAGS"] = " ".join(
     [

@@ -113,6 +113,16 @@ def test_matmul(dtype):
           grad=dtype == jnp.float32, structure=False)  # fmt: skip
 
 
+def test_heads_in_bfloat16():
+    """A CPU has not every product of bfloat16 into float32."""
+    w = lowrank(KEY, (64, 4, 16), rank=8, dtype=jnp.bfloat16, dora=True)
+    x = normal(1, 3, 64, dtype=jnp.bfloat16)
+    check(lambda w, x: jnp.einsum("td,dhk->thk", x, w), w, x, dtype=jnp.bfloat16,
+          grad=False, structure=False)  # fmt: skip
+    merged = jax.block_until_ready(jlora.merge({"w": w})["w"])
+    assert merged.dtype == jnp.bfloat16
+
+
 CASES = {
     "kernel on the left": ((7, 5), {}, lambda w, x: w.T @ x, (7, 3)),
     "transposed": ((7, 5), {}, lambda w, x: x @ w.T, (3, 5)),

@@ -160,6 +160,18 @@ def test_a_batch_on_a_device_or_on_the_host_compiles_once():
     assert step.cache_size() == 1
 
 
+@pytest.mark.loose_promotion  # optax's own dtypes
+def test_a_base_that_was_put_on_a_device_compiles_once():
+    """The adapters, which were put nowhere, go there too."""
+    device = jax.devices()[1]
+    tree = jlora.lorafy(jax.device_put(plain_params(), device), 2, ["query", "value"])
+    step, tx = jt.make_train_step(loss_fn, optax.adam(0.1)), optax.adam(0.1)
+    state, metrics = run(step, jt.TrainState.create(tree, tx, jax.random.key(0)))
+    assert step.cache_size() == 1
+    assert metrics["loss"].devices() == {device}
+    assert all(x.devices() == {device} for x in jax.tree.leaves(state))
+
+
 def test_abstract_state_has_the_real_ones_shapes():
     tx = optax.adam(0.1)
     params = lora_params()

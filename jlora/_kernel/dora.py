@@ -70,7 +70,10 @@ def column_norm(base: Array, t: Adapter) -> Array:
     a, b = t.a.astype(base.dtype), t.b.astype(base.dtype)
     dtype = accumulation_dtype(base.dtype)
     into = {"preferred_element_type": dtype, "precision": "highest"}
-    cross, cross_dims = contract(a, t.a_dims, window, dims, batch, **into)
+    # The kernel first: a CPU has no product of bfloat16 into float32 whose second
+    # operand has several axes left and whose first is contracted over another than its
+    # last.
+    cross, cross_dims = contract(window, dims, a, t.a_dims, batch, **into)
     a_too = tuple(_RANK_TOO if d == RANK else d for d in t.a_dims)
     gram, gram_dims = contract(a, t.a_dims, a, a_too, {*batch, RANK, _RANK_TOO}, **into)
     b_too = tuple(_RANK_TOO if d == RANK else d for d in t.b_dims)

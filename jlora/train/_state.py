@@ -73,7 +73,7 @@ class TrainState:
         make = functools.partial(_new_state, cls, tx)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
             return _abstract(make, params, key)
-        return _on_one_mesh(make(params, key))
+        return _together(make(params, key))
 
     @property
     def params(self) -> Tree:
@@ -121,20 +121,27 @@ def _to_device(x: Any) -> Any:
     return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
-def _on_one_mesh(state: TrainState) -> TrainState:
-    """Replicate leaves that were never placed over the mesh that others lie on."""
+def _together(state: TrainState) -> TrainState:
+    """Place leaves that never were where others lie: on their mesh, or their device.
+
+    A step's results all are where one of its arguments was put; the next step would be
+    compiled anew for them.
+    """
     leaves = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
     if any(isinstance(x, jax.core.Tracer) for x in leaves):
         return state
     meshes = (x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding))
     mesh = next((m for m in meshes if isinstance(m, Mesh)), None)
-    if mesh is None:
-        return state
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    where: Any = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    if where is None:
+        devices = {x.sharding for x in leaves if x.committed}
+        if len(devices) != 1:
+            return state
+        where = devices.pop()
 
     def place(x: Any) -> Any:
         free = isinstance(x, jax.Array) and not x.committed
-        return jax.device_put(x, everywhere) if free else x
+        return jax.device_put(x, where) if free else x
 
     return jax.tree.map(place, state)
 

@@ -132,7 +132,9 @@ def test_a_merge_is_rounded_once_and_undone_to_the_bit(dtype):
         if name in ("qkv", "layers"):
             t = tree[name].adapters[""]
             delta = np.asarray(t.a, np.float64) @ np.asarray(t.b, np.float64)
-            want = np.asarray(x, np.float64) + float(np.mean(t.scale)) * delta
+            scale = np.asarray(t.scale, np.float64)
+            scale = scale[:, None, None] if scale.ndim else scale  # one a layer
+            want = np.asarray(x, np.float64) + scale * delta
             room = 2e-3 if ON_GPU else 1e-6  # TF32, were it not asked to be exact
             got = np.asarray(dense[name], np.float64)
             unit = 2.0**-8 if dtype == jnp.bfloat16 else room

@@ -11,6 +11,7 @@
     quantizer                 the same while `models.load` reads, leaf by leaf
     survey                    how a function uses each parameter: exact targets and axes
     summary                   what is trained, as a table
+    plan                      what a run will take, before anything is allocated
     stack_layers  unstack_layers    numbered layers as one stack, and back
     replicate_layers          a deeper model of repeated layers
     add  activate  disable    several named adapters on one base, an `AdapterSet`
@@ -20,6 +21,7 @@
     mixed  mixed_steps        functions of such batches, and of generation
     activated  activated_ids    adapters from some tokens on, and who acts on each token
     Target                    settings of some kernels: rank, alpha, axes
+    Accelerator               a kind of device in numbers, for plans
     VeRA  LoHa  LoKr  AdaLoRA other forms of the update, with their settings
     LowRank  Full  Rows  Quantized    stand in the place of leaves; `is_node` tells
 
@@ -120,6 +122,9 @@ if TYPE_CHECKING:
     from jlora.adapters._set import AdapterSet as AdapterSet
     from jlora.adapters._weighted import WeightedReport as WeightedReport
     from jlora.adapters._weighted import weighted as weighted
+    from jlora.planning._machines import Accelerator as Accelerator
+    from jlora.planning._plan import plan as plan
+    from jlora.planning._report import Plan as Plan
     from jlora.quant._loading import Quantizer as Quantizer
     from jlora.quant._loading import quantizer as quantizer
     from jlora.quant._quantize import dequantize as dequantize
@@ -144,6 +149,7 @@ _SUBMODULES = (
     "train",
 )
 _MODULE_OF = {
+    "Accelerator": "planning._machines",
     "AdaLoRA": "_tree.variants",
     "Adapter": "_kernel.adapter",
     "AdapterSet": "adapters._set",
@@ -163,6 +169,7 @@ _MODULE_OF = {
     "Quantized": "_kernel.quantized",
     "Quantizer": "quant._loading",
     "Rows": "_kernel.nodes",
+    "Plan": "planning._report",
     "ShapeError": "_errors",
     "StructureError": "_errors",
     "Summary": "_tree.summary",
@@ -189,6 +196,7 @@ _MODULE_OF = {
     "mixed": "adapters._mixed",
     "mixed_steps": "adapters._generation",
     "pick": "adapters._bank",
+    "plan": "planning._plan",
     "remove": "adapters._edit",
     "rename": "adapters._edit",
     "quantize": "quant._quantize",

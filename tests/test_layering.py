@@ -32,6 +32,7 @@ FLOORS = [
     ["init", "adapters", "quant", "optim", "sharding"],
     ["data", "metrics", "models", "train", "sweep", "checkpoint", "peft"],
     ["tasks"],
+    ["planning"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

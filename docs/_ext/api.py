@@ -25,6 +25,7 @@ ROOMS = {
     "_kernel": ("nodes", "What stands in a tree"),
     "adapters": ("adapters", "Several adapters"),
     "quant": ("quantised", "Quantised kernels"),
+    "planning": ("planning", "Plans"),
     "_errors": ("errors", "Errors"),
 }
 HIDDEN = ("tree_flatten", "tree_flatten_with_keys", "tree_unflatten", "setup")

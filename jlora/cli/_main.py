@@ -101,6 +101,14 @@ COMMANDS = (
         "  jlora sweep grid.toml --steps 100 --output runs/grid --json",
     ),
     Command(
+        "plan",
+        "say what a run takes: memory a device, operations, traffic, time",
+        "  jlora plan DIR --rank 16 --targets all-linear --batch-size 8 --length 1024\n"
+        "  jlora plan DIR/config.json --quantize nf4 --precision bfloat16 --remat \\\n"
+        "      --mesh data=4,fsdp=8,tensor=2 --devices h100\n"
+        "  jlora plan my.toml --devices l4 --json | jq .memory",
+    ),
+    Command(
         "merge",
         "fold an adapter into its model, and say what rounding cost",
         "  jlora merge someones/adapter out/merged\n"
@@ -153,15 +161,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0, also for a run that SIGTERM has stopped and that is saved; 1
-      for what could not be done, 2 for a misused command line, 130 after Ctrl-C. All
-      but the first are explained on stderr.
+      for what could not be done, 2 for a misused command line, 3 of a plan that does
+      not fit, 130 after Ctrl-C. All but 0 and 3 are explained on stderr.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            _run(words)
+            status = _run(words)
             sys.stdout.flush()
+            return status
         except SystemExit as stop:  # after --help or --version
             return int(stop.code or 0)
         except UsageError as error:
@@ -172,10 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _complain(str(error), _FAILED)
         except KeyboardInterrupt as stop:
             return _complain(str(stop) or "interrupted.", _INTERRUPTED)
-    return _DONE
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
+    """Run a command; return its exit status."""
     known = {command.name: command for command in COMMANDS}
     try:
         import cyclopts  # noqa: F401
@@ -187,9 +196,9 @@ def _run(words: list[str]) -> None:
         from jlora._options import parse
 
         parse(app(), words or ["--help"], "jlora")
-        return
+        return _DONE
     command = known[words[0]]
-    command.module.run(command.read(words[1:]))
+    return command.module.run(command.read(words[1:])) or _DONE
 
 
 def app(*, whole: bool = False) -> App:
@@ -226,6 +235,7 @@ exit status:
   0    done, or stopped by SIGTERM with the run saved
   1    it could not be done; stderr says why
   2    the command line is wrong
+  3    the plan does not fit (jlora plan)
   130  interrupted by Ctrl-C; 143 by SIGTERM, with nothing saved
 
 `jlora COMMAND --help` says what a command takes."""

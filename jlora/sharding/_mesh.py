@@ -52,9 +52,9 @@ def make_mesh(
     >>> make_mesh("data=-1,tensor=1").axis_names
     ('data', 'tensor')
     """
-    axes = _parsed(sizes)
+    axes = parsed(sizes)
     for name in axes:
-        _check_name(name, [*AXES, *names])
+        check_name(name, [*AXES, *names])
     devices = list(jax.devices() if devices is None else devices)
     shape = _filled(axes, len(devices))
     kind = AxisType.Explicit if explicit else AxisType.Auto
@@ -75,7 +75,8 @@ def describe(mesh: Mesh) -> str:
     return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
-def _parsed(sizes: Any) -> dict[str, int]:
+def parsed(sizes: Any) -> dict[str, int]:
+    """The sizes of axes by name; -1 stays as it is."""
     if isinstance(sizes, Mapping):
         pairs = list(sizes.items())
     elif isinstance(sizes, str):
@@ -113,7 +114,8 @@ def _number(text: str, sizes: str) -> int:
         ) from None
 
 
-def _check_name(name: str, known: Sequence[str]) -> None:
+def check_name(name: str, known: Sequence[str]) -> None:
+    """Refuse the name of an axis that nobody knows."""
     if name in known:
         return
     near = difflib.get_close_matches(name, known, 1)

@@ -147,7 +147,7 @@ class _Walk:
         self, path: str, base: Quantized, spec: PartitionSpec
     ) -> PartitionSpec:
         """The spec without what would cut within a block of codes."""
-        parts = list(spec)
+        parts = [*spec, *[None] * (base.ndim - len(spec))]
         for name in ("codes", "absmax"):
             array = getattr(base, name)
             for axis, dim in enumerate(base.along(name)):

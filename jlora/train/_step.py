@@ -249,6 +249,11 @@ class TrainStep:
             state, step=step, trainable=trainable, opt_state=opt_state
         ), metrics
 
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """Trace without running, as `jax.jit(f).trace`: for the program itself."""
+        run, arguments, _ = self._prepare(state, as_batch(batch))
+        return run.trace(*arguments)
+
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """Lower without running, as `jax.jit(f).lower`: for costs and memory."""
         run, arguments, _ = self._prepare(state, as_batch(batch))

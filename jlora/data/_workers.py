@@ -29,6 +29,7 @@ _ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "OMP_NUM_THREADS": "1",
 }
+GRACE = 20.0  # seconds that a worker goes on after it was asked to end
 _work: bytes = b""  # in a worker: what it does, pickled
 _does: list[Callable[..., Any]] = []  # and unpickled, once
 
@@ -74,6 +75,7 @@ class Workers:
         try:
             return future.result(self.patience)
         except BrokenProcessPool as error:
+            self.close(at_once=True)
             raise _ended() from error
         except FutureTimeout as error:
             if future.done():
@@ -140,9 +142,20 @@ def _begin(work: bytes) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_later(number: int, frame: Any) -> None:
+    """In a worker, on SIGTERM: a scheduler tells every process, and one has to save.
+
+    To make the step after which it does so, it may need the next batch.
+    """
+    end = threading.Timer(GRACE, os._exit, (1,))
+    end.daemon = True
+    end.start()
 
 
 def _end_with_parent() -> None:

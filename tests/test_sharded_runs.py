@@ -174,3 +174,58 @@ def test_devices_stay_known_after_many_saves(tmp_path):
         for n in range(2):
             kept.save(dataclasses.replace(state, step=jnp.int32(n)))
     assert x.devices() == {*FOUR}
+
+
+# -- the same bits on any number of devices --------------------------------------------
+
+
+def run_of(sizes, count, groups, layout=RULES, steps=3):
+    mesh = sharding.make_mesh(sizes, devices=FOUR[:count])
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    tree = jlora.with_dropout(made(), None)
+    state = TrainState.create(sharding.place(tree, mesh, layout), tx)
+    step = make_train_step(loss_fn, tx, mesh=mesh, groups=groups)
+    for n in range(steps):
+        state, metrics = step(state, batch_of(16, n))
+    return [np.asarray(x) for x in jax.tree.leaves((state.trainable, metrics))]
+
+
+def test_groups_end_alike_to_the_bit_on_two_devices_and_on_four():
+    whole = [("", jax.sharding.PartitionSpec())]
+    want = run_of("data=2", 2, 8, whole)
+    for sizes, layout in (("data=4", whole), ("data=2,fsdp=2", RULES)):
+        for x, y in zip(run_of(sizes, 4, 8, layout), want, strict=True):
+            np.testing.assert_array_equal(x, y)
+    for x, y in zip(run_of("data=4", 4, None, whole), want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_without_a_mesh_are_the_batch():
+    tx = optax.sgd(0.1)
+    found = []
+    for groups in (None, 4):
+        step = make_train_step(loss_fn, tx, groups=groups)
+        state, metrics = step(TrainState.create(made(), tx), batch_of(8))
+        found.append([*jax.tree.leaves(state.trainable), metrics["grad_norm"]])
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"groups": 0}, "groups=0"),
+        ({"groups": 6, "mesh": MESH}, "Take a multiple, 8 say"),
+        ({"groups": 4, "accumulate": 2}, "neither with accumulate"),
+        ({"groups": 4, "axis_name": "data"}, "nor with axis_name"),
+    ],
+)
+def test_groups_that_cannot_be(options, words):
+    with pytest.raises(OptionError, match=words):
+        make_train_step(loss_fn, optax.sgd(0.1), **options)
+
+
+def test_a_batch_that_groups_do_not_divide():
+    step = make_train_step(loss_fn, optax.sgd(0.1), groups=4)
+    with pytest.raises(ShapeError, match="groups=4 does not divide"):
+        step(TrainState.create(made(), optax.sgd(0.1)), batch_of(6))

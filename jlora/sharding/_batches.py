@@ -23,10 +23,15 @@ def batch_spec(ndim: int, mesh: Mesh, axis: int = 0) -> PartitionSpec:
     >>> tuple(batch_spec(2, mesh))
     (('data', 'fsdp'), None)
     """
-    data = tuple(name for name in DATA_AXES if name in mesh.axis_names)
+    data = data_axes(mesh)
     tokens = "sequence" if "sequence" in mesh.axis_names else None
     parts = [None] * axis + [data or None, tokens] + [None] * ndim
     return PartitionSpec(*parts[:ndim])
+
+
+def data_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that cut the examples of a batch."""
+    return tuple(name for name in DATA_AXES if name in mesh.axis_names)
 
 
 def data_ways(mesh: Mesh) -> int:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora._compat import varying
 from jlora._errors import OptionError, ShapeError
@@ -20,6 +21,7 @@ from jlora._kernel.quantized import Quantized
 from jlora._paths import path_str
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine
+from jlora.sharding._batches import data_axes, data_ways
 from jlora.train._static import is_array
 from jlora.train._totals import Totals, accumulation_dtype, means, nonzero
 
@@ -35,6 +37,8 @@ class GradientSettings:
     """The options of `make_train_step` that concern the gradients, checked."""
 
     accumulate: int = 1
+    groups: int | None = None
+    mesh: Mesh | None = None
     compute_dtype: Any = None
     cast_batch: bool = True
     axis_name: AxisName | None = None
@@ -46,6 +50,28 @@ class GradientSettings:
                 f"accumulate={n!r}: expected a number of microbatches, at least 1."
             )
         check_compute_dtype(self.compute_dtype)
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        n = self.groups
+        if n is None:
+            return
+        if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+            raise OptionError(
+                f"groups={n!r}: expected a number of groups, a multiple of the devices "
+                "that a batch may be cut over, or None."
+            )
+        ways = 1 if self.mesh is None else data_ways(self.mesh)
+        if n % ways:
+            raise OptionError(
+                f"groups={n} do not fall on {ways} devices alike, over which the mesh "
+                f"cuts a batch.\nTake a multiple, {ways * -(-n // ways)} say."
+            )
+        if self.accumulate != 1 or self.axis_name is not None:
+            raise OptionError(
+                f"groups={n} goes neither with accumulate nor with axis_name: they sum "
+                "in an order of their own.\nLeave one of the two out."
+            )
 
 
 def check_compute_dtype(dtype: Any) -> None:
@@ -144,6 +170,8 @@ class Objective:
             # Each device its own gradient, which shard_map would sum by itself for
             # parameters that it knows to be the same everywhere.
             trainable = _all_varying(trainable, axis)
+        if self._settings.groups is not None:
+            return self._in_order(one, trainable, int(self._settings.groups))
         sums = _accumulated(
             functools.partial(one, trainable),
             self._batch,
@@ -152,6 +180,40 @@ class Objective:
             axis,
         )
         return sums if axis is None else lax.psum(sums, axis)
+
+    def _in_order(self, one: Callable[..., Any], trainable: Tree, n: int) -> Any:
+        """The sum of `one` over n groups of neighbours, always in one order.
+
+        Each device computes its groups one after the other, each by itself, and all are
+        added as a binary tree of their numbers. A sum over devices would follow how
+        many there are, and one product of several groups how many meet on a device.
+        """
+        groups, shared = _microbatches(self._batch, n, neighbours=True)
+        mesh = self._settings.mesh
+
+        def of_group(xs: Any) -> Any:
+            number, group = xs
+            key = jax.random.fold_in(self._key, number)
+            return one(trainable, _reunite(group, shared), key)
+
+        def of_device(numbers: Array, groups: Any) -> Any:
+            return lax.map(of_group, (numbers, groups))
+
+        if mesh is not None:
+            data = (data_axes(mesh),)
+            of_device = jax.shard_map(
+                of_device,
+                mesh=mesh,
+                in_specs=PartitionSpec(*data),
+                out_specs=PartitionSpec(*data),
+                axis_names={*data[0]},
+                check_vma=False,
+            )
+        found = of_device(jnp.arange(n), groups)
+        if mesh is not None:
+            whole = NamedSharding(mesh, PartitionSpec())
+            found = lax.with_sharding_constraint(found, whole)
+        return jax.tree.map(_tree_sum, found)
 
 
 def _product(grad: Array, tangent: Array) -> Array:
@@ -180,26 +242,41 @@ def _accumulated(
     return lax.scan(body, zeros, xs)[0]
 
 
-def _microbatches(batch: Any, n: int) -> tuple[list[Any], Any]:
+def _tree_sum(x: Array) -> Array:
+    """The sum of `[n, ...]` over n, by halves."""
+    parts = [x[i] for i in range(x.shape[0])]
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = [a + b for a, b in pairs] + parts[len(parts) & ~1 :]
+    return parts[0]
+
+
+def _microbatches(
+    batch: Any, n: int, neighbours: bool = False
+) -> tuple[list[Any], Any]:
     """The leaves with a leading axis, cut up `[n, size/n, ...]`, and what puts back."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    what = "groups" if neighbours else "accumulate"
     cut: list[Any] = []
     for path, x in leaves:
         if jnp.ndim(x) == 0:
             continue
         if x.shape[0] % n:
             raise ShapeError(
-                f"accumulate={n} does not divide the batch: its leaf "
+                f"{what}={n} does not divide the batch: its leaf "
                 f"{path_str(path)!r} is {tuple(x.shape)}.\nPass a leading axis of a "
                 f"multiple of {n}; fill up with masked items if need be."
             )
+        if neighbours:
+            cut.append(jnp.reshape(x, (n, x.shape[0] // n, *x.shape[1:])))
+            continue
         # Every n-th item: contiguous microbatches of a sharded batch would each lie
         # on a few of the devices.
         rows = jnp.reshape(x, (x.shape[0] // n, n, *x.shape[1:]))
         cut.append(jnp.swapaxes(rows, 0, 1))
     if not cut:
         raise ShapeError(
-            f"accumulate={n}, but no leaf of the batch has a leading axis to cut."
+            f"{what}={n}, but no leaf of the batch has a leading axis to cut."
         )
     return cut, (treedef, [x if jnp.ndim(x) == 0 else None for _, x in leaves])
 

@@ -70,7 +70,8 @@ class TranslationSettings(AdapterOptions, TrainingOptions):
     streaming: bool = option(
         False, "read --train, tables, while training: they need not fit in memory")
     workers: int = option(
-        0, "processes that tokenise what is streamed (0: this one)", least=0)
+        0, "processes that tokenise what is streamed (0: this one)", least=0,
+        extends=True)
     beams: int = option(1, "of the tests' translations; 1 is greedy (1)", least=1)
     # fmt: on
 

@@ -374,7 +374,8 @@ def test_a_few_bytes_do_not_unpack_to_all_the_memory(suffix, tmp_path, monkeypat
         ("hidden_size", 10**12, "must be a whole number"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps is nan; it must be a number"),
         ("tie_word_embeddings", 1, "must be true or false"),
-        ("rope_scaling", [8], "is no configuration of a llama"),
+        ("rope_scaling", [8], "makes no model of the family Llama: AttributeError"),
+        ("head_dim", 1, "head_dim is 1; positions turn pairs"),
     ],
 )
 def test_configurations_of_no_model(key, value, said, good, tmp_path):
@@ -382,5 +383,5 @@ def test_configurations_of_no_model(key, value, said, good, tmp_path):
     shutil.copytree(good / "model", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
-    with within(SECONDS), pytest.raises(jlora.CheckpointError, match=re.escape(said)):
+    with within(SECONDS), pytest.raises(jlora.LoraError, match=re.escape(said)):
         models.load(folder)

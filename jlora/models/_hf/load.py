@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ def load(
     raw = heads.chosen(family, raw, head, num_labels)
     tensors = TensorFolder(folder)
     codes = QuantisedWeights(tensors, raw) if is_quantised else None
-    config = _config_of(family, raw, folder)
+    with _of_a_file(family, folder):
+        config = family.config.from_dict(raw)
     _check_depth(family, config, tensors)
     tensors.rename(family.names_here(config, tensors.names))
     _rename_aliases(tensors, family, config)
@@ -153,7 +155,8 @@ def load(
     form: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
     form["attn_implementation"] = attn_implementation
     model = family.model(config=config, **form)
-    abstract = family.abstract_params(model)
+    with _of_a_file(family, folder):
+        abstract = family.abstract_params(model)
     shardings = reading.shardings_of(sharding, abstract)
     new: dict[str, jax.Array] = {}
     if given_head:
@@ -174,20 +177,23 @@ def load(
     return model, params
 
 
-def _config_of(family: Family, raw: Mapping[str, Any], folder: Path) -> Any:
-    """Return the configuration in a file, which may hold anything.
+@contextlib.contextmanager
+def _of_a_file(family: Family, folder: Path) -> Iterator[None]:
+    """Read a configuration, or shapes by it, of a file that may say anything.
 
     Raises:
-      CheckpointError: it holds what is none.
+      CheckpointError: what it says is none.
     """
     try:
-        return family.config.from_dict(raw)
+        yield
     except LoraError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
+        said = (str(e).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{folder / 'config.json'} is no configuration of a {raw['model_type']}: "
-            f"{type(e).__name__}: {e}.\nIt is damaged; copy or download it again."
+            f"{folder / 'config.json'} makes no model of the family "
+            f"{family.config.__name__.removesuffix('Config')}: {type(e).__name__}: "
+            f"{said}.\nIt is damaged; copy or download it again."
         ) from e
 
 

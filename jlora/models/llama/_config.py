@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
-from jlora._errors import CheckpointError
+from jlora._errors import CheckpointError, ShapeError
 from jlora.models._parts.config import (
     check_activation,
     check_divides,
@@ -211,6 +211,11 @@ class LlamaConfig:
         ]
         check_sizes(kind, self, [*sizes, "head_dim"])
         check_divides(kind, self, "num_key_value_heads", "num_attention_heads")
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ShapeError(
+                f"{kind} config: head_dim is {self.head_dim}; positions turn pairs of "
+                "numbers, so it must be even."
+            )
         check_activation(kind, self.hidden_act)
         for name in sorted(self.optional - self.kind.reads - {"layer_types"}):
             if getattr(self, name) != fields[name].default:

@@ -33,7 +33,8 @@ KINDS = {
 FORMS = (None, None, None, "int8", "nf4", "fp4", "fp8")
 # Of float32, sums in another order; of bfloat16, that `W + s A B` is rounded when it is
 # merged, and its factors' product is not; and once more in derivatives.
-WORST = {"float32": 2e-4, "bfloat16": 8e-2}
+# There both are several per cent from what float32 gives, so float32 is the strict one.
+WORST = {"float32": 2e-4, "bfloat16": 0.16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ def close(got, want, case, what):
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     assert np.isfinite(want).all()
     away = np.linalg.norm(got - want) / (np.linalg.norm(want) + 1e-3)
-    worst = WORST[case.dtype] * (1 if what == "value" else 3)
+    worst = WORST[case.dtype] * (1 if what == "value" else 2)
     assert away < worst, f"the {what} is {away:.1e} away"
 
 

@@ -304,6 +304,17 @@ def test_a_script_that_is_preempted_saves_and_exits_with_0(
     assert states(run) == ["6"]
 
 
+def test_a_sweep_that_cannot_be_gone_on_with_says_so(capsys):
+    from jlora.cli._common import end_by
+
+    with pytest.raises(SystemExit) as end:
+        end_by(train.Interrupted("2 jobs were under way", signal.SIGTERM, saved=False))
+    assert end.value.code == 143
+    said = "jlora: stopped by SIGTERM after 2 jobs were under way\n"
+    assert capsys.readouterr().err == said
+    assert train.Interrupted("x").saying("y").status == 130
+
+
 def test_a_signal_while_validating_is_not_kept_waiting(tmp_path, undisturbed):
     """The validation is made up for when the run goes on."""
     run, looked_at = tmp_path / "run", []

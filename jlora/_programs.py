@@ -8,8 +8,10 @@ Source: https://docs.jax.dev/en/latest/persistent_compilation_cache.html
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from jlora._errors import OptionError
 from jlora._options import option
 
 OFF = "off"
+_WRITTEN = 60.0  # seconds, after which nobody is writing an entry still
 # JAX's settings, their defaults, and what they are here.
 _SETTINGS = (
     # Two gigabytes, hundreds of runs; what was not used for longest goes. With a limit
@@ -83,7 +86,23 @@ def keep_programs(where: str | Path | None = None) -> Path | None:
     for name, jaxs_own, ours in _SETTINGS:
         if _told(name) == jaxs_own:  # nobody has said anything else
             jax.config.update(name, ours)
+    _remove_halves(folder)
     return folder
+
+
+def _remove_halves(folder: Path) -> None:
+    """Delete entries that a process which was killed has left half written.
+
+    JAX writes an entry, then when it was used. It reads a half at every start, with a
+    warning, never replaces it, and keeps nothing new beside one that lacks its time.
+    """
+    for entry in folder.glob("*-cache"):
+        time_of = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
+        with contextlib.suppress(OSError):  # another process deletes them, too
+            is_old = time.time() - entry.stat().st_mtime > _WRITTEN
+            if is_old and (not time_of.exists() or time_of.stat().st_size != 8):
+                entry.unlink()
+                time_of.unlink(missing_ok=True)
 
 
 def _told(name: str) -> Any:

@@ -58,3 +58,15 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(jlora.OptionError, match="--compilation-cache"):
         keep_programs(tmp_path / "file" / "programs")
     assert outcome(None, tmp_path / "file") == ("None", 0, 0)
+
+
+def test_entries_that_a_killed_process_left_are_made_anew(tmp_path):
+    folder, _, misses = outcome(None, tmp_path)
+    entries = list((tmp_path / "jlora" / "programs").glob("*-cache"))
+    assert len(entries) == misses > 1
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:100])
+        entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()
+        os.utime(entry, (1, 1))
+    assert outcome(None, tmp_path, PYTHONWARNINGS="error")[1:] == (0, misses)
+    assert outcome(None, tmp_path, PYTHONWARNINGS="error")[1:] == (misses, 0)

@@ -119,7 +119,8 @@ def plan(
     >>> found.fits, found.trainable
     (True, 8192)
     """
-    from jlora.planning._make import Request, make
+    from jlora.planning._make import make
+    from jlora.planning._read import Request
 
     return make(
         Request(

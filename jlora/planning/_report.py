@@ -243,10 +243,11 @@ class Plan:
 
     def _work(self) -> str:
         o, t = self.operations, self.times
-        rows = [("a step", "operations", ""), ("forward", amount(o.forward), "")]
-        rows += [("backward", amount(o.backward), "")]
-        if o.again:
-            rows.append(("computed again", amount(o.again), f"{o.again / o.total:.0%}"))
+        rows = [("a step", "operations", "of all")]
+        parts = {"forward": o.forward, "backward": o.backward}
+        parts |= {"computed again": o.again} if o.again else {}
+        for name, number in parts.items():
+            rows.append((name, amount(number), f"{number / o.total:.0%}"))
         text = table(rows)
         names = {"compute": "products", "memory": "memory", "link": "links",
                  "network": "network"}  # fmt: skip
@@ -255,13 +256,12 @@ class Plan:
             for field, name in names.items()
             if getattr(t, field)
         ]
-        text += f"\nAt full speed: {', '.join(bounds)}; so a step takes "
-        text += f"{duration(t.least)} at the least"
-        text += f", {duration(t.one_by_one)} if nothing is sent while it computes" * (
-            t.one_by_one > 1.02 * t.least
-        )
+        text += f"\nAt full speed: {', '.join(bounds)}.\n"
+        text += f"A step takes at least {duration(t.least)}"
+        if t.one_by_one > 1.02 * t.least:
+            text += f" ({duration(t.one_by_one)} if nothing is sent while it computes)"
         if self.tokens is not None and t.least:
-            text += f":\nat most {self.tokens / t.least:,.0f} tokens a second"
+            text += f", which is {self.tokens / t.least:,.0f} tokens a second"
         return text + "."
 
     def _traffic(self) -> str:
@@ -281,7 +281,8 @@ class Plan:
             lines = [f"It does not fit: each device lacks {size(-left)}."]
         if self.largest and not self.fits:
             what, shape, part = self.largest[0]
-            lines.append(f"Largest for a time: {size(part)} of {what} {[*shape]}.")
+            made = "what a scan keeps" if what == "scan" else f"what {what} makes"
+            lines.append(f"The largest for a time is {made}: {size(part)} {[*shape]}.")
         if self.remedies:
             rows = [("change", "a device", "", "a step")]
             rows += [

@@ -37,6 +37,11 @@ def _cut(labels: Sequence[Label], cut: dict[Label, tuple[str, ...]]) -> Spec:
 # -- products --------------------------------------------------------------------------
 
 
+def _count(walk: Spread, op: Operation, flops: float) -> None:
+    dtype = np.dtype(op.eqn.invars[0].aval.dtype).name
+    walk.costs.flops[dtype] += flops  # type: ignore[assignment]
+
+
 def _dot(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
     (lc, rc), (lb, rb) = op.eqn.params["dimension_numbers"]
     x, y = values
@@ -65,10 +70,8 @@ def _product(
             for n, s in zip(ns, v.shape, strict=True)}  # fmt: skip
     axes = [a for n in inner for a in cut[n]]
     terms = math.prod(size[n] for n in inner)
-    flops = 2 * terms * math.prod(made.shape)
-    flops /= walk.devices([a for n in {*out, *inner} for a in cut.get(n, ())])
-    dtype = np.dtype(op.eqn.invars[0].aval.dtype).name
-    walk.costs.flops[dtype] += flops
+    ways = walk.devices([a for n in {*out, *inner} for a in cut.get(n, ())])
+    _count(walk, op, 2 * terms * math.prod(made.shape) / ways)
     return [walk.summed(made, axes)]
 
 
@@ -85,12 +88,11 @@ def _conv(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
              zip(ns, v.spec, strict=True)))
              for v, ns in zip(met, labels, strict=True)]  # fmt: skip
     out = op.results[0].aval.shape
-    spec = [()] * len(out)
+    spec: list[tuple[str, ...]] = [()] * len(out)
     spec[numbers.out_spec[0]] = cut["batch"]
     (made,) = walk.make(op, whole, [tuple(spec)])
     taps = math.prod(kernel.shape) // kernel.shape[numbers.rhs_spec[0]]
-    flops = 2 * taps * math.prod(out) / walk.devices(cut["batch"])
-    walk.costs.flops[np.dtype(op.eqn.invars[0].aval.dtype).name] += flops
+    _count(walk, op, 2 * taps * math.prod(out) / walk.devices(cut["batch"]))
     return [made]
 
 
@@ -109,8 +111,7 @@ def _ragged_dot(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Va
     inner = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     outs = kernels.shape[-1] if grouped else shape[-1]
-    flops = 2 * rows * inner * outs / walk.devices(x.spec[0])
-    walk.costs.flops[np.dtype(op.eqn.invars[0].aval.dtype).name] += flops
+    _count(walk, op, 2 * rows * inner * outs / walk.devices(x.spec[0]))
     return [walk.summed(made, x.spec[0] if grouped else ())]
 
 

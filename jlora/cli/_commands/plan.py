@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,16 @@ def _first(given: Any, said: dict[str, Any], name: str, default: Any) -> Any:
 def _batch(options: Options, said: dict[str, Any]) -> tuple[int, ...]:
     """Examples, tokens, and tokens of an answer, where anything says them."""
     size = _first(options.batch_size, said, "batch_size", 32)
-    names = ("max_length", "max_source_length", "max_meaning_length")
-    known = [said[name] for name in names if name in said]
-    length = options.length or (known or [512])[0]
-    names = ("max_target_length", "max_text_length")
-    known = [said[name] for name in names if name in said]
-    answer = options.target_length or (known or [None])[0]
+    sources = ("max_length", "max_source_length", "max_meaning_length")
+    answers = ("max_target_length", "max_text_length")
+    length = options.length or _said(said, sources) or 512
+    answer = options.target_length or _said(said, answers)
     return (size, length) if answer is None else (size, length, answer)
+
+
+def _said(said: dict[str, Any], names: Sequence[str]) -> Any:
+    """The first of some settings that a file has."""
+    return next((said[name] for name in names if name in said), None)
 
 
 def _model(place: Any, said: dict[str, Any]) -> str:

@@ -62,7 +62,8 @@ def made(model):
 
 
 def adapted(params):
-    return randomise(jlora.lorafy(params, 4, ["query", "value"]), jax.random.key(1))
+    # All kernels; of a mixture the experts' too.
+    return randomise(jlora.lorafy(params, 4, "all-linear"), jax.random.key(1))
 
 
 def loss_of(model):

@@ -77,15 +77,17 @@ def test_what_is_no_compiled_program():
 LAYERS, WIDTH, HIDDEN, WORDS = 5, 16, 32, 24
 
 
-def lowered(mesh, scan=True):
-    config = models.LlamaConfig(
-        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS, num_attention_heads=4,
-    )  # fmt: skip
-    model = models.Llama(config, scan_layers=scan)
+SIZES = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": HIDDEN}
+SIZES |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4}
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def lowered(mesh, config=None, targets=("query", "value")):
+    config = config or models.LlamaConfig(**SIZES)
+    model = models.Llama(config, scan_layers=True)
     ids = np.arange(56).reshape(8, 7) % WORDS
     params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
-    tree = randomise(jlora.lorafy(params, 2, ["query", "value"]), jax.random.key(1))
+    tree = randomise(jlora.lorafy(params, 2, [*targets]), jax.random.key(1))
 
     def loss_fn(params, batch, key):
         logits = model.apply({"params": params}, batch["ids"])
@@ -113,6 +115,16 @@ def test_fsdp_gathers_a_kernel_at_a_time_and_sums_no_activations():
     assert gathered.largest <= 4 * WIDTH * HIDDEN
     assert sum(row.times for row in gathered) >= 2 * 7 * LAYERS
     assert {row.kind for row in found} <= {"all-reduce", "all-gather", "all-to-all"}
+
+
+def test_a_mixtures_tokens_stay_on_their_devices():
+    config = models.MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=8)
+    mesh = sharding.make_mesh("data=4", devices=FOUR)
+    found, adapters = lowered(mesh, config, ["experts/gate_up_proj", "down_proj"])
+    sums = found.of("all-reduce")
+    assert adapters <= sums.bytes <= adapters + 16
+    states = 8 * 7 * WIDTH * 4
+    assert max(row.largest for row in found if row.kind != "all-reduce") < states / 2
 
 
 def test_tensor_parallel_devices_sum_activations_and_gather_no_kernel():

@@ -71,6 +71,30 @@ def by_example(x: Any) -> Any:
     return jax.tree.map(cut, x)
 
 
+def on_own_examples(f: Callable[..., Array], weights: Any, *rows: Array) -> Array:
+    """Return `f(weights, *rows)`, on a mesh computed by each device for its own rows.
+
+    What sorts the rows of a batch would otherwise sort them over all devices, and
+    exchange hidden states for it.
+
+    Args:
+      f: what treats each row of `rows` apart.
+      weights: what it needs of all devices.
+      *rows: `[N, ...]`, cut along N over the axes that cut a batch.
+    """
+    data = _free("data", "fsdp", "sequence")
+    if not data or rows[0].shape[0] % math.prod(data.values()):
+        return f(weights, *rows)
+    cut = PartitionSpec(tuple(data))
+    return jax.shard_map(
+        f,
+        in_specs=(PartitionSpec(), *[cut] * len(rows)),
+        out_specs=cut,
+        axis_names={*data},
+        check_vma=False,
+    )(weights, *rows)
+
+
 def _whole_rows(table: Array) -> Array:
     """Return a table `[V, d]` of which every device has rows in full.
 

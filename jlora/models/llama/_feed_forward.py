@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from jlora._errors import StructureError
 from jlora.models._parts.decoder import DecoderModule
+from jlora.models._parts.explicit import on_own_examples
 from jlora.models._parts.layers import ACTIVATIONS, RMSNorm
 from jlora.models.llama._moe_config import MoeConfig
 
@@ -82,14 +83,22 @@ class Experts(LlamaModule):
         Returns:
           `[N, d]`.
         """
+        kernels = (self.gate_up_proj, self.down_proj)
+        return on_own_examples(self._of_tokens, kernels, x, chosen, weights)
+
+    def _of_tokens(
+        self, kernels: tuple[Array, Array], x: Array, chosen: Array, weights: Array
+    ) -> Array:
+        """What `__call__` returns, of the tokens of a device."""
+        gate_up_proj, down_proj = kernels
         k = chosen.shape[1]
         order = jnp.argsort(chosen.reshape(-1))  # [N*k] pairs, by expert
         sizes = jnp.bincount(chosen.reshape(-1), length=self.config.num_experts)
         sizes = sizes.astype(jnp.int32)
-        h = lax.ragged_dot(x[order // k], self.gate_up_proj, sizes)  # [N*k, 2f]
+        h = lax.ragged_dot(x[order // k], gate_up_proj, sizes)  # [N*k, 2f]
         gate, up = jnp.split(h, 2, axis=-1)
         h = ACTIVATIONS[self.config.hidden_act](gate) * up
-        y = lax.ragged_dot(h, self.down_proj, sizes)  # [N*k, d]
+        y = lax.ragged_dot(h, down_proj, sizes)  # [N*k, d]
         y = y[jnp.argsort(order)].reshape(*chosen.shape, -1)  # [N, k, d]
         y = y.astype(jnp.float32) * weights[..., None]
         return jnp.sum(y, axis=1).astype(self.dtype)

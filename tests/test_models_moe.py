@@ -15,7 +15,7 @@ from jlora._errors import StructureError
 from jlora.models import MoeConfig
 from jlora.models.llama._feed_forward import Experts, Mixture
 
-E, K, D, F, N = 5, 2, 7, 3, 11  # experts, experts a token, widths, tokens
+E, K, D, F, N = 5, 2, 8, 3, 11  # experts, experts a token, widths, tokens
 CONFIG = MoeConfig(
     model_type="qwen3_moe",
     hidden_size=D,

@@ -53,7 +53,7 @@ def plan(
       batch: of a step, on all devices together: (examples, tokens), of an
         encoder-decoder (examples, tokens, tokens of the answer). With `loss_fn`, a tree
         of arrays or shapes.
-      rank: r.
+      rank: of the adapters.
       targets: as of `jlora.lorafy`.
       quantize: keep the frozen base in this form, as of `jlora.quantize`.
       full: train every weight instead.

@@ -261,7 +261,7 @@ class Plan:
         if t.one_by_one > 1.02 * t.least:
             text += f" ({duration(t.one_by_one)} if nothing is sent while it computes)"
         if self.tokens is not None and t.least:
-            text += f", which is {self.tokens / t.least:,.0f} tokens a second"
+            text += f":\nat most {self.tokens / t.least:,.0f} tokens a second"
         return text + "."
 
     def _traffic(self) -> str:

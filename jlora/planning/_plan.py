@@ -43,9 +43,9 @@ def plan(
     Nothing is allocated, downloaded or run. The training step of `jlora.train` is
     traced on shapes, and its program read operation by operation: how the mesh cuts
     each value, what devices send for it, what is in memory at once. Parameters, states
-    and batches are exact; temporaries are an estimate of what XLA will do, which on
-    small models in `tests/test_plan.py` puts the whole within a tenth of XLA's own
-    account. `compiled=True` asks XLA.
+    and batches are exact; temporaries are an estimate of what XLA will do, which mostly
+    puts the whole within a tenth of XLA's own account: see the guide to planning for
+    where it does not. `compiled=True` asks XLA.
 
     Args:
       model: a model's folder or its `config.json`, what stands in one, a configuration

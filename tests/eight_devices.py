@@ -18,6 +18,7 @@ from tools import randomise
 import jlora
 import jlora.peft
 from jlora import checkpoint, models, sharding, train
+from jlora._paths import leaf_paths
 
 STEPS, WORDS, LENGTH = 3, 48, 8
 SIZES = {"vocab_size": WORDS, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,8 +63,10 @@ def made(model):
 
 
 def adapted(params):
-    # All kernels; of a mixture the experts' too.
-    return randomise(jlora.lorafy(params, 4, "all-linear"), jax.random.key(1))
+    targets = ["query", "value"]
+    if any("experts" in path for path in leaf_paths(params)):
+        targets += ["experts/gate_up_proj", "experts/down_proj"]
+    return randomise(jlora.lorafy(params, 4, targets), jax.random.key(1))
 
 
 def loss_of(model):

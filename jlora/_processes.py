@@ -6,13 +6,19 @@ here costs anything.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jlora._compat import coordination_client, preemption_is_shared
 from jlora._errors import CheckpointError
@@ -123,6 +129,37 @@ def _exchange(what: str, word: dict[str, Any], patience: int) -> list[dict[str, 
     return told
 
 
+def is_first() -> bool:
+    """Whether this process writes and speaks for all; a single one does."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Let the first process alone print what is for people; errors are everyone's."""
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        yield
+
+
+def leave_others(error: BaseException, status: int) -> None:
+    """End this process now, if an error is its own and others wait for it.
+
+    JAX would wait at the end until all are there. Those that are left notice that this
+    one is gone. Where all know of the error, or there is one process, nothing is done.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    if not _is_known(error):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def tell(topic: str, word: Any) -> None:
     """Let the others know something, as JSON; it replaces what was told before."""
     own = f"jlora/{topic}/{jax.process_index()}"
@@ -162,6 +199,21 @@ def _in_a_line(error: Exception | None) -> str | None:
     if error is None:
         return None
     return f"{type(error).__name__}: {error}"
+
+
+def put(x: Any, where: Sharding) -> jax.Array:
+    """An array where it is to lie, also on devices of several processes.
+
+    Each of these has the same values, which `jax.device_put` would compare at a cost,
+    and it takes no keys there.
+    """
+    if where.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, where)
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(x), where)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    values = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda index: values[index])
 
 
 def on_host(x: Any) -> np.ndarray:

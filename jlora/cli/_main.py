@@ -178,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             return _nobody_listens()
         except (LoraError, ImportError, OSError) as error:
-            return _complain(str(error), _FAILED)
+            _complain(str(error), _FAILED)
+            _leave_others(error)
+            return _FAILED
         except KeyboardInterrupt as stop:
             return _complain(str(stop) or "interrupted.", _INTERRUPTED)
 
@@ -251,6 +253,14 @@ def _with_help(message: str, words: Sequence[str]) -> str:
 def _complain(message: str, status: int) -> int:
     print(f"jlora: {message}", file=sys.stderr)
     return status
+
+
+def _leave_others(error: Exception) -> None:
+    """End at once where other processes of the run would be waited for."""
+    if "jax" in sys.modules:
+        from jlora._processes import leave_others
+
+        leave_others(error, _FAILED)
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:

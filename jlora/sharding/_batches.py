@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora._errors import ShapeError
+from jlora._errors import OptionError, ShapeError
 from jlora._paths import map_with_path
 from jlora.sharding._mesh import DATA_AXES, describe
 from jlora.sharding._rules import Uneven, ways_of
@@ -39,42 +39,95 @@ def data_ways(mesh: Mesh) -> int:
     return ways_of(mesh, batch_spec(1, mesh)[0])
 
 
+def batch_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each batch this process reads, as `(index, count)`.
+
+    `jlora.data.Batches` and `Streaming` take it as their `shard`, and `place_batch`
+    makes one batch of the parts. Where the mesh cuts batches over all processes there
+    are as many parts as these. Processes whose devices hold the same examples, those
+    along a `tensor` axis say, read the same part. Of one process it is `(0, 1)`.
+
+    Raises:
+      OptionError: the examples of a process are no one part of a batch, for the mesh
+        deals them out unevenly, or it has no device of this process.
+
+    >>> batch_shard(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+    (0, 1)
+    """
+    ways = data_ways(mesh)
+    where = NamedSharding(mesh, batch_spec(1, mesh))
+    held: dict[int, set[int]] = {}
+    device: Any
+    for device, (rows,) in where.devices_indices_map((ways,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted(set(map(frozenset, held.values())), key=min)
+    if jax.process_index() not in held:
+        raise OptionError(
+            f"the mesh {describe(mesh)} has no device of process "
+            f"{jax.process_index()}.\nMake it of the devices of all processes."
+        )
+    each = ways // len(parts)
+    even = [frozenset(range(i * each, (i + 1) * each)) for i in range(len(parts))]
+    if parts != even:
+        raise OptionError(
+            f"the mesh {describe(mesh)} does not give each process one part of a "
+            "batch.\nLet the axes `data` and `fsdp` come first, and their product be a "
+            "multiple or a divisor of the number of processes."
+        )
+    return parts.index(frozenset(held[jax.process_index()])), len(parts)
+
+
 def place_batch(
-    batch: Batch, mesh: Mesh, *, uneven: Uneven = "error", axis: int = 0
+    batch: Batch,
+    mesh: Mesh,
+    *,
+    uneven: Uneven = "error",
+    axis: int = 0,
+    whole: bool = False,
 ) -> Batch:
     """A batch on the mesh: its examples over `data` and `fsdp`.
 
     Args:
       batch: a tree of arrays `[B, ...]`. Of a mesh with an axis `sequence` the second
         axis of each, the tokens, is cut over that. With several processes each passes
-        its own examples, and the batch is all of them, in the processes' order.
-        Numbers are put on every device.
+        its own examples, see `batch_shard`, and the batch is all of them, in the order
+        of the parts. Numbers are put on every device.
       mesh: the mesh.
       uneven: what to do where the mesh does not divide the examples or the tokens: an
         `"error"`, or `"replicate"`, not to cut that axis. Every device then computes
         all of it, and no example is lost or counted twice.
       axis: the one along which the examples lie; tokens lie along the next one.
+      whole: with several processes, each passes the whole batch, all the same one.
 
     Raises:
       ShapeError: an axis that the mesh does not divide, or, with several processes and
         `"replicate"`, examples that are not alike in number.
     """
-    return map_with_path(lambda path, x: _placed(path, x, mesh, uneven, axis), batch)
+    return map_with_path(
+        lambda path, x: _placed(path, x, mesh, uneven, axis, whole), batch
+    )
 
 
-def _placed(path: str, x: Any, mesh: Mesh, uneven: Uneven, first: int) -> jax.Array:
+def _placed(
+    path: str, x: Any, mesh: Mesh, uneven: Uneven, first: int, whole: bool
+) -> jax.Array:
     x = x if isinstance(x, jax.Array) else np.asarray(x)
-    shape, parts = _global_shape(x, first), list(batch_spec(x.ndim, mesh, first))
+    parts = list(batch_spec(x.ndim, mesh, first))
+    whole = whole or _is_global(x)
+    shape = x.shape if whole else _global_shape(x, first, mesh)
     for axis, part in enumerate(parts):
         if shape[axis] % ways_of(mesh, part) == 0:
             continue
-        if uneven == "error" or jax.process_count() > 1:
+        if uneven == "error" or (jax.process_count() > 1 and not whole):
             raise _uneven(path, shape, axis, part, mesh, axis == first)
         parts[axis] = None
     where = NamedSharding(mesh, PartitionSpec(*parts))
     if jax.process_count() == 1 or _is_global(x):
         return jax.device_put(x, where)
-    return jax.make_array_from_process_local_data(where, np.asarray(x), shape)
+    x = np.asarray(x)
+    if whole:
+        return jax.make_array_from_callback(shape, where, lambda index: x[index])
+    return jax.make_array_from_process_local_data(where, x, shape)
 
 
 def _is_global(x: Any) -> bool:
@@ -97,11 +150,11 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def _global_shape(x: Any, axis: int) -> tuple[int, ...]:
+def _global_shape(x: Any, axis: int, mesh: Mesh) -> tuple[int, ...]:
     """The shape of the batch of all processes; a number has none."""
     shape = list(x.shape)
-    if len(shape) > axis and not _is_global(x):
-        shape[axis] *= jax.process_count()
+    if len(shape) > axis and jax.process_count() > 1:
+        shape[axis] *= batch_shard(mesh)[1]
     return tuple(shape)
 
 

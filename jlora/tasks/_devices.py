@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.sharding import Mesh
 
-from jlora import sharding, train
+from jlora import data, sharding, train
 from jlora._errors import OptionError
 from jlora.sharding._batches import data_ways
 from jlora.sharding._logical import LAYOUTS
@@ -20,6 +20,7 @@ from jlora.train._report import human_bytes
 
 Tree = Any
 Batch = Mapping[str, Any]
+Batches = TypeVar("Batches")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class DeviceOptions(train.RunSettings):
     # fmt: off
     mesh: str | None = option(
         None, "devices by axis, such as data=2,fsdp=2,tensor=2; one size may be -1 "
-        "(one device)", extends=True, group="devices", metavar="AXES")
+        "(one device; data=-1 of several processes)",
+        extends=True, group="devices", metavar="AXES")
     layout: str = option(
         "fsdp+tensor", "which parameters are cut over the mesh (fsdp+tensor)",
         choices=[*LAYOUTS], extends=True)
@@ -46,6 +48,13 @@ class DeviceOptions(train.RunSettings):
             return
         ways, size = data_ways(mesh), getattr(self, "batch_size", 0)
         parts = ways * getattr(self, "accumulate", 1)
+        rows = getattr(self, "eval_batch_size", ways)
+        if jax.process_count() > 1 and rows % ways:
+            raise OptionError(
+                f"--eval-batch-size {rows} does not fall into {ways} equal parts, as "
+                f"the mesh {describe(mesh)} of {jax.process_count()} processes cuts it."
+                f"\nTake --eval-batch-size {ways * -(-rows // ways)}, say."
+            )
         if size % parts:
             whole = parts * -(-size // parts)
             raise OptionError(
@@ -56,8 +65,20 @@ class DeviceOptions(train.RunSettings):
 
     @property
     def device_mesh(self) -> Mesh | None:
-        """The mesh; None is one device."""
-        return None if self.mesh is None else sharding.make_mesh(self.mesh)
+        """The mesh; None is one device. Of several processes it has all of theirs."""
+        if self.mesh is None and jax.process_count() == 1:
+            return None
+        return sharding.make_mesh(self.mesh or "data=-1")
+
+    def part(self, batches: Batches) -> Batches:
+        """Return this process's part of batches; of one process it is all of them."""
+        mesh = self.device_mesh
+        if mesh is None or jax.process_count() == 1:
+            return batches
+        if not isinstance(batches, data.Batches | data.Streaming):
+            return batches  # the caller's own, and its own affair
+        part = dataclasses.replace(batches, shard=sharding.batch_shard(mesh))
+        return cast(Batches, part)
 
     @property
     def rules(self) -> sharding.Rules:
@@ -89,9 +110,10 @@ def beside(params: Tree, batch: Batch) -> Batch:
     Args:
       params: the parameters.
       batch: arrays `[B, ...]`; where the mesh does not divide them every device gets
-        all of them.
+        all of them. Of several processes each has the whole batch.
     """
     mesh = sharding.mesh_of(params)
     if mesh is None:
         return batch
-    return cast(Batch, sharding.place_batch(batch, mesh, uneven="replicate"))
+    placed = sharding.place_batch(batch, mesh, uneven="replicate", whole=True)
+    return cast(Batch, placed)

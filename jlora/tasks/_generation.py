@@ -10,6 +10,7 @@ from typing import Any
 
 import jlora
 from jlora import data, models, sharding
+from jlora._processes import is_first, on_first, on_host
 from jlora.tasks._devices import beside
 from jlora.train._step import on_mesh
 
@@ -45,7 +46,7 @@ class Generator:
                 transform=jlora.lora,
                 **self.settings,
             )
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(on_host(tokens), skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     def to_file(
@@ -67,13 +68,21 @@ class Generator:
           title: of a progress bar; None shows none.
 
         Returns:
-          The lines.
+          The lines. Of several processes each has all of them, and the first writes.
         """
-        if keep and file.exists():
-            lines = data.read_lines(file)
-            if len(lines) == batches.examples:
-                return lines
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = batches.collect(functools.partial(self, params), title=title)
-        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        if keep and on_first(f"reading {file}", lambda: _is_whole(file, batches)):
+            return data.read_lines(file)
+        lines = batches.collect(
+            functools.partial(self, params), title=title if is_first() else None
+        )
+
+        def write() -> None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+        on_first(f"writing {file}", write)
         return lines
+
+
+def _is_whole(file: Path, batches: data.Batches) -> bool:
+    return file.exists() and len(data.read_lines(file)) == batches.examples

@@ -214,9 +214,9 @@ class TrainingOptions(DeviceOptions):
         Args:
           loss_fn: `(params, batch, key)`, for plain parameters.
           tree: a lorafied tree.
-          batches: the training batches.
+          batches: the training batches; of several processes each takes its part.
           folder: of the run.
-          valid: validation batches.
+          valid: validation batches, of which each takes its part too.
           **options: more of `jlora.train.fit`'s.
         """
         epoch = len(batches) if isinstance(batches, data.Batches) else 0
@@ -226,11 +226,11 @@ class TrainingOptions(DeviceOptions):
             loss_fn,
             tree,
             tx,
-            batches,
+            self.part(batches),
             folder,
             **{
                 "steps": steps,
-                "valid": valid,
+                "valid": self.part(valid),
                 "eval_every": self.eval_every,
                 "key": self.key,
                 "learning_rate": rate,

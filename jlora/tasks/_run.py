@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jlora
 from jlora import data, models
+from jlora._processes import on_first, one_voice
 from jlora.tasks._options import Loaded
 from jlora.tasks.chat import Chat, ChatSettings
 from jlora.tasks.classification import Classification, ClassificationSettings
@@ -101,10 +102,17 @@ def run(name: str, settings: Any) -> None:
       name: one of `KINDS`.
       settings: of that kind.
 
+    Of several processes all make this call, and the first writes and prints.
+
     Raises:
       LoraError: settings, data or a model that are not in order.
       Interrupted: the run was asked to stop, and saved.
     """
+    with one_voice():
+        _run(name, settings)
+
+
+def _run(name: str, settings: Any) -> None:
     began = time.perf_counter()
     loaded, tree, task = started(name, settings)
     summary = jlora.summary(tree)
@@ -114,12 +122,16 @@ def run(name: str, settings: Any) -> None:
         models.save(
             loaded.model, jlora.merge(fit.params), folder.merged, overwrite=True
         )
-        loaded.tokenizer.save_pretrained(folder.merged)
         facts = {
             **facts_of(settings, summary, fit),
             "whole run": f"{time.perf_counter() - began:.0f} s",
         }
-        task.report(folder, facts, before, after, summary)
+
+        def report() -> None:
+            loaded.tokenizer.save_pretrained(folder.merged)
+            task.report(folder, facts, before, after, summary)
+
+        on_first("writing the report", report)
 
 
 def started(name: str, settings: Any) -> tuple[Loaded, Tree, Any]:

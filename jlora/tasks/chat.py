@@ -114,7 +114,8 @@ class Chat:
           params: the parameters.
           folder: of the run.
         """
-        loss = train.evaluate(self._measure, params, self.valid)["loss"]
+        valid = self.settings.part(self.valid)
+        loss = train.evaluate(self._measure, params, valid)["loss"]
         texts, scores = self.prompts.answer(when, params, folder)
         return Answers({"loss": loss, "perplexity": math.exp(loss), **scores}, texts)
 

@@ -6,6 +6,7 @@ of GLUE, and reports what training changed. The eight tasks of GLUE are known by
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import jlora
 from jlora import data, train
 from jlora._errors import OptionError
+from jlora._processes import is_first, on_first, on_host
 from jlora.tasks._class_settings import LONGEST, METRICS
 from jlora.tasks._class_settings import (
     ClassificationSettings as ClassificationSettings,
@@ -105,9 +107,9 @@ class Classification:
         def of_batch(batch: dict[str, np.ndarray]) -> Any:
             inputs = {name: x for name, x in batch.items() if name != "labels"}
             inputs = dict(beside(params, inputs))
-            return np.asarray(self._apply(params, inputs), np.float32)
+            return on_host(self._apply(params, inputs)).astype(np.float32)
 
-        return np.stack(batches.collect(of_batch, title))
+        return np.stack(batches.collect(of_batch, title if is_first() else None))
 
     def answer(self, when: str, params: Tree, folder: train.RunFolder) -> Logits:
         """Return the logits of the tests, and write them into the run's `outputs`.
@@ -118,16 +120,24 @@ class Classification:
           folder: of the run.
         """
         found: Logits = {}
-        folder.outputs.mkdir(exist_ok=True)
+        keep = folder.resumed and when == "before"
         for name, batches in self.tests.items():
             file = folder.outputs / f"{name}.{when}.tsv"
-            known = None
-            if folder.resumed and when == "before" and file.exists():
-                known = _read_logits(file)
-            if known is None or len(known) != batches.examples:
-                known = self.logits(params, batches, f"{when}: {name}")
-                _write_logits(file, known, self.predictions(known), self._heads)
-            found[name] = known
+            whole = functools.partial(_is_whole, file, batches)
+            if keep and on_first(f"reading {file}", whole):
+                found[name] = _read_logits(file)
+                continue
+            found[name] = self.logits(params, batches, f"{when}: {name}")
+            on_first(
+                f"writing {file}",
+                functools.partial(
+                    _write_logits,
+                    file,
+                    found[name],
+                    self.predictions(found[name]),
+                    self._heads,
+                ),
+            )
         return found
 
     @property
@@ -322,7 +332,12 @@ def _write_logits(
         first = names[prediction] if is_class else f"{prediction:.4f}"
         rows.append([first, *(repr(float(x)) for x in row)])
     text = "".join("\t".join(row) + "\n" for row in rows)
+    file.parent.mkdir(exist_ok=True)
     file.write_text(text, encoding="utf-8")
+
+
+def _is_whole(file: Path, batches: data.Batches) -> bool:
+    return file.exists() and len(_read_logits(file)) == batches.examples
 
 
 def _read_logits(file: Path) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 
 import jlora
 from jlora import data, train
+from jlora._processes import is_first, on_host
 from jlora.tasks._chats import (
     ASKED,
     Answers,
@@ -238,8 +239,12 @@ class Preferences:
             jlora.lora(lambda p, b: answer_scores(self._model, p, b, mean=mean))
         )
         rows: list[Any] = batches.collect(
-            lambda batch: list(np.stack(scores(params, beside(params, batch)), axis=1)),
-            title="reference",
+            lambda batch: list(
+                np.stack(
+                    [on_host(x) for x in scores(params, beside(params, batch))], axis=1
+                )
+            ),
+            title="reference" if is_first() else None,
         )
         both = np.array(rows, np.float32)
         return {f"{side}_reference": both[:, n] for n, side in enumerate(SIDES)}
@@ -259,7 +264,7 @@ class Preferences:
           params: the parameters.
           folder: of the run.
         """
-        found = train.evaluate(self._measure, params, self.valid)
+        found = train.evaluate(self._measure, params, self.settings.part(self.valid))
         texts, scores = self.prompts.answer(when, params, folder)
         named = {shown: found[name] for name, shown in SHOWN.items()}
         return Answers({**named, **scores}, texts)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jlora._errors import CheckpointError, JloraWarning, OptionError
+from jlora._processes import is_first
 from jlora.train._evaluation import EvalStep, evaluate
 from jlora.train._loop import Callback, Loop, Numbers
 from jlora.train._metrics import MetricsLog
@@ -287,7 +288,11 @@ class ProgressBar(Callback):
         from tqdm import tqdm
 
         self.bar = tqdm(
-            total=loop.steps, initial=loop.position, desc="train", unit="step"
+            total=loop.steps,
+            initial=loop.position,
+            desc="train",
+            unit="step",
+            disable=not is_first(),
         )
 
     def on_wait(self, loop: Loop, what: str) -> None:
@@ -321,4 +326,5 @@ def _say(text: str) -> None:
     """Print a line above the bar, if one is shown."""
     from tqdm import tqdm
 
-    tqdm.write(text)
+    if is_first():
+        tqdm.write(text)

@@ -14,17 +14,20 @@ from jlora._errors import LoraError, OptionError
 from jlora._options import UsageError, flag, options_of, read_file, read_words
 from jlora._options import option as option
 from jlora._options._option import Option
+from jlora._processes import leave_others, one_voice
 from jlora._programs import ProgramOptions
+from jlora.train._distributed import DistributedOptions
 from jlora.train._loop import Interrupted
 from jlora.train._run import RunFolder, saved_settings
 
 S = TypeVar("S", bound="RunSettings")
 
+_OF_A_PROCESS = ("compilation_cache", "distributed")  # how it is run, not what
 TASK = "task"  # a run's settings say by this what trained it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings(ProgramOptions):
+class RunSettings(ProgramOptions, DistributedOptions):
     """The settings of every script: where it writes, and what of an earlier run."""
 
     output: str | None = option(
@@ -49,7 +52,13 @@ class RunSettings(ProgramOptions):
           name: of the task, which the run's settings hold and its folder is named by.
         """
         kept = {TASK: name, **dataclasses.asdict(self)}
-        for own in ("output", "resume", "overwrite", "compilation_cache"):
+        for own in (
+            "output",
+            "resume",
+            "overwrite",
+            "compilation_cache",
+            "distributed",
+        ):
             del kept[own]
         if self.resume:
             return RunFolder.resume(self.output or "", kept)
@@ -93,6 +102,7 @@ def read_settings(
     for name in given:
         values |= {o: None for o in [options[name].own["replaces"]] if o}
     settings = kind(**values)
+    settings.meet()  # before a mesh is looked at
     settings.check()
     return settings
 
@@ -160,14 +170,17 @@ def command_line(
             words = sys.argv[1:] if argv is None else argv
             settings = read_settings(kind, words, description)
             settings.keep_programs()
-            run(settings)
+            with one_voice():
+                run(settings)
         except SystemExit as stop:  # after --help
             return int(stop.code or 0)
         except (LoraError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
+            leave_others(error, 2)
             return 2
         except Interrupted as place:
-            print(stopped(place))
+            with one_voice():
+                print(stopped(place))
             return place.status
         except KeyboardInterrupt:
             print("\nStopped outside of training.", file=sys.stderr)

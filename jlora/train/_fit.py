@@ -9,10 +9,13 @@ from typing import Any, Protocol
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from jlora._errors import CheckpointError, NonFiniteError, OptionError
 from jlora._kernel.nodes import Full, is_node
 from jlora._kernel.quantized import Quantized
+from jlora._processes import on_first
+from jlora.sharding._batches import batch_shard
 from jlora.train._callbacks import Log, ProgressBar, Save, Validate, save_best
 from jlora.train._evaluation import make_eval_step
 from jlora.train._gradients import LossFn
@@ -143,6 +146,11 @@ def fit(
     A step whose loss or gradient is not finite changes nothing, and is counted and
     logged. So are losses that jump.
 
+    With several processes (`jlora.sharding.initialize`) all make this call, with a mesh
+    of all their devices. `train` and `valid` then yield a process's part of each batch,
+    that of `jlora.sharding.batch_shard(mesh)`. The first process writes and shows what
+    there is to see, and every one returns the same.
+
     Args:
       loss_fn: `(params, batch, key)` as `make_train_step` takes it; validation passes
         None for the key.
@@ -157,7 +165,8 @@ def fit(
       log_every: steps a line of the log; None takes 10, or a twentieth of a short run.
       key: the run's PRNG key.
       learning_rate: the schedule, to be logged.
-      count: how many tokens a batch holds, for the rate.
+      count: how many tokens a batch holds, for the rate. Of several processes the
+        first counts its part, and takes the others' for as large.
       unit: what `count` counts.
       callbacks: more of them.
       keep: how many of the last states to keep.
@@ -206,13 +215,14 @@ def fit(
     own: list[Callback] = [Watchdog(hang_after), ProgressBar(unit), watch]
     own += [Log(run.metrics, often, unit)]
     own += [validate] if validate is not None else []
+    more = trackers_of(run, often) if run.metrics.writes else []
     loop = Loop(
         step,
         state,
         train.stream,
         steps=steps,
-        callbacks=[*own, *callbacks, *trackers_of(run, often), save],
-        count=count,
+        callbacks=[*own, *callbacks, *more, save],
+        count=_of_all(count, options.get("mesh")),
         patience=patience,
         prefetch=prefetch,
         place=step.place if prefetch else None,
@@ -254,6 +264,16 @@ def fit(
     )
 
 
+def _of_all(
+    count: Callable[[Batch], int] | None, mesh: Mesh | None
+) -> Callable[[Batch], int] | None:
+    """Count the batch of all processes, by the part that this one reads."""
+    if count is None or mesh is None or jax.process_count() == 1:
+        return count
+    parts = batch_shard(mesh)[1]
+    return lambda batch: parts * count(batch)
+
+
 def _times(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -272,9 +292,13 @@ def _restore(loop: Loop, run: RunFolder, save: Save) -> None:
             f"the run in {run.path} has made {loop.position} steps already, more "
             f"than {loop.steps}.\nAsk for more steps, or start a new run."
         )
-    run.save_settings()
-    # What was killed while it saved for the first time begins again.
-    run.metrics.cut(loop.position if is_saved else -1)
+
+    def write() -> None:
+        run.save_settings()
+        # What was killed while it saved for the first time begins again.
+        run.metrics.cut(loop.position if is_saved else -1)
+
+    on_first("taking up the log", write)
 
 
 def _with_adapter(run: RunFolder, params: Tree) -> Tree:

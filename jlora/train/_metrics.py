@@ -22,8 +22,14 @@ class MetricsLog:
     [{'event': 'train', 'step': 10, 'loss': 1.5}]
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, *, writes: bool = True) -> None:
+        """Open a log.
+
+        Args:
+          file: it.
+          writes: whether this process writes it; of several one does.
+        """
+        self.file, self.writes = file, writes
 
     def write(self, event: str, **values: Any) -> None:
         """Append a line.
@@ -31,6 +37,8 @@ class MetricsLog:
         Raises:
           CheckpointError: the file cannot be written.
         """
+        if not self.writes:
+            return
         line = json.dumps({"event": event, **values}, ensure_ascii=False)
         try:
             with self.file.open("a", encoding="utf-8") as file:
@@ -67,6 +75,8 @@ class MetricsLog:
 
     def cut(self, step: int) -> None:
         """Drop what was logged after that step, since it will be run again."""
+        if not self.writes:
+            return
         kept = [row for row in self.rows() if row.get("step", 0) <= step]
         if self.file.exists():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)

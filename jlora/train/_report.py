@@ -141,7 +141,7 @@ def machine() -> dict[str, str]:
         "device": f"{kinds} ({devices[0].platform})",
         "machine": f"{os.cpu_count()} x {_processor()}, {platform.system()}",
         "versions": ", ".join(versions),
-        "peak memory": ", ".join(_peaks(devices)),
+        "peak memory": ", ".join(_peaks(jax.local_devices())),
     }
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import shlex
 import shutil
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+
 from jlora._errors import OptionError
 from jlora._files import local_path
+from jlora._processes import agree, on_first
 from jlora.train._metrics import MetricsLog
 
 SETTINGS = "settings.json"  # its presence marks a folder as a run
@@ -23,6 +28,9 @@ ROOT = Path("runs")
 
 class RunFolder:
     """A folder that one process writes a run into.
+
+    With several processes all make one, on a file system that they share: the first
+    writes, and the others know where.
 
     Make one by `RunFolder.claim` or `RunFolder.resume`; close it, or use it in a `with`
     statement, so that another may resume the run.
@@ -35,10 +43,14 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], resumed: bool, lock: TextIO
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        resumed: bool,
+        lock: TextIO | None,
     ) -> None:
         self.path, self.settings, self.resumed = path, dict(settings), resumed
-        self.metrics = MetricsLog(path / "metrics.jsonl")
+        self.metrics = MetricsLog(path / "metrics.jsonl", writes=lock is not None)
         self._lock = lock
 
     adapter = property(lambda self: self.path / "adapter", doc="The best adapter.")
@@ -71,26 +83,8 @@ class RunFolder:
             made.
           CheckpointError: `path` is the address of a bucket.
         """
-        try:
-            folder = _numbered(name) if path is None else local_path(path)
-            _check_free(folder, overwrite)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
-            try:
-                _check_free(folder, overwrite)  # nobody else changes it from now on
-                _clear(folder)
-                with (folder / SETTINGS).open("x", encoding="utf-8") as file:
-                    file.write(_json(settings))
-            except BaseException:
-                lock.close()
-                raise
-        except OSError as error:
-            where = error.filename or path
-            raise OptionError(
-                f"the folder {path or ROOT} cannot be written: {error.strerror} "
-                f"({where}).\nChoose another one."
-            ) from error
-        return cls(folder, settings, False, lock)
+        take = functools.partial(_claimed, path, settings, name, overwrite)
+        return cls._taken(take, settings, resumed=False)
 
     @classmethod
     def resume(
@@ -108,10 +102,37 @@ class RunFolder:
         folder = local_path(path)
         kept = saved_settings(folder)
         settings = kept if settings is None else settings
-        return cls(folder, settings, True, _lock(folder))
+        return cls._taken(lambda: (folder, _lock(folder)), settings, resumed=True)
+
+    @classmethod
+    def _taken(
+        cls,
+        take: Callable[[], tuple[Path, TextIO]],
+        settings: Mapping[str, Any],
+        *,
+        resumed: bool,
+    ) -> RunFolder:
+        """Take a folder, of several processes the first; all are to see it."""
+        locks: list[TextIO] = []
+
+        def work() -> str:
+            folder, lock = take()
+            locks.append(lock)
+            return str(folder)
+
+        try:
+            folder = Path(on_first("taking the folder of the run", work))
+            _check_together(folder, settings)
+        except BaseException:
+            for lock in locks:
+                lock.close()
+            raise
+        return cls(folder, settings, resumed, locks[0] if locks else None)
 
     def save_settings(self) -> None:
         """Write the settings; `fit` does so once a run goes on with new ones."""
+        if self._lock is None:
+            return
         new = self.path / (SETTINGS + ".new")
         new.write_text(_json(self.settings), encoding="utf-8")
         os.replace(new, self.path / SETTINGS)
@@ -126,14 +147,16 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others have the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: Any, *exc: Any) -> None:
         self.close()
-        if kind is KeyboardInterrupt and self.state.exists():
+        is_asked = kind is KeyboardInterrupt and self._lock is not None
+        if is_asked and self.state.exists():
             print(f"\nTo continue:\n  {self.resume_command}", file=sys.stderr)
 
 
@@ -170,6 +193,52 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 
 def _json(settings: Mapping[str, Any]) -> str:
     return json.dumps(dict(settings), indent=2) + "\n"
+
+
+def _claimed(
+    path: str | Path | None, settings: Mapping[str, Any], name: str, overwrite: bool
+) -> tuple[Path, TextIO]:
+    """Make a folder for a new run; return it, and its lock."""
+    try:
+        folder = _numbered(name) if path is None else local_path(path)
+        _check_free(folder, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        try:
+            _check_free(folder, overwrite)  # nobody else changes it from now on
+            _clear(folder)
+            with (folder / SETTINGS).open("x", encoding="utf-8") as file:
+                file.write(_json(settings))
+        except BaseException:
+            lock.close()
+            raise
+    except OSError as error:
+        where = error.filename or path
+        raise OptionError(
+            f"the folder {path or ROOT} cannot be written: {error.strerror} "
+            f"({where}).\nChoose another one."
+        ) from error
+    return folder, lock
+
+
+def _check_together(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse processes of which one sees no folder, or was asked for another run."""
+    own = json.loads(_json(settings))
+    missing = None
+    if not (folder / SETTINGS).is_file():
+        missing = OptionError(
+            f"the folder {folder}, which the first process writes, is not seen by "
+            f"process {jax.process_index()} on {socket.gethostname()}.\nChoose an "
+            "--output on a file system that all hosts share."
+        )
+    for index, other in enumerate(agree("taking the folder of the run", missing, own)):
+        differing = [k for k in own.keys() | other.keys() if own.get(k) != other.get(k)]
+        if differing:
+            raise OptionError(
+                f"process {jax.process_index()} was started with other settings than "
+                f"process {index}: {', '.join(sorted(differing))}.\nGive every process "
+                "the same command line; --distributed alone may differ."
+            )
 
 
 def _numbered(name: str) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jlora._processes import put
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine, split
 from jlora.train._static import Rest, is_array, put_together, take_apart
@@ -141,7 +142,7 @@ def _together(state: TrainState) -> TrainState:
 
     def place(x: Any) -> Any:
         free = isinstance(x, jax.Array) and not x.committed
-        return jax.device_put(x, where) if free else x
+        return put(x, where) if free else x
 
     return jax.tree.map(place, state)
 

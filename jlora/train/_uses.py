@@ -120,11 +120,17 @@ def _check(use: Use, leaves: Sequence[Any], batch: Any) -> None:
     if ids is None:
         return
     mask: np.ndarray | None = None
+    # Of several processes each has its part of the program's batch, whose rows are all
+    # treated alike: it is checked as if it were the first.
+    own = places < ids.size
     if use.mask is not None:
         weights = _values(leaves, use.mask)
         if weights is None:
             return
-        places = places[weights.reshape(-1)[use.mask.places.reshape(-1)] != 0]
+        marks = use.mask.places.reshape(-1)
+        own &= marks < weights.size
+        own[own] = weights.reshape(-1)[marks[own]] != 0
+    places = places[own]
     if places.size != ids.size:
         mask = np.zeros(ids.shape, bool)
         mask.reshape(-1)[places] = True

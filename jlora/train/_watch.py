@@ -7,6 +7,7 @@ import math
 import statistics
 from typing import Any
 
+from jlora._processes import is_first
 from jlora.train._loop import Callback, Loop, Numbers
 from jlora.train._metrics import MetricsLog
 
@@ -96,4 +97,5 @@ def _say(text: str) -> None:
     """Print a line above the bar, if one is shown."""
     from tqdm import tqdm
 
-    tqdm.write(text)
+    if is_first():
+        tqdm.write(text)

@@ -52,6 +52,7 @@ def read(words: Sequence[str], app: Any, program: str) -> Options:
 def run(options: Options) -> None:
     """Train, or print a file to begin with."""
     from jlora import tasks
+    from jlora._processes import one_voice
     from jlora.train import Interrupted
 
     if options.template is not None:
@@ -62,7 +63,8 @@ def run(options: Options) -> None:
     try:
         tasks.run(name, settings)
     except Interrupted as place:
-        end_by(place)
+        with one_voice():
+            end_by(place)
 
 
 def read_task(options: Options) -> tuple[str, Any]:

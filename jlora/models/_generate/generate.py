@@ -27,6 +27,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jlora._errors import DataError, DtypeError, ShapeError, StructureError
+from jlora._processes import on_host
 from jlora.models._generate.beam import beam_search
 from jlora.models._generate.config import GenerationConfig
 from jlora.models._generate.functions import Decode, Encode, functions_of
@@ -200,7 +201,7 @@ def _check_ids(input_ids: ArrayLike, vocab_size: int) -> None:
     """Refuse what is no token: its embedding would be NaN, and the output senseless."""
     if isinstance(input_ids, jax.core.Tracer):
         return
-    ids = np.asarray(input_ids)
+    ids = on_host(input_ids)
     if not ids.size:
         return  # an empty list is of no dtype
     if not np.issubdtype(ids.dtype, np.integer):

@@ -47,7 +47,7 @@ def read_dataset(
             return [read_table(file) for file in files]
         _check_no_tables(folder, split)
     where = f"{name} {config or ''}".strip() + f" [{split}]"
-    rows = _load(str(folder if folder.is_dir() else name), config, split, where)
+    rows = load_from_hub(str(folder if folder.is_dir() else name), config, split, where)
     if limit is not None and limit < len(rows):
         chosen = random.Random(seed).sample(range(len(rows)), limit)
         rows = rows.select(sorted(chosen))
@@ -111,7 +111,14 @@ def _begins_with(name: str, stem: str) -> bool:
     return name.startswith(stem) and not name[len(stem) : len(stem) + 1].isalnum()
 
 
-def _load(name: str, config: str | None, split: str, where: str) -> Any:
+def load_from_hub(
+    name: str, config: str | None, split: str, where: str, **options: Any
+) -> Any:
+    """Return a dataset of the library `datasets`.
+
+    Raises:
+      DataError: the library is not there, or the dataset cannot be read.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -119,7 +126,7 @@ def _load(name: str, config: str | None, split: str, where: str) -> Any:
             'datasets of the hub need a library: pip install "jlora[train]"'
         ) from error
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, **options)
     except Exception as error:  # readers of many formats raise errors of their own
         cause = str(error.__cause__ or error).strip().partition("\n")[0]
         raise DataError(

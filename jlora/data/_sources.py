@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora._errors import DataError
 from jlora.data._batches import Column
+from jlora.data._dataset import load_from_hub
 from jlora.data._shards import (
     Place,
     Row,
@@ -77,19 +78,7 @@ def stream_dataset(
     if not isinstance(name, (str, Path)):
         return Source("the dataset", dataset_shards(name, "the dataset"))
     where = f"{name} {config or ''}".strip() + f" [{split}]"
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            'datasets of the hub need a library: pip install "jlora[train]"'
-        ) from error
-    try:
-        dataset = datasets.load_dataset(
-            str(name), config, split=split, streaming=True, **options
-        )
-    except Exception as error:  # readers of many formats raise errors of their own
-        cause = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise DataError(f"{where} cannot be read: {cause}") from error
+    dataset = load_from_hub(str(name), config, split, where, streaming=True, **options)
     return Source(where, dataset_shards(dataset, where))
 
 

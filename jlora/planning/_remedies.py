@@ -69,6 +69,6 @@ def _tried(request: Request, words: str, change: Mapping[str, Any]) -> Remedy | 
     machine = accelerator(request.devices)
     total = sum(read.parts.values()) + read.step.peak
     traffic = traffic_of(read.step.costs, machine, mesh)
-    least = times_of(read.step.costs, machine, traffic).least
+    overlapped = times_of(read.step.costs, machine, traffic).overlapped
     fits = total <= machine.memory * machine.usable
-    return Remedy(words, dict(change), total, least, fits)
+    return Remedy(words, dict(change), total, overlapped, fits)

@@ -93,7 +93,11 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of a step that no device can do without.
+    """Seconds of a step, at the speeds of the accelerator's data sheet.
+
+    Products and what is sent are bounds. Memory is a count of what kernels read and
+    write, which fewer and larger kernels than those counted, fused attention above
+    all, may undercut.
 
     Attributes:
       compute: its products at the accelerator's peak.
@@ -108,9 +112,14 @@ class Times:
     network: float
 
     @property
-    def least(self) -> float:
+    def bound(self) -> float:
+        """What no program can undercut: products, and what is sent."""
+        return max(self.compute, self.link, self.network)
+
+    @property
+    def overlapped(self) -> float:
         """The step's time if all of these overlapped."""
-        return max(self.compute, self.memory, self.link, self.network)
+        return max(self.bound, self.memory)
 
     @property
     def one_by_one(self) -> float:
@@ -126,14 +135,14 @@ class Remedy:
       change: in words.
       arguments: of `jlora.plan`.
       total: bytes of a device.
-      least: as of `Times`.
+      overlapped: as of `Times`.
       fits: whether that is enough.
     """
 
     change: str
     arguments: Mapping[str, Any]
     total: int
-    least: float
+    overlapped: float
     fits: bool
 
 
@@ -206,7 +215,8 @@ class Plan:
             "useful": self.operations.useful, "total": self.operations.total,
         }  # fmt: skip
         made["times"] |= {
-            "least": self.times.least, "one_by_one": self.times.one_by_one,
+            "bound": self.times.bound, "overlapped": self.times.overlapped,
+            "one_by_one": self.times.one_by_one,
         }  # fmt: skip
         return {**made, **more}
 
@@ -257,11 +267,16 @@ class Plan:
             if getattr(t, field)
         ]
         text += f"\nAt full speed: {', '.join(bounds)}.\n"
-        text += f"A step takes at least {duration(t.least)}"
-        if t.one_by_one > 1.02 * t.least:
+        text += f"By this count a step takes {duration(t.overlapped)}"
+        if t.one_by_one > 1.02 * t.overlapped:
             text += f" ({duration(t.one_by_one)} if nothing is sent while it computes)"
-        if self.tokens is not None and t.least:
-            text += f":\nat most {self.tokens / t.least:,.0f} tokens a second"
+        if self.tokens is not None and t.overlapped:
+            text += f",\n{self.tokens / t.overlapped:,.0f} tokens a second"
+        if t.memory > t.bound:
+            text += (
+                f"; never less than {duration(t.bound)}, but fused kernels read and "
+                "write less"
+            )
         return text + "."
 
     def _traffic(self) -> str:
@@ -287,7 +302,7 @@ class Plan:
             rows = [("change", "a device", "", "a step")]
             rows += [
                 (r.change, size(r.total), "fits" if r.fits else "too large",
-                 duration(r.least))
+                 duration(r.overlapped))
                 for r in self.remedies
             ]  # fmt: skip
             lines += ["", table(rows)]

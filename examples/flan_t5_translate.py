@@ -110,7 +110,8 @@ def run(s: Settings) -> None:
 
         merged = jlora.merge(fit.params)  # a plain tree again
         models.save(model, merged, folder.merged, overwrite=True)
-        tokenizer.save_pretrained(folder.merged)
+        if folder.writes:  # of several processes the first
+            tokenizer.save_pretrained(folder.merged)
         batch = next(iter(next(iter(task.tests.values()))))
         same = task.translate(merged, batch) == task.translate(fit.params, batch)
         facts = {

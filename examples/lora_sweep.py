@@ -200,6 +200,7 @@ def bleu(task: tasks.Translation, params: Any) -> float:
 
 def run(s: Settings) -> None:
     """Train the grid, measure, keep the best, report."""
+    s.check_alone("a sweep")
     began, text = time.perf_counter(), s.text
     model, params, tokenizer = loaded = text.load(s.model)
     task = tasks.Translation(text, loaded)

@@ -169,6 +169,7 @@ def with_recipe(words: list[str]) -> list[str]:
 
 def run(command: str, s: Settings) -> None:
     """Do one of the commands, or all three."""
+    s.check_alone("this example")
     if command in ("all", "train"):
         folder = train_adapter(s)
         s = dataclasses.replace(s, output=str(folder.path), resume=True)

@@ -241,6 +241,7 @@ def sizes(solved: Sequence[Solved], folder: Path) -> list[Sequence[str]]:
 
 def run(s: Settings) -> None:
     """Train every task, route a mixed batch, compare sizes, report."""
+    s.check_alone("this example")
     began = time.perf_counter()
     with s.claim("glue") as top:
         top.state.mkdir(exist_ok=True)  # of the tasks each keeps its own

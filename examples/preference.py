@@ -147,6 +147,7 @@ def dpo(s: Dpo) -> Done:
 
 def trained(name: str, s: Any, kind: Any) -> Done:
     """Load, adapt, train, compare, merge, save, report."""
+    s.check_alone("this example")
     began = time.perf_counter()
     model, params, tokenizer = loaded = s.load(s.model)  # jlora.models.load
     tree = s.adapt(params, s.key)  # jlora.lorafy(params, rank, targets, alpha=alpha)
@@ -194,6 +195,7 @@ class Both(train.RunSettings):
 
 def both(s: Both) -> None:
     """Train twice, and say what the model answers before, between and after."""
+    s.check_alone("this example")
     root = Path(s.output or "runs/preference")
     more = {"overwrite": s.overwrite}
     first = sft(Sft(output=str(root / "sft"), **more))

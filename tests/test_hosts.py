@@ -1,5 +1,6 @@
 """Real processes that train one run together: as one process does, on any number."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,9 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from jlora import sharding
+from jlora import models, sharding
 from jlora._errors import OptionError, ProcessError
 from jlora.sharding._distributed import VARIABLES, Place, place_of
+
+ASSETS = Path(__file__).parents[1] / "examples" / "assets"
+TINY, CORPUS = ASSETS / "tiny-t5-de-en", ASSETS / "corpus"
 
 # Run by each process with the number of the last step and what else it is to do.
 SCRIPT = """
@@ -111,6 +115,32 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def by_slurm(count):
+    """What SLURM tells each of so many processes on one host."""
+    common = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+    }
+    return [
+        {**common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        for i in range(count)
+    ]
+
+
+def by_open_mpi(count):
+    """What Open MPI 4 tells them."""
+    job = 4096 * (os.getpid() + 1)
+    common = {
+        "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": str(count),
+    }
+    return [
+        {**common, "OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)}
+        for i in range(count)
+    ]
 
 
 def trains(folder, count, steps, resume=False, axes="data=-1", devices=1):
@@ -218,9 +248,10 @@ folder.joinpath(f"said-{index}.json").write_text(json.dumps(said))
 
 
 def test_what_goes_wrong_is_told_by_every_process(tmp_path):
-    port = free_port()
-    words = [["-c", FAULTS, f"localhost:{port},2,{i}", tmp_path] for i in (0, 1)]
-    ended([start(w, 2) for w in words])
+    running = [
+        start(["-c", FAULTS, "auto", tmp_path], 2, **of) for of in by_open_mpi(2)
+    ]
+    ended(running)
     both = [json.loads((tmp_path / f"said-{i}.json").read_text()) for i in (0, 1)]
     for index, said in enumerate(both):
         assert "met already" in said[0]
@@ -231,6 +262,56 @@ def test_what_goes_wrong_is_told_by_every_process(tmp_path):
         assert "does not give each process one part" in said[5]
     assert "has no device of process 0" in both[0][4]
     assert both[1][4] == "nothing"
+
+
+def test_a_whole_task_is_written_and_shown_by_the_first(tmp_path):
+    model, _ = models.load(TINY)
+    small = dataclasses.replace(model.config, num_layers=1, num_decoder_layers=1)
+    ids = np.ones((1, 1), np.int32)
+    model = models.T5(config=small)
+    params = jax.jit(model.init)(jax.random.key(0), ids, None, ids)["params"]
+    models.save(model, params, tmp_path / "t5", tokenizer_from=TINY)
+    corpus = {
+        name: [str(CORPUS / f"travel.{name}.{code}") for code in ("de", "en")]
+        for name in ("train", "valid", "test")
+    }
+    # Of 18 and 7 examples the last batches are not full, and one does not divide.
+    lines = {
+        "task": "translate",
+        "model": str(tmp_path / "t5"),
+        **corpus,
+        "rank": 2,
+        "steps": 2,
+        "batch_size": 8,
+        "buckets": 1,
+        "eval_batch_size": 8,
+        "train_size": 32,
+        "valid_size": 18,
+        "test_size": 7,
+        "beams": 1,
+        "max_source_length": 24,
+        "max_target_length": 8,
+    }
+    file = tmp_path / "my.toml"
+    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in lines.items()))
+    words = ["-m", "jlora", "train", file, "--output", tmp_path / "run"]
+    words += ["--distributed", "auto"]
+    (out, err), (other, errors) = ended([start(words, **of) for of in by_slurm(2)])
+    assert "Now use it" in out
+    assert "train: 100%" in err
+    assert [x for x in other.splitlines() if not x.startswith("[Gloo]")] == []
+    assert errors == ""
+    run = tmp_path / "run"
+    assert [row["step"] for row in rows(run, "train")] == [1, 2]
+    for when in ("before", "after"):
+        lines = (run / "outputs" / f"test.{when}.txt").read_text().splitlines()
+        assert len(lines) == 7
+    assert "2 (cpu), data=2" in (run / "report.md").read_text()
+    settings = json.loads((run / "settings.json").read_text())
+    assert "distributed" not in settings  # it may be another when the run goes on
+    with jax.default_device(jax.devices()[0]):
+        merged = models.load(run / "merged")[1]
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
 
 
 # --------------------------------------------------------------- where processes meet

@@ -117,6 +117,7 @@ def run(task: str, settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Ro
       Interrupted: the sweep was asked to stop.
       NonFiniteError: no run came to a finite loss.
     """
+    settings.check_alone("a sweep")
     kind, members = tasks.KINDS[task], members_of(settings, table)
     loaded = settings.load(settings.model)
     kept = {TASK: task, **dataclasses.asdict(settings)}

@@ -203,6 +203,7 @@ def compare(
     measure = getattr(KINDS[name].make, "measure", None)
     if measure is None:
         raise OptionError(f"the task {name!r} has no one score to compare by.")
+    settings.check_alone("a comparison")
     outcomes = []
     for method in methods or METHODS:
         own = dataclasses.replace(

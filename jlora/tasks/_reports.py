@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora import train
+from jlora._processes import on_first
 
 
 def training_part(
@@ -19,7 +20,8 @@ def training_part(
       facts: lines of a table, those of `jlora.train.Fit.facts` among them.
       title: of the plot.
     """
-    train.plot_losses(folder.metrics, folder.plot, title)
+    if folder.writes:
+        train.plot_losses(folder.metrics, folder.plot, title)
     report.section("Training").table(("what", ""), facts.items())
     return report.image(folder.plot, "loss")
 
@@ -29,15 +31,21 @@ def closing_part(
 ) -> train.Report:
     """Add the run's files, what it was made with, and its parameters; write it all.
 
+    Of several processes the first does.
+
     Args:
       report: to add to.
       folder: of the run.
       parameters: a `jlora.Summary`.
     """
+    on_first("writing the report", lambda: _close(report, folder, parameters))
+    return report
+
+
+def _close(report: train.Report, folder: train.RunFolder, parameters: object) -> None:
     report.section("Files").table(("file", "size"), train.file_sizes(folder.path))
     report.section("Made with").table(("what", ""), train.machine().items())
     report.section("Parameters").code(str(parameters)).write(folder.report)
-    return report
 
 
 def print_facts(facts: Mapping[str, str], *tables: Sequence[Sequence[Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jlora
 from jlora import data, models
-from jlora._processes import on_first, one_voice
+from jlora._processes import one_voice
 from jlora.tasks._options import Loaded
 from jlora.tasks.chat import Chat, ChatSettings
 from jlora.tasks.classification import Classification, ClassificationSettings
@@ -127,11 +127,9 @@ def _run(name: str, settings: Any) -> None:
             "whole run": f"{time.perf_counter() - began:.0f} s",
         }
 
-        def report() -> None:
+        if folder.writes:
             loaded.tokenizer.save_pretrained(folder.merged)
-            task.report(folder, facts, before, after, summary)
-
-        on_first("writing the report", report)
+        task.report(folder, facts, before, after, summary)
 
 
 def started(name: str, settings: Any) -> tuple[Loaded, Tree, Any]:

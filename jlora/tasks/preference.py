@@ -296,7 +296,8 @@ class Preferences:
         document.text(FIGURES).items(self.remarks)
         training_part(document, folder, facts, title)
         rewards = folder.outputs / "rewards.png"
-        plot_rewards(folder.metrics, rewards, title)
+        if folder.writes:
+            plot_rewards(folder.metrics, rewards, title)
         document.text(f"![rewards]({rewards.relative_to(folder.path)})")
         answers_part(
             document,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jlora._errors import OptionError
 from jlora._options import option
 from jlora.sharding._distributed import initialize
 
@@ -31,3 +32,18 @@ class DistributedOptions:
         """
         if self.distributed is not None:
             initialize(self.distributed)
+
+    def check_alone(self, what: str) -> None:
+        """Refuse several processes where there is to be one.
+
+        Args:
+          what: needs it: `"a sweep"`.
+
+        Raises:
+          OptionError: `--distributed` was given.
+        """
+        if self.distributed is not None:
+            raise OptionError(
+                f"--distributed: {what} runs in one process, on all devices of its "
+                "host.\nLeave the option out, or start each of the runs by itself."
+            )

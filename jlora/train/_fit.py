@@ -215,7 +215,7 @@ def fit(
     own: list[Callback] = [Watchdog(hang_after), ProgressBar(unit), watch]
     own += [Log(run.metrics, often, unit)]
     own += [validate] if validate is not None else []
-    more = trackers_of(run, often) if run.metrics.writes else []
+    more = trackers_of(run, often) if run.writes else []
     loop = Loop(
         step,
         state,

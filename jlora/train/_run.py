@@ -53,6 +53,11 @@ class RunFolder:
         self.metrics = MetricsLog(path / "metrics.jsonl", writes=lock is not None)
         self._lock = lock
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes it; of several the first does."""
+        return self._lock is not None
+
     adapter = property(lambda self: self.path / "adapter", doc="The best adapter.")
     state = property(lambda self: self.path / "state", doc="What resuming needs.")
     merged = property(lambda self: self.path / "merged", doc="A Hugging Face folder.")

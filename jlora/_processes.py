@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from jlora._errors import CheckpointError
 _PATIENCE = 4 * 3600
 # And after a failure here: the others may wait for this process elsewhere.
 _PATIENCE_FAILED = 60
+# Without the first process JAX aborts the others: they are let say the same before.
+_LAST_WORDS = 5
 _KNOWN = "_known_to_all_processes"  # on errors that need not be told once more
 _calls = itertools.count()
 _said: list[str] = []  # the keys of this process's last word, until all have read it
@@ -155,6 +158,8 @@ def leave_others(error: BaseException, status: int) -> None:
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     if not _is_known(error):
+        if is_first():
+            time.sleep(_LAST_WORDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

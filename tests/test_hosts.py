@@ -314,6 +314,22 @@ def test_a_whole_task_is_written_and_shown_by_the_first(tmp_path):
     assert jax.tree.structure(merged) == jax.tree.structure(params)
 
 
+def test_a_fault_that_all_find_is_said_by_each_and_ends_all(tmp_path):
+    file = tmp_path / "my.toml"
+    model, absent = json.dumps(str(TINY)), json.dumps(str(tmp_path / "no.tsv"))
+    file.write_text(f'task = "translate"\nmodel = {model}\ntrain = [{absent}]\n')
+    words = ["-m", "jlora", "train", file, "--output", tmp_path / "run"]
+    words += ["--distributed", "auto"]
+    running = [start(words, **of) for of in by_slurm(2)]
+    for process in running:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert "no.tsv" in errors
+        assert "Traceback" not in errors
+        assert "stack trace" not in errors
+    assert not (tmp_path / "run").exists()
+
+
 # --------------------------------------------------------------- where processes meet
 
 

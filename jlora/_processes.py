@@ -209,11 +209,12 @@ def _in_a_line(error: Exception | None) -> str | None:
 def put(x: Any, where: Sharding) -> jax.Array:
     """An array where it is to lie, also on devices of several processes.
 
-    Each of these has the same values, which `jax.device_put` would compare at a cost,
-    and it takes no keys there.
+    Each of these has the same values. `jax.device_put` would compare them at a cost,
+    takes no keys there, and makes of a local array one whose shards cannot be read.
     """
     if where.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, where)
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
     if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(x), where)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))

@@ -35,7 +35,7 @@ import jlora
 
 rng = np.random.default_rng(0)
 base = {
-    "embed": {"embedding": rng.normal(0, 1, (13, 6)).astype(np.float32)},
+    "embed": {"embedding": jax.numpy.asarray(rng.normal(0, 1, (13, 6)), np.float32)},
     "out": {"kernel": rng.normal(0, 1, (6, 4)).astype(np.float32)},
 }
 rules = [("embedding$", jax.sharding.PartitionSpec()),

@@ -15,6 +15,7 @@ from jlora._kernel.nodes import Full, LowRank, Rows, is_array, is_node
 from jlora._kernel.placement import fitting, place_spec
 from jlora._kernel.quantized import Quantized
 from jlora._paths import leaf_paths, map_with_path
+from jlora._processes import put
 from jlora._text import listed
 from jlora.sharding._rules import (
     Rule,
@@ -64,7 +65,7 @@ def _put(x: Any, where: NamedSharding | None) -> Any:
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.device_put(x, where)
+    return put(x, where)
 
 
 def shardings_of(rules: Rules, tree: Tree, mesh: Mesh) -> Tree:

@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 
 from jlora._errors import CheckpointError, LoraError, OptionError
 from jlora._files import check_local, read_json
+from jlora._processes import put
 from jlora._text import listed
 from jlora.models._generate.settings import said_in_config
 from jlora.models._hf import heads, reading
@@ -339,7 +340,7 @@ def _fill(
             continue
         if path in new:
             leaf = new[path].astype(like)
-            leaf = leaf if sharding is None else jax.device_put(leaf, sharding)
+            leaf = leaf if sharding is None else put(leaf, sharding)
         elif held is not None and path in coded and quantise.by is not None:
             codes = held.read(path, read[path], shapes[path])
             codes = dataclasses.replace(codes, dtype=str(dtypes[path]))

@@ -243,9 +243,10 @@ def test_rounds_differ_in_their_order():
 
 
 def test_contenders_that_nobody_knows():
-    for command in {*RUNS} - {"compile_time"}:
-        data = ["--data", "."] if command in ("text", "glue", *TRAINING) else []
-        data += ["--model", T5] if command in ("glue", *TRAINING) else []
+    for command in {*RUNS} - {"compile_time", "data"}:
+        reads = command in ("glue", *TRAINING)
+        data = ["--data", "."] if reads or command == "text" else []
+        data += ["--model", T5] if reads else []
         with pytest.raises(SystemExit, match="no contender nothing; there are "):
             main([command, *TINY, *data, "--contenders", "nothing"])
 
@@ -259,9 +260,9 @@ def test_a_worker_that_dies_is_an_error_with_its_status():
 def test_a_worker_prints_what_it_likes():
     with _worker(options(in_process=False, quick=False), "jax") as ask:
         said = {"do": "build", "name": "x", "arguments": {}}
-        reply = json.loads(ask(json.dumps({**said, "build": "this:__name__"})))
+        reply = json.loads(ask(json.dumps({**said, "build": "this:__name__"}), None))
         assert "error" in reply  # a string is no function; the poem is not in the way
-        reply = json.loads(ask(json.dumps({**said, "build": "nowhere:f"})))
+        reply = json.loads(ask(json.dumps({**said, "build": "nowhere:f"}), None))
         assert reply["error"].startswith("ModuleNotFoundError")
 
 

@@ -322,9 +322,9 @@ def test_layers_and_positions_of_gemma():
     both = {"full_attention": Rope(1e6), "sliding_attention": Rope(1e4)}
     assert three.ropes == both
     assert (two.score_cap, two.logit_cap, two.score_scale) == (50, 30, 1 / 16)
-    own = GemmaConfig(num_hidden_layers=4, sliding_window=8, head_dim=9)
+    own = GemmaConfig(num_hidden_layers=4, sliding_window=8, head_dim=16)
     assert own.layer_types == ("sliding_attention", "full_attention") * 2
-    assert own.score_scale == 1 / 3
+    assert own.score_scale == 1 / 4
 
 
 @pytest.mark.parametrize(

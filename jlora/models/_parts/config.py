@@ -122,8 +122,8 @@ def check_type(kind: str, key: str, value: Any, annotation: str) -> None:
     if not is_right:
         shown = f"{value!r:.60}"
         raise CheckpointError(
-            f"{kind} config: {key} is {shown}; it must be {said}.\nThe file is damaged "
-            "or of another kind."
+            f"{kind} config: {key} is {shown}; it must be {said}.\nThe config.json is "
+            "damaged or of another kind."
         )
 
 

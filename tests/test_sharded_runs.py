@@ -60,6 +60,18 @@ def test_a_step_puts_its_batches_on_the_mesh_and_ends_as_on_one_device():
         step(state, batch_of(6))
 
 
+@pytest.mark.parametrize("where", [None, jax.devices()[1]], ids=["nowhere", "on one"])
+def test_parameters_that_were_not_placed_are_replicated(where):
+    """And the step is compiled once for them."""
+    tree = made() if where is None else jax.device_put(made(), where)
+    state = TrainState.create(tree, optax.sgd(0.1), jax.random.key(0), mesh=MESH)
+    step = make_train_step(loss_fn, optax.sgd(0.1), mesh=MESH)
+    for n in range(2):
+        state, _ = step(state, batch_of(8, n))
+    assert step.cache_size() == 1
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+
+
 def test_ids_beyond_the_table_are_told_in_every_step():
     tx, bad = optax.sgd(0.1), batch_of(8)
     bad["ids"][2, 1] = 11

@@ -197,7 +197,7 @@ def fit(
     if patience is not None and patience < 1:
         raise OptionError(f"patience={patience}: expected at least 1, or None.")
     step = make_train_step(loss_fn, tx, **options)
-    state = TrainState.create(params, tx, key)
+    state = TrainState.create(params, tx, key, mesh=options.get("mesh"))
     epoch = len(train) if isinstance(train, Sized) else None
     every = eval_every or max(1, min(epoch or steps, math.ceil(steps / 10)))
     validate = None

@@ -50,13 +50,14 @@ class TrainState:
         params: Tree,
         tx: optax.GradientTransformation,
         key: Array | None = None,
+        *,
+        mesh: Mesh | None = None,
     ) -> TrainState:
         """The state before the first step.
 
         Trainable leaves are copied, so a step that donates its state leaves `params`
         usable. If a leaf lies on a mesh, leaves that lie nowhere in particular are
-        replicated over it; to train on a mesh with replicated parameters, put them
-        there first: `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`.
+        replicated over it.
 
         Args:
           params: a lorafied tree, of arrays or of shapes (which give an abstract
@@ -65,6 +66,7 @@ class TrainState:
           tx: the optimiser. It sees the trainable half only; label trees for
             `optax.multi_transform` are `jlora.split(jlora.labels(params))[0]`.
           key: the run's PRNG key; None is `jax.random.key(0)`.
+          mesh: leaves that lie on no mesh are replicated over this one.
 
         Raises:
           StructureError: nothing in `params` is trained.
@@ -74,7 +76,7 @@ class TrainState:
         make = functools.partial(_new_state, cls, tx)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
             return _abstract(make, params, key)
-        return _together(make(params, key))
+        return _together(make(params, key), mesh)
 
     @property
     def params(self) -> Tree:
@@ -122,7 +124,7 @@ def _to_device(x: Any) -> Any:
     return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
-def _together(state: TrainState) -> TrainState:
+def _together(state: TrainState, wanted: Mesh | None) -> TrainState:
     """Place leaves that never were where others lie: on their mesh, or their device.
 
     A step's results all are where one of its arguments was put; the next step would be
@@ -132,7 +134,7 @@ def _together(state: TrainState) -> TrainState:
     if any(isinstance(x, jax.core.Tracer) for x in leaves):
         return state
     meshes = (x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding))
-    mesh = next((m for m in meshes if isinstance(m, Mesh)), None)
+    mesh = wanted or next((m for m in meshes if isinstance(m, Mesh)), None)
     where: Any = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     if where is None:
         devices = {x.sharding for x in leaves if x.committed}
@@ -141,8 +143,9 @@ def _together(state: TrainState) -> TrainState:
         where = devices.pop()
 
     def place(x: Any) -> Any:
-        free = isinstance(x, jax.Array) and not x.committed
-        return put(x, where) if free else x
+        if not isinstance(x, jax.Array) or isinstance(x.sharding, NamedSharding):
+            return x
+        return x if x.committed and wanted is None else put(x, where)
 
     return jax.tree.map(place, state)
 

@@ -122,12 +122,13 @@ def _for_children() -> Iterator[None]:
     """What processes inherit that are started within.
 
     Ctrl-C reaches every process of a terminal; workers leave it to the one that saves.
+    SIGTERM waits until a worker knows what to do about it.
     """
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     masks = hasattr(signal, "pthread_sigmask")
     if masks:
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -143,6 +144,8 @@ def _begin(work: bytes) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()

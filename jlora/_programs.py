@@ -68,8 +68,8 @@ def keep_programs(where: str | Path | None = None) -> Path | None:
         jax.config.update("jax_enable_compilation_cache", False)
     if not _told("jax_enable_compilation_cache"):
         return None
-    if where is None and (told := _told("jax_compilation_cache_dir")):
-        return Path(told)
+    if where is None and (told := kept_in()):
+        return told
     folder = _users_folder() if where is None else Path(where).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,12 @@ def keep_programs(where: str | Path | None = None) -> Path | None:
             jax.config.update(name, ours)
     _remove_halves(folder)
     return folder
+
+
+def kept_in() -> Path | None:
+    """Where JAX keeps what it compiles; None where it keeps nothing."""
+    told = _told("jax_compilation_cache_dir")
+    return Path(told) if told and _told("jax_enable_compilation_cache") else None
 
 
 def _remove_halves(folder: Path) -> None:

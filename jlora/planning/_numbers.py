@@ -37,7 +37,7 @@ def plan_of(request: Request, machine: Accelerator, mesh: Any, read: Read) -> Pl
     largest = sorted(step.memory.at_peak, key=lambda item: -item[1].bytes)[:5]
     return Plan(
         model=work.name,
-        trained=request.settings().what_is_trained,
+        trained=request.what_is_trained,
         parameters=work.parameters,
         trainable=trainable,
         batch=work.batch_words,

@@ -37,8 +37,7 @@ class Settings:
     scan_layers: bool
     remat: bool
     attn_implementation: str
-    label_smoothing: float = 0.0
-    lorafy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lorafy: Mapping[str, Any]
 
     @property
     def what_is_trained(self) -> str:
@@ -161,7 +160,7 @@ def work_of(
         model, name = model_of(source, settings)
         params = _parameters(model, settings)
         shapes = batch_of(model, batch)
-        loss_fn = loss_of(model, settings.label_smoothing)
+        loss_fn = loss_of(model)
     count = sum(x.size for x in jax.tree.leaves(params))
     tree = _adapted(params, settings)
     options = {"accumulate": settings.accumulate, "clip_norm": settings.clip}
@@ -232,7 +231,8 @@ def _adapted(params: Tree, settings: Settings) -> Tree:
         return jax.tree.map(jlora.Full, params)
     if settings.quantize:
         params = jlora.quantize(params, settings.quantize)
-    targets = settings.targets
+    named = settings.targets
+    targets = named if isinstance(named, str | Mapping) else list(named)
     all_linear = targets in ("all-linear", ["all-linear"])
     more = dict(settings.lorafy)
     if all_linear and isinstance(params, Mapping) and "lm_head" in params:
@@ -247,10 +247,10 @@ def _adapted(params: Tree, settings: Settings) -> Tree:
     )
 
 
-def loss_of(model: Any, label_smoothing: float = 0.0) -> Callable[..., Any]:
+def loss_of(model: Any) -> Callable[..., Any]:
     """Return the loss that a model is trained by."""
     if isinstance(model, models.T5):
-        return tasks.seq2seq_loss(model, label_smoothing)
+        return tasks.seq2seq_loss(model)
     if isinstance(model, models.BertClassifier):
         return tasks.classification_loss(model)
     capped = getattr(model.config, "logit_cap", None) is not None
@@ -262,7 +262,7 @@ def loss_of(model: Any, label_smoothing: float = 0.0) -> Callable[..., Any]:
             'Set "architectures" in config.json to a model with one, such as '
             '["BertForSequenceClassification"].'
         )
-    return tasks.causal_loss(model, label_smoothing)
+    return tasks.causal_loss(model)
 
 
 def _logits_loss(model: Any, *, is_causal: bool) -> Callable[..., Any]:

@@ -19,56 +19,22 @@ from jlora.sharding._batches import batch_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(_program.Settings):
     """What is asked for: the arguments of `jlora.plan`."""
 
     model: Any
     batch: Any
-    rank: int
-    targets: Any
-    quantize: str | None
-    full: bool
-    dora: bool
-    dropout: float
-    precision: str
     tx: Any
-    accumulate: int
-    clip: float | None
     mesh: Any
     layout: Any
     uneven: Any
     devices: Any
-    scan_layers: bool
-    remat: bool
-    attn_implementation: str
     loss_fn: Callable[..., Any] | None
-    lorafy: Mapping[str, Any]
-
-    def settings(self) -> _program.Settings:
-        """What is trained, and how."""
-        return _program.Settings(
-            rank=self.rank,
-            targets=self.targets if isinstance(self.targets, str | Mapping)
-            else list(self.targets),
-            quantize=self.quantize,
-            full=self.full,
-            dora=self.dora,
-            dropout=self.dropout,
-            precision=self.precision,
-            accumulate=self.accumulate,
-            clip=self.clip,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            attn_implementation=self.attn_implementation,
-            lorafy=self.lorafy,
-        )  # fmt: skip
 
     def work(self) -> _program.Work:
         """The step that is asked for."""
         tx = optax.adamw(1e-3) if self.tx is None else self.tx
-        return _program.work_of(
-            self.model, self.settings(), self.batch, tx, self.loss_fn
-        )
+        return _program.work_of(self.model, self, self.batch, tx, self.loss_fn)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jlora
 from jlora import data, models
 from jlora._processes import one_voice
+from jlora._programs import kept_in
 from jlora.tasks._options import Loaded
 from jlora.tasks.chat import Chat, ChatSettings
 from jlora.tasks.classification import Classification, ClassificationSettings
@@ -159,12 +160,12 @@ def facts_of(settings: Any, summary: jlora.Summary, fit: Fit) -> dict[str, str]:
         f"{summary.total:,})",
         **settings.device_facts(fit.params),
         **fit.facts(),
-        **_programs(settings),
+        **_programs(),
     }
 
 
-def _programs(settings: Any) -> dict[str, str]:
-    folder = settings.keep_programs()
+def _programs() -> dict[str, str]:
+    folder = kept_in()
     if folder is None:
         return {}
     return {"compiled programs": f"kept in {folder} for the next run"}

@@ -248,7 +248,8 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Run one step."""
         ahead = isinstance(batch, Placed)
-        host, batch = (batch.host, batch.device) if ahead else (as_batch(batch),) * 2
+        host = batch.host if ahead else as_batch(batch)
+        batch = batch.device if ahead else self._placed(host)
         run, arguments, treedef = self._prepare(state, batch)
         if self._parallel == "jit":
             trace = lambda: run.trace(*arguments).jaxpr  # noqa: E731
@@ -261,12 +262,12 @@ class TrainStep:
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """Trace without running, as `jax.jit(f).trace`: for the program itself."""
-        run, arguments, _ = self._prepare(state, as_batch(batch))
+        run, arguments, _ = self._prepare(state, self._placed(as_batch(batch)))
         return run.trace(*arguments)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """Lower without running, as `jax.jit(f).lower`: for costs and memory."""
-        run, arguments, _ = self._prepare(state, as_batch(batch))
+        run, arguments, _ = self._prepare(state, self._placed(as_batch(batch)))
         return run.lower(*arguments)
 
     def cache_size(self) -> int:
@@ -277,7 +278,6 @@ class TrainStep:
 
     def _prepare(self, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
         """The compiled function, its arguments, and the structure of its result."""
-        batch = self._placed(batch)
         # Flattened once: nodes are flattened in Python, and a model has hundreds.
         leaves, treedef = jax.tree.flatten(
             (state.step, state.trainable, state.opt_state)

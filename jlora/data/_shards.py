@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from jlora._errors import DataError
 from jlora.data._csv import comma_records
-from jlora.data._table import parse_json, unique_names
-from jlora.data._text import check_packed, unpacked_name
+from jlora.data._table import json_row, unique_names
+from jlora.data._text import check_packed, open_zstd, unpacked_name
 
 Row = dict[str, Any]
 Place = Any  # JSON
@@ -222,13 +222,7 @@ def _plain(path: Path) -> Any:
 
 
 def _zst(path: Path) -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise DataError(
-            "to read .zst files pyarrow is needed: pip install pyarrow"
-        ) from error
-    return io.BufferedReader(pyarrow.CompressedInputStream(path.open("rb"), "zstd"))
+    return io.BufferedReader(open_zstd(path.open("rb")))
 
 
 _OPENERS: dict[str, Callable[[Path], Any]] = {
@@ -266,18 +260,7 @@ class _Objects(_Texts):
     """A JSON object a line."""
 
     def __next__(self) -> Row:
-        line = self.line()
-        try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.lines.where}: not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{self.lines.where}: not an object such as "
-                '{"de": "...", "en": "..."}, but '
-                f"{line[:60]!r}."
-            )
-        return row
+        return json_row(self.line(), self.lines.where)
 
 
 class _Tabs(_Texts):

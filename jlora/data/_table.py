@@ -256,21 +256,30 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=once, parse_constant=constant)
 
 
+def json_row(line: str, where: str) -> dict[str, Cell]:
+    """Return the object in a line.
+
+    Raises:
+      DataError: it is none; `where` names the line.
+    """
+    try:
+        row = parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where}: {_kind_of_json(row)}, not an object such as "
+            '{"de": "...", "en": "..."}.'
+        )
+    return row
+
+
 def _json_lines(path: Path) -> Table:
     rows, lines = [], []
     for number, line in enumerate(raw_lines(read_text(path)), 1):
         if not line.strip():
             continue
-        try:
-            row = parse_json(line.lstrip("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number}: {_kind_of_json(row)}, not an object such as "
-                '{"de": "...", "en": "..."}.'
-            )
-        rows.append(row)
+        rows.append(json_row(line.lstrip("\ufeff"), f"{path}, line {number}"))
         lines.append(number)
     return _table(path, _columns(rows), lines)
 

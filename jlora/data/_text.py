@@ -14,7 +14,7 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jlora._errors import DataError
 
@@ -118,21 +118,26 @@ def _unpacked(path: Path, stream: Any, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _open_zstd(data: bytes) -> Any:
+def open_zstd(stream: BinaryIO) -> Any:
+    """Return what a stream packed by zstd unpacks to.
+
+    Raises:
+      DataError: the library is not there.
+    """
     try:
         import pyarrow
     except ImportError as error:
         raise DataError(
             "to read .zst files pyarrow is needed: pip install pyarrow"
         ) from error
-    return pyarrow.CompressedInputStream(io.BytesIO(data), "zstd")
+    return pyarrow.CompressedInputStream(stream, "zstd")
 
 
 _OPEN: dict[str, Callable[[bytes], Any]] = {
     ".gz": lambda data: gzip.GzipFile(fileobj=io.BytesIO(data)),
     ".bz2": lambda data: bz2.BZ2File(io.BytesIO(data)),
     ".xz": lambda data: lzma.LZMAFile(io.BytesIO(data)),  # noqa: SIM115, closed by its reader
-    ".zst": _open_zstd,
+    ".zst": lambda data: open_zstd(io.BytesIO(data)),
 }
 _CHUNK = 2**20  # bytes
 _MOST = 200  # times its size that a file may unpack to

@@ -3,6 +3,7 @@
 import itertools
 import os
 import pathlib
+import signal
 import sys
 
 if "gpu" not in sys.argv:  # `-m gpu` takes the GPU, and the CPU beside it
@@ -113,3 +114,21 @@ def done(run):
         return out
 
     return done
+
+
+@pytest.fixture
+def ctrl_c_at(monkeypatch):
+    """A function: runs get Ctrl-C at that step, until `monkeypatch.undo()`."""
+    from jlora import train
+
+    on_step = train.Log.on_step
+
+    def at(stop):
+        def interrupt(self, loop, step, metrics):
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            on_step(self, loop, step, metrics)
+
+        monkeypatch.setattr(train.Log, "on_step", interrupt)
+
+    return at

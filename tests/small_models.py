@@ -1,5 +1,7 @@
 """A small model of every family, with random parameters of which none is zero."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,14 @@ def inputs(kind):
 
 def logits(model, params, kind):
     return np.asarray(jax.jit(model.apply)({"params": params}, *inputs(kind)))
+
+
+def one_layer_t5(source, folder):
+    """Save a folder's T5 with one random layer, which compiles fast; its parameters."""
+    model, _ = models.load(source)
+    small = dataclasses.replace(model.config, num_layers=1, num_decoder_layers=1)
+    ids = np.ones((1, 1), np.int32)
+    model = models.T5(config=small)
+    params = jax.jit(model.init)(jax.random.key(0), ids, None, ids)["params"]
+    models.save(model, params, folder, tokenizer_from=source)
+    return params

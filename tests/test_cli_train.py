@@ -1,16 +1,13 @@
 """`jlora train`: runs by files of settings, overridden, interrupted and resumed."""
 
-import dataclasses
 import json
-import os
-import signal
 import sys
 import tomllib
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
+from small_models import one_layer_t5
 
 import jlora
 from jlora import models, tasks, train
@@ -26,12 +23,7 @@ CORPUS = ROOT / "examples" / "assets" / "corpus"
 @pytest.fixture
 def config(tmp_path):
     """A file of settings for a T5 of one layer, which compiles fast."""
-    model, _ = models.load(TINY)
-    small = dataclasses.replace(model.config, num_layers=1, num_decoder_layers=1)
-    ids = np.ones((1, 1), np.int32)
-    model = models.T5(config=small)
-    params = jax.jit(model.init)(jax.random.key(0), ids, None, ids)["params"]
-    models.save(model, params, tmp_path / "t5", tokenizer_from=TINY)
+    one_layer_t5(TINY, tmp_path / "t5")
     lines = {
         "task": "translate",
         "model": str(tmp_path / "t5"),
@@ -47,16 +39,11 @@ def config(tmp_path):
     return file
 
 
-def test_a_run_is_interrupted_continued_and_made_longer(run, config, monkeypatch):
+def test_a_run_is_interrupted_continued_and_made_longer(
+    run, config, ctrl_c_at, monkeypatch
+):
     folder = config.parent / "out"
-    on_step = train.Log.on_step
-
-    def interrupt(self, loop, step, metrics):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        on_step(self, loop, step, metrics)
-
-    monkeypatch.setattr(train.Log, "on_step", interrupt)
+    ctrl_c_at(2)
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/jlora"])
     words = ["--steps", 4, "--output", folder, "--targets", "query"]
     status, _, err = run("train", config, *words)
@@ -230,7 +217,7 @@ def test_tables_that_are_none(table, status, message, run, tmp_path):
     assert message in err
 
 
-def test_what_is_streamed_in_packed_rows(run, config, monkeypatch):
+def test_what_is_streamed_in_packed_rows(run, config, ctrl_c_at, monkeypatch):
     """Interrupted and continued, with a worker process: the same end."""
     folder = config.parent
     lines = [
@@ -248,14 +235,7 @@ def test_what_is_streamed_in_packed_rows(run, config, monkeypatch):
     status, out, err = run("train", config, *words, "--output", folder / "whole")
     assert (status, err.count("Error")) == (0, 0)
     assert "beside the first waited" in out
-    on_step = train.Log.on_step
-
-    def interrupt(self, loop, step, metrics):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        on_step(self, loop, step, metrics)
-
-    monkeypatch.setattr(train.Log, "on_step", interrupt)
+    ctrl_c_at(2)
     cut = [*words, "--workers", 1, "--output", folder / "cut"]
     assert run("train", config, *cut)[0] == 130
     monkeypatch.undo()

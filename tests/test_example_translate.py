@@ -1,9 +1,7 @@
 """The translation example, run in process at few steps."""
 
 import dataclasses
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -180,18 +178,11 @@ def test_a_finished_run_resumes_to_the_same_report(finished):
 
 
 def test_interrupted_and_resumed_is_uninterrupted(
-    finished, tmp_path, monkeypatch, capsys
+    finished, tmp_path, ctrl_c_at, monkeypatch, capsys
 ):
     folder, argv, _ = finished
     stopped = tmp_path / "stopped"
-    on_step = train.Log.on_step
-
-    def interrupt(self, loop, step, metrics):
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        on_step(self, loop, step, metrics)
-
-    monkeypatch.setattr(train.Log, "on_step", interrupt)
+    ctrl_c_at(7)
     assert example.main([*argv[:-1], str(stopped)]) == 130
     out = capsys.readouterr().out
     command = f"--output {stopped} --resume"

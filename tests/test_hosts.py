@@ -1,6 +1,5 @@
 """Real processes that train one run together: as one process does, on any number."""
 
-import dataclasses
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_models import one_layer_t5
 
 from jlora import models, sharding
 from jlora._errors import OptionError, ProcessError
@@ -265,12 +265,7 @@ def test_what_goes_wrong_is_told_by_every_process(tmp_path):
 
 
 def test_a_whole_task_is_written_and_shown_by_the_first(tmp_path):
-    model, _ = models.load(TINY)
-    small = dataclasses.replace(model.config, num_layers=1, num_decoder_layers=1)
-    ids = np.ones((1, 1), np.int32)
-    model = models.T5(config=small)
-    params = jax.jit(model.init)(jax.random.key(0), ids, None, ids)["params"]
-    models.save(model, params, tmp_path / "t5", tokenizer_from=TINY)
+    params = one_layer_t5(TINY, tmp_path / "t5")
     corpus = {
         name: [str(CORPUS / f"travel.{name}.{code}") for code in ("de", "en")]
         for name in ("train", "valid", "test")

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import sys
 import textwrap
 import time
@@ -151,7 +150,7 @@ class Group:
                 self.task.loss_fn, params, self.s.jobs(self.steps), self.batches,
                 optimizer=self.optimizer, targets=self.targets, clip_norm=1.0,
                 valid=self.task.valid, eval_every=self.steps, folder=place,
-                resume=place.exists(), progress=f"batches of {self.size}",
+                resume=True, progress=f"batches of {self.size}",
                 mesh=self.s.device_mesh,
             )  # fmt: skip
         except train.Interrupted as said:
@@ -160,10 +159,7 @@ class Group:
                 f"{where}, batches of {self.size}. To continue:\n  "
                 f"{folder.resume_command}"
             ) from None
-        times = place / "times.json"
-        if not times.exists():
-            results.save(times)
-        seconds = json.loads(times.read_text())["seconds"] / len(results)
+        seconds = results.seconds / len(results)
         return [tasks.GridRun(r, self.size, self.names, seconds) for r in results]
 
     def alone(self, run: tasks.GridRun, params: Any) -> None:

@@ -1,11 +1,15 @@
 """`jlora train`: runs by files of settings, overridden, interrupted and resumed."""
 
+import itertools
 import json
+import os
+import signal
 import sys
 import tomllib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from small_models import one_layer_t5
 
@@ -215,6 +219,84 @@ def test_tables_that_are_none(table, status, message, run, tmp_path):
     got, out, err = run("sweep", file)
     assert (got, out) == (status, "")
     assert message in err
+
+
+@pytest.fixture
+def ctrl_c_in_sweep(monkeypatch):
+    """A function: a sweep's bar gets Ctrl-C when it has moved so often."""
+    from jlora.sweep._progress import Progress
+
+    def at(stop):
+        made, say = itertools.count(1), Progress.say
+
+        def interrupt(self, running, waiting):
+            if next(made) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            say(self, running, waiting)
+
+        monkeypatch.setattr(Progress, "say", interrupt)
+
+    return at
+
+
+def without(rows, *names):
+    return [{k: v for k, v in row.items() if k not in names} for row in rows]
+
+
+def test_a_sweep_is_interrupted_and_goes_on(
+    run, config, ctrl_c_in_sweep, ctrl_c_at, monkeypatch
+):
+    """In runs that share a step, then in one by itself: the same end."""
+    with config.open("a") as file:
+        file.write('[sweep]\nrank = [2]\ninit = ["default", "pissa"]\n')
+    argv = ["sweep", config, "--steps", 3, "--eval-every", 3, "--json"]
+    status, out, _ = run(*argv, "--output", config.parent / "whole")
+    assert status == 0
+    want = json.loads(out)
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/jlora"])
+    cut = config.parent / "cut"
+    ctrl_c_in_sweep(2)
+    status, out, err = run(*argv, "--output", cut)
+    assert (status, out) == (130, "")
+    assert "stopped and saved after 0 of 2 runs. To continue" in err
+    again = f"jlora sweep --resume {cut}"
+    assert again in err
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/jlora"])
+    ctrl_c_at(2)  # of the run that begins with PiSSA
+    status, _, err = run(*again.split()[1:])
+    assert status == 130
+    assert "after 1 of 2 runs. To continue" in err
+    assert again in err
+    monkeypatch.undo()
+    status, out, _ = run(*again.split()[1:], "--json")
+    assert status == 0
+    got = json.loads(out)
+    assert without(got, "seconds", "adapter") == without(want, "seconds", "adapter")
+    assert all((Path(row["adapter"]) / "config").is_dir() for row in got)
+    pair = [
+        models.load(config.parent / name / "merged")[1] for name in ("whole", "cut")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+
+    # One that has ended is read again, and asked for nothing else.
+    logs = {file: file.read_text() for file in cut.glob("state/**/*.jsonl")}
+    status, out, _ = run(*again.split()[1:], "--json")
+    assert status == 0
+    assert without(json.loads(out), "seconds") == without(got, "seconds")
+    assert len(logs) == 2
+    assert logs == {file: file.read_text() for file in logs}
+    for words, said in (
+        (["--steps", 9], "--steps: a sweep that is resumed ends as it was begun"),
+        (["--rank", 9], "--rank: the table [sweep] says this already"),
+        (["--alpha", 9], "has --alpha as it is by default, not 9.0"),
+    ):
+        status, _, err = run("sweep", "--resume", cut, *words)
+        assert status != 0
+        assert said in err
+    status, _, err = run("train", "--resume", cut)
+    assert (status, f"jlora sweep --resume {cut}" in err) == (2, True)
 
 
 def test_what_is_streamed_in_packed_rows(run, config, ctrl_c_at, monkeypatch):

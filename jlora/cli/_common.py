@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from jlora._errors import CheckpointError
+from jlora._options import UsageError
 
 T = TypeVar("T")
 
@@ -32,6 +33,36 @@ def progress(items: Iterable[T], total: int, unit: str, *, show: bool) -> Iterat
     from tqdm import tqdm
 
     yield from tqdm(items, total=total, unit=unit)
+
+
+class RunWords(NamedTuple):
+    """A command line of a run: its file, the run to go on with, and the task's words.
+
+    Words that go on with a run say so as a script's do: `--output RUN --resume`.
+    """
+
+    config: Path | None
+    resume: Path | None
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> RunWords:
+        """Divide the words.
+
+        Raises:
+          UsageError: `--resume` without a folder.
+        """
+        cut = (w.split("=", 1) if w.startswith("--resume=") else [w] for w in words)
+        rest = [part for parts in cut for part in parts]
+        config = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+        if "--resume" not in rest:
+            return cls(config, None, tuple(rest))
+        at = rest.index("--resume")
+        if len(rest) < at + 2 or not rest[at + 1] or rest[at + 1].startswith("-"):
+            raise UsageError("--resume needs the folder of a run.")
+        resume = Path(rest[at + 1])
+        rest[at : at + 2] = ["--output", str(resume), "--resume"]
+        return cls(config, resume, tuple(rest))
 
 
 def end_by(place: Any) -> NoReturn:

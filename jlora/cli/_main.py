@@ -98,7 +98,8 @@ COMMANDS = (
         "sweep",
         "train a task's runs over a table of settings, together where that can be",
         "  jlora sweep grid.toml\n"
-        "  jlora sweep grid.toml --steps 100 --output runs/grid --json",
+        "  jlora sweep grid.toml --steps 100 --output runs/grid --json\n"
+        "  jlora sweep --resume runs/grid",
     ),
     Command(
         "plan",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import re
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
@@ -15,7 +17,9 @@ import optax
 import jlora
 from jlora import checkpoint, data, models, optim, sweep, tasks, train
 from jlora._errors import NonFiniteError, OptionError
-from jlora.train._command import TASK
+from jlora._options import options_of
+from jlora.train import Interrupted
+from jlora.train._run import SWEEP
 
 # What runs in one step may differ in; runs that differ in more are steps of their own.
 TOGETHER = frozenset({"rank", "alpha", "lr", "weight_decay"})
@@ -36,12 +40,13 @@ class Row(NamedTuple):
     """One run.
 
     Attributes:
-      name: its name, and its folder's.
+      name: its name.
       values: the settings that it has of its own.
       loss: the validation loss after its last step; None if it diverged.
       steps: updates made.
       seconds: its share of the time.
       together: how many runs shared its step.
+      adapter: the folder of its adapter; None if it diverged.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Row(NamedTuple):
     steps: int
     seconds: float
     together: int
+    adapter: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,21 +81,32 @@ def members_of(settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Member
     """Return every combination of a table's values.
 
     Raises:
-      OptionError: settings that do not go together.
+      OptionError: settings that do not go together, or two runs that are one.
     """
-    found = []
+    options = options_of(type(settings))
+    others = {n: o.own["replaces"] for n, o in options.items() if o.own["replaces"]}
+    excluded = [n for n, other in others.items() if {n, other} <= table.keys()]
+    if excluded:
+        raise OptionError(
+            f"[sweep] varies {excluded[0]} and {others[excluded[0]]}, which exclude "
+            "each other.\nLeave one of them out."
+        )
+    found: dict[str, Member] = {}
     for values in itertools.product(*table.values()):
         own = dict(zip(table, values, strict=True))
-        name = ",".join(f"{key}={_word(value)}" for key, value in own.items())
-        if "steps" in own:
-            own["epochs"] = None
-        changed = dataclasses.replace(settings, **own)
+        said = ",".join(f"{key}={_word(value)}" for key, value in own.items())
+        name = re.sub(r"[^\w=,.+-]+", "_", said)  # of a folder, too
+        pairs = [*others.items(), *((b, a) for a, b in others.items())]
+        unsaid = {other: None for given, other in pairs if given in own}
+        changed = dataclasses.replace(settings, **{**unsaid, **own})
         try:
             changed.check()
         except OptionError as error:
             raise OptionError(f"{name}: {error}") from None
-        found.append(Member(name, own, changed))
-    return found
+        if name in found:
+            raise OptionError(f"[sweep] has two runs {name}.\nLeave one of them out.")
+        found[name] = Member(name, own, changed)
+    return list(found.values())
 
 
 def _word(value: Any) -> str:
@@ -109,6 +126,8 @@ def groups_of(members: Sequence[Member]) -> list[list[Member]]:
 def run(task: str, settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Row]:
     """Train every combination, and keep the best adapter as a run.
 
+    With `settings.resume` what has ended is read, and what is under way goes on.
+
     Returns:
       The runs, the best first.
 
@@ -118,27 +137,32 @@ def run(task: str, settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Ro
       NonFiniteError: no run came to a finite loss.
     """
     settings.check_alone("a sweep")
-    kind, members = tasks.KINDS[task], members_of(settings, table)
+    members = members_of(settings, table)
     loaded = settings.load(settings.model)
-    kept = {TASK: task, **dataclasses.asdict(settings)}
-    rows: list[Row] = []
-    best: tuple[float, Any, Member] | None = None
-    with train.RunFolder.claim(
-        settings.output, kept, name="sweep", overwrite=settings.overwrite
-    ) as folder:
-        for group in groups_of(members):
-            made = _together if group[0].alone is None else _alone
-            for row, tree, member in made(kind, loaded, group, folder):
-                rows.append(row)
-                if row.loss is not None and (best is None or row.loss < best[0]):
-                    best = row.loss, tree, member
+    ended: list[_Ended] = []
+    with settings.claim("sweep", task, **{SWEEP: table}) as folder:
+        folder.state.mkdir(exist_ok=True)  # there is something to go on with
+        for number, group in enumerate(groups_of(members), 1):
+            part = _Part(task, loaded, group, folder)
+            try:
+                own = part.alone() if group[0].alone else part.together(number)
+                ended += own
+            except Interrupted as said:
+                done = f"{len(ended)} of {len(members)} runs"
+                again = f"{done}. To continue:\n  {folder.resume_command}"
+                raise said.saying(again) from None
+            for lost in [x for x in ended if x is not _best(ended)]:
+                lost.tree = None  # one is held at a time
+        best = _best(ended)
         if best is None:
             raise NonFiniteError("no run ended with a finite loss.\nTry lower rates.")
-        checkpoint.save_adapter(folder.adapter, best[1])
-        models.save(loaded.model, jlora.merge(best[1]), folder.merged)
+        checkpoint.save_adapter(folder.adapter, best.tree, overwrite=True)
+        merged = jlora.merge(best.tree)
+        models.save(loaded.model, merged, folder.merged, overwrite=True)
         loaded.tokenizer.save_pretrained(folder.merged)
-        folder.settings = {TASK: task, **dataclasses.asdict(best[2].settings)}
+        folder.settings = best.member.settings.kept(task, **{SWEEP: table})
         folder.save_settings()
+        rows = [x.row for x in ended]
         rows.sort(key=lambda row: (row.loss is None, row.loss))
         out = json.dumps([row._asdict() for row in rows], indent=2)
         (folder.path / "results.json").write_text(out + "\n", encoding="utf-8")
@@ -149,71 +173,111 @@ def run(task: str, settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Ro
     return rows
 
 
-Made = Iterator[tuple[Row, Any, Member]]
+@dataclasses.dataclass
+class _Ended:
+    """A run that has ended, and its lorafied tree, while that may be the best."""
+
+    member: Member
+    row: Row
+    tree: Any
 
 
-def _together(kind: Any, loaded: Any, group: list[Member], folder: Any) -> Made:
-    """Train a group in one compiled step."""
-    began, s = time.perf_counter(), dataclasses.replace(group[0].settings, buckets=1)
-    task = kind.make(s, loaded)
-    epoch = len(task.train) if isinstance(task.train, data.Batches) else 0
-    steps = s.number_of_steps(epoch)
-    unit = train.warmup_schedule(1.0, steps, warmup=s.warmup, decay=s.schedule)
-    own = {member.name: member for member in group}
-    jobs = [
-        sweep.Job(
-            name=member.name, learning_rate=member.settings.lr or 3e-3, steps=steps,
-            weight_decay=member.settings.weight_decay, seed=s.seed,
-            rank=member.settings.rank or 8,
-            alpha=member.settings.alpha or 2.0 * (member.settings.rank or 8),
-        )
-        for member in group
-    ]  # fmt: skip
-
-    def optimizer(hp: Any) -> optax.GradientTransformation:
-        tx = optax.adamw(
-            lambda count: hp.learning_rate * unit(count), weight_decay=hp.weight_decay
-        )
-        return tx if s.lr_ratio == 1 else optax.chain(tx, optim.lora_plus(s.lr_ratio))
-
-    results = sweep.run(
-        task.loss_fn, loaded.params, jobs, task.train, optimizer=optimizer,
-        adapt=lambda params, job: own[job.name].settings.adapt(params, s.key),
-        valid=task.valid, eval_every=steps, accumulate=s.accumulate,
-        clip_norm=s.clip or None, mesh=s.device_mesh,
-        progress=f"{len(jobs)} runs in one step",
-    )  # fmt: skip
-    each = (time.perf_counter() - began) / len(jobs)
-    for result in results:
-        member = own[result.name]
-        loss = result.value if result.status == "done" else None
-        row = Row(member.name, member.values, loss, result.steps, each, len(jobs))
-        yield row, None if loss is None else result.params, member
+def _best(ended: Sequence[_Ended]) -> _Ended | None:
+    losses = [math.inf if x.row.loss is None else x.row.loss for x in ended]
+    lowest = min(losses, default=math.inf)
+    return None if lowest == math.inf else ended[losses.index(lowest)]
 
 
-def _alone(kind: Any, loaded: Any, group: list[Member], folder: Any) -> Made:
-    """Train runs one by one, each in a folder of its own."""
-    for member in group:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Runs that are trained in one step, or one that is by itself."""
+
+    task: str
+    loaded: Any
+    group: list[Member]
+    folder: train.RunFolder
+
+    def _make(self, settings: Any) -> Any:
+        return tasks.KINDS[self.task].make(settings, self.loaded)
+
+    def together(self, number: int) -> list[_Ended]:
+        """Train the group in one compiled step.
+
+        Args:
+          number: names the folder that its states and adapters lie in.
+        """
+        place = self.folder.state / f"together-{number}"
+        s = dataclasses.replace(self.group[0].settings, buckets=1)
+        task, own = self._make(s), {member.name: member for member in self.group}
+        epoch = len(task.train) if isinstance(task.train, data.Batches) else 0
+        steps = s.number_of_steps(epoch)
+        warmup = s.warmup_steps(steps)
+        unit = train.warmup_schedule(1.0, steps, warmup=warmup, decay=s.schedule)
+        jobs = [
+            sweep.Job(
+                name=member.name, learning_rate=member.settings.peak, steps=steps,
+                weight_decay=member.settings.weight_decay, seed=s.seed,
+                rank=member.settings.rank or 8,
+                alpha=member.settings.alpha or 2.0 * (member.settings.rank or 8),
+            )
+            for member in self.group
+        ]  # fmt: skip
+
+        def optimizer(hp: Any) -> optax.GradientTransformation:
+            tx = optax.adamw(
+                lambda count: hp.learning_rate * unit(count),
+                weight_decay=hp.weight_decay,
+            )
+            return (
+                tx if s.lr_ratio == 1 else optax.chain(tx, optim.lora_plus(s.lr_ratio))
+            )
+
+        results = sweep.run(
+            task.loss_fn, self.loaded.params, jobs, task.train, optimizer=optimizer,
+            adapt=lambda params, job: own[job.name].settings.adapt(params, s.key),
+            valid=task.valid, eval_every=steps, accumulate=s.accumulate,
+            clip_norm=s.clip or None, mesh=s.device_mesh, folder=place, resume=True,
+            progress=f"{len(jobs)} runs in one step",
+        )  # fmt: skip
+        each = results.seconds / len(jobs)
+        return [self._of_job(r, own[r.name], each, place) for r in results]
+
+    def _of_job(
+        self, result: sweep.Result, member: Member, seconds: float, place: Path
+    ) -> _Ended:
+        is_done, adapter = result.status == "done", place / member.name / "adapter"
+        row = Row(
+            member.name, member.values, result.value if is_done else None, result.steps,
+            seconds, len(self.group), str(adapter) if is_done else None,
+        )  # fmt: skip
+        return _Ended(member, row, result.params if is_done else None)
+
+    def alone(self) -> list[_Ended]:
+        """Train one run in a folder of its own; one that has ended is read."""
+        (member,) = self.group
+        place = self.folder.state / "alone" / member.name
         print(f"{member.name}: by itself, for {member.alone}", file=sys.stderr)
-        began, s = time.perf_counter(), member.settings
-        task = kind.make(s, loaded)
-        place = folder.path / "runs" / member.name
-        kept = dataclasses.asdict(s)
-        with train.RunFolder.claim(place, kept) as own:
-            tree = s.adapt(loaded.params, s.key)
+        task, s = self._make(member.settings), member.settings
+        kept = s.kept(self.task)
+        begun = (place / "state").is_dir()
+        with (
+            train.RunFolder.resume(place, kept)
+            if begun
+            else train.RunFolder.claim(place, kept, overwrite=True)
+        ) as own:
+            tree = s.adapt(self.loaded.params, s.key)
             try:
                 fit = s.fit(task.loss_fn, tree, task.train, own, task.valid)
             except NonFiniteError as error:
                 print(f"{member.name}: {error}", file=sys.stderr)
-                yield Row(member.name, member.values, None, 0, 0.0, 1), None, member
-                continue
+                row = Row(member.name, member.values, None, 0, 0.0, 1, None)
+                return [_Ended(member, row, None)]
             loss = own.metrics.rows("valid")[-1]["loss"]
-        seconds = time.perf_counter() - began
-        yield (
-            Row(member.name, member.values, loss, fit.steps, seconds, 1),
-            fit.state.params,
-            member,
-        )
+        row = Row(
+            member.name, member.values, loss, fit.steps, fit.seconds, 1,
+            str(own.adapter),
+        )  # fmt: skip
+        return [_Ended(member, row, fit.state.params)]
 
 
 def check_table(table: Any, source: str) -> dict[str, list[Any]]:

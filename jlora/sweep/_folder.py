@@ -1,12 +1,14 @@
 """A sweep's folder: a line a result, an adapter a job, and states to go on from.
 
 results.jsonl     a line for each job that has ended
+time.json         how long it has taken so far
 NAME/adapter      its adapter, of jlora.checkpoint
 NAME/state        where a job stands that has not ended, its own `TrainState`
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jlora._errors import CheckpointError, OptionError
-from jlora._files import PathLike, local_path
+from jlora._files import PathLike, local_path, read_json, write_json
 from jlora.sweep._jobs import Job
 from jlora.sweep._results import FAILED, WAITING, Result
 from jlora.train._metrics import MetricsLog
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 Tree = Any
 
+_TIME = "time.json"
 _NAME = re.compile(r"[\w=,.+-]+(/[\w=,.+-]+)*")
 
 
@@ -73,6 +76,18 @@ class SweepFolder:
                 self._ended[name] = row
         self._log.file.touch()
         self._base: Fingerprint | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken, in all the processes that had it."""
+        file = self.path / _TIME
+        return float(read_json(file)["seconds"]) if file.exists() else 0.0
+
+    def save_seconds(self, seconds: float) -> None:
+        """Write that."""
+        new = self.path / f"{_TIME}.new"  # so that it is whole whenever one is killed
+        write_json(new, {"seconds": seconds})
+        os.replace(new, self.path / _TIME)
 
     def ended(self, job: Job) -> dict[str, Any] | None:
         """What was written of a job that ended; failed ones are tried again."""

@@ -89,7 +89,8 @@ class BankLoop:
             if stopped and any(self._slots):
                 saved = self._queue.folder is not None
                 raise Interrupted(
-                    f"{len(self._running())} jobs were under way"
+                    f"{self._queue.ended} of {len(self._queue.results)} jobs, with "
+                    f"{len(self._running())} under way"
                     + (". Pass resume=True to go on." if saved else ""),
                     stopped[0],
                     saved=saved,

@@ -16,7 +16,7 @@ from jlora.sweep._folder import SweepFolder
 from jlora.sweep._jobs import Job
 from jlora.sweep._plan import Plan
 from jlora.sweep._progress import Progress
-from jlora.sweep._results import FAILED, RUNNING, Result
+from jlora.sweep._results import FAILED, RUNNING, WAITING, Result
 from jlora.sweep._settings import Settings
 from jlora.sweep._streams import Checks, Filler, Source
 from jlora.train._state import TrainState
@@ -79,6 +79,12 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def ended(self) -> int:
+        """How many jobs have ended."""
+        under_way = (WAITING, RUNNING)
+        return sum(r.status not in under_way for r in self.results.values())
 
     def next_bank(self) -> None:
         """Let those that were put off stand in line again."""

@@ -98,7 +98,7 @@ class Results(Sequence[Result]):
 
     Attributes:
       rows: one a job.
-      seconds: how long the sweep took.
+      seconds: how long the sweep took; of one that was resumed in all processes.
       compilations: how many programs of the step were compiled.
     """
 

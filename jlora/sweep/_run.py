@@ -134,13 +134,20 @@ def run(
 def _run(settings: Settings, plan: Plan, queue: Queue) -> Results:
     """One bank after another, of jobs whose batches fit beside each other."""
     began, compilations = time.perf_counter(), 0
+    folder, before = queue.folder, 0.0 if queue.folder is None else queue.folder.seconds
+    seconds = lambda: before + time.perf_counter() - began  # noqa: E731
     with stop_signals() as stopped:
         while queue:
             members = queue.members(settings.slots)
             if members:
                 bank = BankLoop(settings, plan, queue, members)
-                bank.run(stopped)
+                try:
+                    bank.run(stopped)
+                finally:
+                    if folder is not None:
+                        folder.save_seconds(seconds())
                 compilations += bank.compilations
             queue.next_bank()
     rows = [queue.results[job.name] for job in plan.jobs]
-    return Results(rows, time.perf_counter() - began, compilations)
+    took = seconds() if folder is None else folder.seconds
+    return Results(rows, took, compilations)

@@ -181,18 +181,25 @@ class TrainingOptions(DeviceOptions):
         """Return how many steps to make where an epoch has `epoch` batches."""
         return self.steps or max(1, round((self.epochs or 3.0) * epoch))
 
+    @property
+    def peak(self) -> float:
+        """The largest learning rate."""
+        return self.lr or (1e-3 if getattr(self, "full", False) else 3e-3)
+
+    def warmup_steps(self, steps: int) -> int:
+        """Return in how many of all steps the rate rises."""
+        if self.warmup_ratio is None:
+            return self.warmup
+        return round(self.warmup_ratio * steps)
+
     def optimizer(
         self, steps: int
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """Return AdamW, and its rate over so many steps."""
-        peak = self.lr or (1e-3 if getattr(self, "full", False) else 3e-3)
-        warmup = self.warmup
-        if self.warmup_ratio is not None:
-            warmup = round(self.warmup_ratio * steps)
         rate = train.warmup_schedule(
-            peak,
+            self.peak,
             steps,
-            warmup=warmup,
+            warmup=self.warmup_steps(steps),
             decay=self.schedule,  # type: ignore[arg-type]
         )
         tx = optax.adamw(rate, weight_decay=self.weight_decay)

@@ -18,12 +18,11 @@ from jlora._processes import leave_others, one_voice
 from jlora._programs import ProgramOptions
 from jlora.train._distributed import DistributedOptions
 from jlora.train._loop import Interrupted
-from jlora.train._run import RunFolder, saved_settings
+from jlora.train._run import TASK, RunFolder, saved_settings
 
 S = TypeVar("S", bound="RunSettings")
 
 _OF_A_PROCESS = ("compilation_cache", "distributed")  # how it is run, not what
-TASK = "task"  # a run's settings say by this what trained it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,27 @@ class RunSettings(ProgramOptions, DistributedOptions):
     def check(self) -> None:
         """Refuse settings that do not go together; raise `OptionError`."""
 
-    def claim(self, name: str) -> RunFolder:
+    def claim(self, name: str, task: str | None = None, **beside: Any) -> RunFolder:
         """Claim the folder to write into, or resume the run in it.
 
         Args:
-          name: of the task, which the run's settings hold and its folder is named by.
+          name: what a folder is named by.
+          task: what the run's settings say that it is of; None is the name, too.
+          **beside: what else they are to hold, as JSON.
         """
-        kept = {TASK: name, **dataclasses.asdict(self)}
+        kept = self.kept(task or name, **beside)
+        if self.resume:
+            return RunFolder.resume(self.output or "", kept)
+        return RunFolder.claim(self.output, kept, name=name, overwrite=self.overwrite)
+
+    def kept(self, task: str, **beside: Any) -> dict[str, Any]:
+        """Return what a run's folder keeps of its settings.
+
+        Args:
+          task: that the run is of.
+          **beside: what else to keep.
+        """
+        kept = {TASK: task, **dataclasses.asdict(self), **beside}
         for own in (
             "output",
             "resume",
@@ -60,9 +73,7 @@ class RunSettings(ProgramOptions, DistributedOptions):
             "distributed",
         ):
             del kept[own]
-        if self.resume:
-            return RunFolder.resume(self.output or "", kept)
-        return RunFolder.claim(self.output, kept, name=name, overwrite=self.overwrite)
+        return kept
 
 
 def read_settings(
@@ -73,6 +84,7 @@ def read_settings(
     program: str = "",
     file: Mapping[str, Any] | None = None,
     source: str = "",
+    beside: Sequence[str] = (),
 ) -> S:
     """Read a command line; with `--resume`, what is not given is taken from the run.
 
@@ -83,6 +95,7 @@ def read_settings(
       program: what comes before the words, for the help; of a script nothing.
       file: settings of a file, which the words override.
       source: the file's name.
+      beside: what a run that is resumed has kept besides settings.
 
     Raises:
       OptionError: options that are wrong, exclude each other, or differ from those of
@@ -98,7 +111,7 @@ def read_settings(
         kept = {k: v for k, v in filed.items() if k not in overridden}
         given = {**kept, **given}
     given = {name: options[name].resolved(value) for name, value in given.items()}
-    values = {**_resumed(options, given), **given}
+    values = {**_resumed(options, given, beside), **given}
     for name in given:
         values |= {o: None for o in [options[name].own["replaces"]] if o}
     settings = kind(**values)
@@ -114,7 +127,9 @@ def _check_excluded(options: Mapping[str, Option], given: Mapping[str, Any]) -> 
             raise UsageError(f"{flag(name)} and {flag(other)} exclude each other.")
 
 
-def _resumed(options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+def _resumed(
+    options: Mapping[str, Option], given: Mapping[str, Any], beside: Sequence[str]
+) -> dict[str, Any]:
     """Return the settings of the run that is to be continued, if any."""
     if not given.get("resume"):
         return {}
@@ -122,7 +137,7 @@ def _resumed(options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[st
         raise UsageError("--resume needs --output DIR, and excludes --overwrite.")
     folder = Path(given["output"]).expanduser()
     saved = saved_settings(folder)
-    saved.pop(TASK, None)
+    saved = {k: v for k, v in saved.items() if k not in (TASK, *beside)}
     if not saved.keys() <= options.keys():
         unknown = ", ".join(sorted(saved.keys() - options.keys()))
         raise OptionError(f"the run in {folder} has settings unknown here: {unknown}.")

@@ -22,6 +22,8 @@ from jlora._processes import agree, on_first
 from jlora.train._metrics import MetricsLog
 
 SETTINGS = "settings.json"  # its presence marks a folder as a run
+TASK = "task"  # its settings say by this what trained it
+SWEEP = "sweep"  # and by this what varies, where it is many runs of `jlora sweep`
 LOCK = ".lock"
 ROOT = Path("runs")
 
@@ -147,7 +149,8 @@ class RunFolder:
         """The command that continues the run."""
         script, place = Path(sys.argv[0]), str(self.path)
         if script.stem == "jlora" or script.parent.name == "jlora":  # the console
-            return shlex.join(["jlora", "train", "--resume", place])
+            command = "sweep" if SWEEP in self.settings else "train"
+            return shlex.join(["jlora", command, "--resume", place])
         return shlex.join(["python", str(script), "--output", place, "--resume"])
 
     def close(self) -> None:

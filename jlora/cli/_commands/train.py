@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora._options import UsageError, option, parse, read_toml, template
-from jlora.cli._common import end_by
+from jlora.cli._common import RunWords, end_by
 
 _OWN = frozenset({"resume", "overwrite"})  # options that are no settings
 
@@ -35,18 +35,10 @@ class Options:
 
 def read(words: Sequence[str], app: Any, program: str) -> Options:
     """Read a command line, of which the task's own options are left as words."""
-    words = list(words)
-    config = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    if config is None and "--resume" not in words:
+    own = RunWords.of(words)
+    if own.config is None and own.resume is None:
         return Options(**parse(app, words, program)[1])
-    resume = None
-    if "--resume" in words:
-        at = words.index("--resume")
-        if len(words) < at + 2 or words[at + 1].startswith("-"):
-            raise UsageError("--resume needs the folder of a run.")
-        resume = Path(words[at + 1])
-        words[at : at + 2] = ["--output", str(resume), "--resume"]
-    return Options(config=config, resume=resume, words=tuple(words))
+    return Options(**own._asdict())
 
 
 def run(options: Options) -> None:
@@ -73,46 +65,96 @@ def read_task(options: Options) -> tuple[str, Any]:
     Raises:
       OptionError: no such task; settings that are wrong.
     """
-    from jlora import tasks
-    from jlora.train import read_settings
+    from jlora.train._run import SWEEP
+
+    file, saved = files_of(options)
+    if SWEEP in saved:
+        raise UsageError(
+            f"{options.resume} holds a sweep.\nGo on with it: jlora sweep --resume "
+            f"{options.resume}"
+        )
+    name = task_of(options, file, saved)
+    return name, settings_of(name, options, file)
+
+
+def files_of(options: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return what CONFIG says, and what the run that is resumed has kept.
+
+    Args:
+      options: `config` and `resume`, each of which may be None.
+
+    Raises:
+      OptionError: both are, or a file cannot be read.
+    """
+    from jlora.train._run import saved_settings
 
     if options.config is None and options.resume is None:
         raise UsageError(
             "CONFIG is missing.\n`jlora train --template "
-            f"{next(iter(tasks.KINDS))}` prints one."
+            f"{next(iter(_known()))}` prints one."
         )
     file = None if options.config is None else read_toml(options.config)
-    name = _task_of(options, file)
-    settings = read_settings(
-        tasks.KINDS[name].settings,
-        options.words,
-        f"Options of the task {name!r}: {tasks.KINDS[name].summary}.",
-        program=f"jlora train {options.config or '--resume RUN'}",
-        file=file,
-        source=str(options.config),
-    )
-    return name, settings
-
-
-def _task_of(options: Options, file: dict[str, Any] | None) -> str:
-    """The task that a file names, or that a run says it is of."""
     if file is not None and "task" not in file:
         raise UsageError(
             f"{options.config} names no task.\nBegin it with a line such as "
             f'task = "{next(iter(_known()))}".'
         )
-    if file is not None:
-        return checked(file.pop("task"))
-    from jlora.train._run import saved_settings
+    return file, {} if options.resume is None else saved_settings(options.resume)
 
-    folder = options.resume or Path()
-    name = saved_settings(folder).get("task")
-    if name not in _known():
+
+def task_of(options: Any, file: dict[str, Any] | None, saved: dict[str, Any]) -> str:
+    """Return the task that a file names, or a run.
+
+    Args:
+      options: `config` and `resume`.
+      file: from `files_of`.
+      saved: likewise.
+
+    Raises:
+      UsageError: there is no such task.
+    """
+    if file is not None:
+        return checked(file["task"])
+    if saved.get("task") not in _known():
         raise UsageError(
-            f"the run in {folder} is of no task of `jlora train`.\nResume it with the "
-            "script that began it."
+            f"the run in {options.resume} is of no task of `jlora train`.\nResume it "
+            "with the script that began it."
         )
-    return str(name)
+    return str(saved["task"])
+
+
+def settings_of(
+    name: str,
+    options: Any,
+    file: dict[str, Any] | None,
+    *,
+    command: str = "train",
+    beside: Sequence[str] = (),
+) -> Any:
+    """Return a task's settings, from a file, a run that is resumed, and the words.
+
+    Args:
+      name: the task.
+      options: `config`, `resume` and the task's `words`.
+      file: from `files_of`.
+      command: of the console.
+      beside: what the run has kept besides settings.
+
+    Raises:
+      OptionError: settings that are wrong.
+    """
+    from jlora.train import read_settings
+
+    kind = _known()[name]
+    return read_settings(
+        kind.settings,
+        options.words,
+        f"Options of the task {name!r}: {kind.summary}.",
+        program=f"jlora {command} {options.config or '--resume RUN'}",
+        file=file and {key: value for key, value in file.items() if key != "task"},
+        source=str(options.config),
+        beside=beside,
+    )
 
 
 def checked(name: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,11 @@ _COLLAPSED = re.compile(
 )
 # What `transformers` and PEFT want to read in a file before they take it for their own.
 _METADATA = {"format": "pt"}
+# NumPy's names of what a file holds and safetensors', in whose order tensors lie.
+_DTYPES = {
+    "uint8": "U8", "int8": "I8", "float16": "F16", "bfloat16": "BF16",
+    "float32": "F32", "float64": "F64",
+}  # fmt: skip
 
 
 # -- paths -----------------------------------------------------------------------------
@@ -198,6 +204,52 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
         safetensors.numpy.save_file(dict(tensors), file, metadata=_METADATA)
     except safetensors.SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from error
+
+
+class TensorFile:
+    """A safetensors file that is written a tensor at a time, in `order`.
+
+    None of them is in memory before it is written; safetensors' own writer wants all
+    at once. The bytes are the same.
+
+    Args:
+      specs: dtype and shape of each tensor, by name.
+    """
+
+    def __init__(self, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
+        dtypes = {name: _DTYPES[dtype.name] for name, (dtype, _) in specs.items()}
+        rank = [*_DTYPES.values()].index
+        #: Names, in the order in which the file holds them.
+        self.order = sorted(specs, key=lambda name: (-rank(dtypes[name]), name))
+        header: dict[str, Any] = {"__metadata__": _METADATA}
+        end = 0
+        for name in self.order:
+            dtype, shape = specs[name]
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": dtypes[name], "shape": list(shape),
+                            "data_offsets": [start, end]}  # fmt: skip
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+
+    def begin(self, file: Path) -> None:
+        """Write the file's header.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        file.write_bytes(self._header)
+
+    @staticmethod
+    def append(file: Path, tensor: np.ndarray) -> None:
+        """Write the next tensor.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+        with file.open("ab") as opened:
+            opened.write(content.data)
 
 
 def _cut_off(file: Path, error: Exception) -> str:

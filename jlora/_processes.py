@@ -7,6 +7,7 @@ here costs anything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -23,6 +24,8 @@ from jax.sharding import Sharding
 
 from jlora._compat import coordination_client, preemption_is_shared
 from jlora._errors import CheckpointError
+
+Box = tuple[slice, ...]  # starts and stops along each axis
 
 # How long to wait for the others, in seconds: one may gather and write a whole model.
 _PATIENCE = 4 * 3600
@@ -222,28 +225,68 @@ def put(x: Any, where: Sharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, where, lambda index: values[index])
 
 
-def on_host(x: Any) -> np.ndarray:
+def on_host(x: Any, box: Box | None = None) -> np.ndarray:
     """An array's values in this process's memory; every process calls it alike.
 
     What NumPy itself reads of a JAX array stays in memory as long as the array does,
     for a saved model a second one. This reads without.
+
+    Args:
+      x: an array.
+      box: read this part alone: starts and stops along each axis.
     """
     if not isinstance(x, jax.Array):
-        return np.asarray(x)
+        return np.asarray(x) if box is None else np.asarray(x)[box]
+    if box is None:
+        box = tuple(slice(0, size) for size in x.shape)
+    if x.is_fully_replicated:
+        return read_shard(x.addressable_data(0), box)
     if not x.is_fully_addressable:
         from jax.experimental import multihost_utils
 
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    if x.is_fully_replicated:
-        return read_shard(x.addressable_data(0))
-    out = np.empty(x.shape, x.dtype)
+        return np.asarray(multihost_utils.process_allgather(_part(x, box), tiled=True))
+    out = np.empty([s.stop - s.start for s in box], x.dtype)
     for shard in x.addressable_shards:
-        out[shard.index] = read_shard(shard.data)
+        within, there = _meeting(box, shard.index, x.shape)
+        if shard.replica_id == 0 and all(s.start < s.stop for s in within):
+            out[there] = read_shard(shard.data, within)
     return out
 
 
-def read_shard(x: Any) -> np.ndarray:
-    """The values of an array on one device; of a CPU's it is no copy."""
+def read_shard(x: Any, box: Box | None = None) -> np.ndarray:
+    """The values of an array on one device, or a part; of a CPU's it is no copy."""
+    whole = box is None or all(
+        s == slice(0, n) for s, n in zip(box, x.shape, strict=True)
+    )
     if isinstance(x, jax.Array) and next(iter(x.devices())).platform != "cpu":
-        x = x.copy()  # keeps what is read of it, and goes with it
-    return np.asarray(x)
+        # A copy keeps what is read of it, and goes with it.
+        return np.asarray(x.copy() if whole or box is None else _part(x, box))
+    return np.asarray(x) if box is None else np.asarray(x)[box]
+
+
+def _meeting(box: Box, index: Box, shape: tuple[int, ...]) -> tuple[Box, Box]:
+    """Where a part of an array lies in a shard of it, and where that lies in the part.
+
+    Starts that are no less than stops say that the two do not meet.
+    """
+    within, there = [], []
+    for asked, held, size in zip(box, index, shape, strict=True):
+        first, last, _ = held.indices(size)
+        start, stop = max(asked.start, first), min(asked.stop, last)
+        within.append(slice(start - first, stop - first))
+        there.append(slice(start - asked.start, stop - asked.start))
+    return tuple(within), tuple(there)
+
+
+def _part(x: jax.Array, box: Box) -> jax.Array:
+    """A part of an array on its devices, one program for all parts of its shape."""
+    sizes = tuple(s.stop - s.start for s in box)
+    if sizes == x.shape:
+        return x
+    starts = np.array([s.start for s in box], np.int32)
+    return _sliced(x, starts, sizes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sliced(x: jax.Array, starts: np.ndarray, sizes: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(x, [*starts], sizes)

@@ -334,7 +334,7 @@ def test_a_failed_save_leaves_what_was_there(folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("jlora._files.write_tensors", full)
+    monkeypatch.setattr("jlora._files.TensorFile.append", full)
     with pytest.raises(CheckpointError, match="No space"):
         models.save(model, params, target, overwrite=True)
     assert_same(models.load(target)[1], params)

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from jlora import models
+from jlora import _files, _processes, models
 from jlora._errors import ShapeError, StructureError
 from jlora.models._hf import reading as _leaves
 from jlora.models._hf import save as _hf_save
@@ -258,3 +258,89 @@ def test_the_host_holds_one_tensor_besides(tmp_path):
     peak, own = json.loads(done.stdout)
     # One tensor of the file, mapped, and the leaf that it becomes, which is `own`'s.
     assert peak < own + largest + 2**24
+
+
+SAVED = """
+import json, pathlib, sys
+import jax, numpy as np
+from jlora import models, sharding
+
+def status(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(key + ":"))
+
+config = models.LlamaConfig(
+    vocab_size=8192, hidden_size=1024, intermediate_size=2048, num_hidden_layers=8,
+    num_attention_heads=8,
+)
+model = models.Llama(config, scan_layers=True)
+ids = jax.ShapeDtypeStruct((1, 1), np.int32)
+shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+rules = sharding.rules(sys.argv[2])
+mesh = sharding.make_mesh("fsdp=2,tensor=2")
+where = rules.shardings(shapes, mesh)
+rng = np.random.default_rng(0)
+
+def leaf(x, where):
+    return jax.make_array_from_callback(
+        x.shape, where, lambda index: np.full(x.shape, rng.random(), x.dtype)[index]
+    )
+
+models.save(*models.load(sys.argv[3]), sys.argv[1], overwrite=True)  # made once for all
+params = jax.block_until_ready(jax.tree.map(leaf, shapes, where))
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+before = status("VmRSS")
+models.save(model, params, sys.argv[1], overwrite=True)
+peak = status("VmHWM") - before
+own = sum(x.nbytes for x in jax.tree.leaves(params))
+print(json.dumps([peak, own, 8192 * 1024 * 4]))
+"""
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux measures it"
+)
+@pytest.mark.parametrize("layout", ["replicated", "fsdp+tensor"])
+def test_saving_holds_one_tensor_of_the_file(layout, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SAVED, tmp_path / "x", layout, FOLDER],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, own, largest = json.loads(done.stdout)
+    assert own > 370 * 2**20
+    # The tensor as it is gathered, and as the file has it: the other way round.
+    assert peak < 2 * largest + 2**24 < own / 4
+
+
+@pytest.mark.parametrize("spec", [(), ("x",), (None, "y"), ("y", "x"), (("x", "y"),)])
+def test_any_part_of_an_array_is_read_from_its_shards(spec):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    want = np.arange(8 * 12).reshape(8, 12)
+    x = jax.device_put(want, NamedSharding(mesh, PartitionSpec(*spec)))
+    np.testing.assert_array_equal(_processes.on_host(x), want)
+    for box in [(slice(3, 4), slice(0, 12)), (slice(1, 7), slice(5, 11))]:
+        np.testing.assert_array_equal(_processes.on_host(x, box), want[box])
+        np.testing.assert_array_equal(_processes._part(x, box), want[box])
+
+
+def test_a_file_written_tensor_by_tensor_is_that_of_safetensors(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "b.10": rng.normal(size=(3, 5)).astype(np.float32),
+        "b.2": rng.normal(size=(5, 3)).astype(np.float32).T,
+        "ä": rng.normal(size=(7,)).astype(jnp.bfloat16),
+        "half": rng.normal(size=(2, 3)).astype(np.float16),
+        "double": rng.normal(size=()),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    specs = {name: (x.dtype, x.shape) for name, x in tensors.items()}
+    written = _files.TensorFile(specs)
+    written.begin(tmp_path / "ours")
+    for name in written.order:
+        written.append(tmp_path / "ours", tensors[name])
+    dense = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    dense["double"] = tensors["double"]
+    save_file(dense, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

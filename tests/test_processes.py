@@ -1,6 +1,7 @@
 """Two real processes on one file system: what one writes is there for both."""
 
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -63,12 +64,14 @@ Path(folder, f"said-{index}.json").write_text(json.dumps(said))
 """
 
 
+def on_mesh(mesh, x, *axes):
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    return jax.make_array_from_callback(x.shape, where, lambda i: x[i])
+
+
 def sharded(mesh):
     """A lorafied tree over both processes, and the one model it is."""
-    P = jax.sharding.PartitionSpec
-    placed = lambda x, *axes: jax.make_array_from_callback(
-        x.shape, jax.sharding.NamedSharding(mesh, P(*axes)), lambda i: x[i]
-    )
+    placed = functools.partial(on_mesh, mesh)
     tree = plain()
     q = tree["q"]["kernel"]
     big = placed(np.asarray(tree["big"]["kernel"]), None, "d")
@@ -108,8 +111,9 @@ def model():
     model = models.Llama(config=config)
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    rng = np.random.default_rng(1)
     return model, jax.tree.map(
-        lambda x: np.full(x.shape, len(x.shape), x.dtype), shapes
+        lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes
     )
 
 
@@ -137,6 +141,7 @@ def work(index, folder, mesh, attempt, late, full):
     is_there = lambda *path: folder.joinpath(*path).exists()
     late(_storage, "replace")
     late(_files, "write_tensors")
+    late(_files.TensorFile, "begin")
 
     def adapter():
         checkpoint.save_adapter(folder / "adapter", tree)
@@ -156,7 +161,9 @@ def work(index, folder, mesh, attempt, late, full):
         return is_there("peft", "adapter_config.json")
 
     def hf():
-        models.save(net, weights, folder / "hf", max_shard_bytes=1200)
+        # Kernels that each process holds half of.
+        cut = jax.tree.map(lambda x: on_mesh(mesh, x, *["d"][: x.ndim - 1]), weights)
+        models.save(net, cut, folder / "hf", max_shard_bytes=1200)
         return is_there("hf", "config.json")
 
     def states():
@@ -182,6 +189,7 @@ def work(index, folder, mesh, attempt, late, full):
     attempt("taken", lambda: checkpoint.save_adapter(folder / "adapter", tree))
     if index == 0:  # and the disk of one of them is full
         _files.write_tensors = _storage.replace = full
+        _files.TensorFile.append = full
     attempt("full peft", lambda: jlora.peft.save(folder / "peft", tree, overwrite=True))
     attempt("full hf", lambda: models.save(net, weights, folder / "hf2"))
     attempt("full", lambda: checkpoint.save_merged(folder / "merged", tree,

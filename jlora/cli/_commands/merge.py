@@ -35,8 +35,8 @@ class Options:
     check: str = option(
         "values", "compare the model's values with those it was trained on, or shapes "
         "only (values)", choices=("values", "shapes"))
-    max_shard: float | None = option(
-        None, "gigabytes a file (one file)", above=0, metavar="GB")
+    max_shard: float = option(
+        50.0, "gigabytes a file (50)", above=0, metavar="GB")
     overwrite: bool = option(False, "replace the model in TARGET")
     json: bool = option(False, "print the report for programs")
 # fmt: on
@@ -71,7 +71,7 @@ def run(options: Options) -> None:
         merged,
         options.target,
         tokenizer_from=_tokenizer_of(source.model),
-        max_shard_bytes=int(options.max_shard * 1e9) if options.max_shard else None,
+        max_shard_bytes=int(options.max_shard * 1e9),
         overwrite=options.overwrite,
     )
     _print(options, source.model, merged, report)

@@ -24,6 +24,8 @@ from jlora.models._hf.load import GENERATION, TOKENIZER_FILES, Params, sources_o
 from jlora.models._hf.sources import TensorPlace, places
 from jlora.models._hf.tensors import INDEX, WEIGHTS
 
+SHARD_BYTES = 50 * 10**9  # the largest file that Hugging Face's hub takes
+
 _COPIED = (*TOKENIZER_FILES, GENERATION)
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -37,14 +39,15 @@ def save(
     path: PathLike,
     *,
     tokenizer_from: PathLike | None = None,
-    max_shard_bytes: int | None = None,
+    max_shard_bytes: int | None = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint folder that `load` and `transformers` read.
 
     Everything is written to a folder beside `path` first, which then takes its name:
-    a full disk or an interruption leaves what was there. Of several processes the first
-    one writes, and every one calls this.
+    a full disk or an interruption leaves what was there. One tensor at a time is in the
+    host's memory, of parameters on a mesh as well. Of several processes the first one
+    writes, and every one calls this.
 
     Args:
       model: a model of `jlora.models`; its configuration becomes `config.json`, and
@@ -53,8 +56,8 @@ def save(
       path: the folder to write.
       tokenizer_from: a folder whose tokenizer files are copied (and
         `generation_config.json`, if the model has no settings of its own).
-      max_shard_bytes: begins a new file where one would grow beyond it; `None`
-        writes one file.
+      max_shard_bytes: begins a new file where one would grow beyond it: 50 GB, as in
+        `transformers` 5; `None` writes one file.
       overwrite: replaces configuration and weights in `path`; other files there,
         the tokenizer's among them, stay unless they are written anew.
 
@@ -153,18 +156,13 @@ def _write(
 ) -> None:
     """Write configuration, shards and, where there are several, their index."""
     shards = list(_shards(tensors, most))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = WEIGHTS
         if len(shards) > 1:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        # One shard at a time is brought to the host and into the file's layout.
-        leaves = {id(leaf): leaf for _, leaf in shard}
-        values = {key: on_host(leaf) for key, leaf in leaves.items()}
-        arrays = {p.tensor.name: _layout(p, values[id(leaf)]) for p, leaf in shard}
-        del values
-        on_first(what, partial(_write_shard, folder, file, arrays))
-        weight_map.update(dict.fromkeys(arrays, file))
+        _write_shard(folder and folder / file, what, shard)
+        weight_map.update((place.tensor.name, file) for place, _ in shard)
     if folder is None:
         return
     dtypes = {str(leaf.dtype) for _, leaf in tensors}
@@ -179,16 +177,31 @@ def _write(
         _files.write_json(folder / INDEX, index)
 
 
-def _write_shard(folder: Path | None, file: str, arrays: dict[str, np.ndarray]) -> None:
-    assert folder is not None  # on the first process
-    _files.write_tensors(folder / file, arrays)
+def _write_shard(file: Path | None, what: str, shard: Tensors) -> None:
+    """Write a file tensor by tensor; `file` is None on all processes but the first."""
+    held = {place.tensor.name: (place, leaf) for place, leaf in shard}
+    specs = {n: (np.dtype(leaf.dtype), p.shape) for n, (p, leaf) in held.items()}
+    written = _files.TensorFile(specs)
+    on_first(what, partial(_begin, file, written))
+    for name in written.order:
+        # All processes gather it, and it is gone before the next one.
+        on_first(what, partial(_append, file, _layout(*held[name])))
+
+
+def _begin(file: Path | None, written: _files.TensorFile) -> None:
+    assert file is not None  # on the first process
+    written.begin(file)
+
+
+def _append(file: Path | None, value: np.ndarray) -> None:
+    assert file is not None
+    _files.TensorFile.append(file, value)
 
 
 def _layout(place: TensorPlace, leaf: jax.Array | np.ndarray) -> np.ndarray:
-    value = np.asarray(leaf)[place.box][(0,) * place.depth]
-    if place.tensor.transposed:
-        value = value.swapaxes(-1, -2)
-    return np.ascontiguousarray(value)
+    """A tensor as the file has it, which may be a view of its leaf."""
+    value = on_host(leaf, place.box)[(0,) * place.depth]
+    return value.swapaxes(-1, -2) if place.tensor.transposed else value
 
 
 def _bytes(place: TensorPlace, leaf: jax.Array) -> int:

@@ -16,7 +16,7 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
             "sweep", "many", "mixed_batches", "initialise", "qlora",
-            "optimisers", "glue", "data", "gpu")  # fmt: skip
+            "optimisers", "glue", "data", "plan", "gpu")  # fmt: skip
 # They load a checkpoint, and train on text.
 TRAINING = ("initialise", "qlora", "optimisers")
 
@@ -34,14 +34,23 @@ def parser() -> argparse.ArgumentParser:
             _add_run(one.add_argument_group("run").add_argument)
         if name == "gpu":
             add("--budget-s", type=float, default=360.0, help="seconds for all (360)")
-        if name not in ("load", "text", *TRAINING, "glue", "data", "gpu", "report"):
+        if name not in (
+            "load",
+            "text",
+            *TRAINING,
+            "glue",
+            "data",
+            "plan",
+            "gpu",
+            "report",
+        ):
             _add_case(one.add_argument_group("what is measured").add_argument)
         if name == "memory":
             words = "XLA's account for a GPU that is not here; needs jax[cuda12]"
             add("--compile-for", choices=sorted(TARGETS), help=words)
         if name == "compile_time":
             add("--depths", nargs="+", type=int, metavar="N")
-        elif name not in ("data", "report"):
+        elif name not in ("data", "plan", "report"):
             words = "peers too (the command's own)"
             add("--contenders", nargs="+", metavar="NAME", help=words)
         if name == "generate":

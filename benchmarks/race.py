@@ -209,7 +209,7 @@ def _worker(options: Any, group: str) -> Any:
 def environment(options: Any) -> dict[str, str]:
     """Return the environment of a worker."""
     paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    return {
+    found = {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # of a GPU, which workers share
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -218,6 +218,11 @@ def environment(options: Any) -> dict[str, str]:
         **(DRY if options.dry else {}),
         **(AHEAD if getattr(options, "compile_for", None) else {}),
     }
+    if count := getattr(options, "fake_devices", None):
+        faked = f"--xla_force_host_platform_device_count={count}"
+        found["XLA_FLAGS"] = f"{found.get('XLA_FLAGS', '')} {faked}".strip()
+        found["JAX_PLATFORMS"] = "cpu"
+    return found
 
 
 def _answer(process: Any, log: Any, line: str, left: float | None) -> str:

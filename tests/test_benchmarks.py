@@ -56,6 +56,7 @@ RUNS = {
     "initialise": ["--model", T5, "--contenders", "default", "PiSSA"],
     "optimisers": ["--model", T5, "--contenders", "AdamW", "LoRA-FA"],
     "data": ["--model", T5, "--workers", "0"],
+    "plan": [],
     "gpu": ["--contenders", "jlora", "floor", "jlora, nf4", "merge"],
     "glue": ["--model", BERT, "--tasks", "sst2", "--contenders", "jlora", "head alone"],
 }
@@ -144,6 +145,16 @@ def check_glue(rows):
     assert ours["losses"][0] == head["losses"][0]  # B is zero: the same model
 
 
+def check_plan(rows):
+    for row in rows:
+        assert row["plan_mib"] > row["temporaries_plan_mib"] > 0
+        held = [
+            row[f"{who}_mib"] - row[f"temporaries_{who}_mib"] for who in ("plan", "xla")
+        ]
+        assert held[0] == held[1] > 0  # one account of what is held
+        assert row["plan_to_xla"] == row["plan_mib"] / row["xla_mib"]
+
+
 def check_text(rows):
     assert rows[0]["compilations"] <= rows[0]["steps"] == 2
     assert 0 <= rows[0]["padding"] < 0.5
@@ -158,7 +169,7 @@ def check_optimisers(rows):
 
 
 CHECKS = {"step_time": check_step_time, "compile_time": check_compile_time,
-          "memory": check_memory, "text": check_text,
+          "memory": check_memory, "text": check_text, "plan": check_plan,
           "optimisers": check_optimisers, "glue": check_glue}  # fmt: skip
 
 
@@ -243,7 +254,7 @@ def test_rounds_differ_in_their_order():
 
 
 def test_contenders_that_nobody_knows():
-    for command in {*RUNS} - {"compile_time", "data"}:
+    for command in {*RUNS} - {"compile_time", "data", "plan"}:
         reads = command in ("glue", *TRAINING)
         data = ["--data", "."] if reads or command == "text" else []
         data += ["--model", T5] if reads else []

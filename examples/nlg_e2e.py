@@ -102,7 +102,7 @@ def train_adapter(asked: Settings) -> train.RunFolder:
     task = tasks.DataToText(s, loaded)  # meanings and texts to tokens, to batches
     print(summary, *(f"note: {remark}" for remark in task.remarks), sep="\n")
     with asked.claim("nlg") as folder:
-        fit = s.fit(task.loss_fn, tree, task.train, folder, task.valid)
+        fit = s.fit(task.loss_fn, tree, task.train, folder, task.valid, base=params)
         if s.merge:
             models.save(model, jlora.merge(fit.params), folder.merged, overwrite=True)
             tokenizer.save_pretrained(folder.merged)

@@ -178,7 +178,9 @@ def solve(s: Settings, name: str, top: train.RunFolder, encoder: Any) -> Solved:
     with own.claim(name) as folder:
         before = task.answer("before", tree, folder)
         try:
-            fit = own.fit(task.loss_fn, tree, task.train, folder, task.valid)
+            fit = own.fit(
+                task.loss_fn, tree, task.train, folder, task.valid, base=loaded.params
+            )
         except train.Interrupted as stop:
             again = f"{name} was stopped, and saved. To continue:\n  "
             raise stop.saying(again + top.resume_command) from None

@@ -158,8 +158,9 @@ def trained(name: str, s: Any, kind: Any) -> Done:
     with s.claim(name) as folder:
         before = task.answer("before", tree, folder)
         fit = s.fit(  # jlora.train.fit with optax.adamw
-            task.loss_fn, tree, task.train, folder, task.valid, count=task.count
-        )
+            task.loss_fn, tree, task.train, folder, task.valid, count=task.count,
+            base=params,
+        )  # fmt: skip
         after = task.answer("after", fit.params, folder)
 
         merged = jlora.merge(fit.params)  # a plain tree again

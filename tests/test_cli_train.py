@@ -14,7 +14,7 @@ import pytest
 from small_models import one_layer_t5
 
 import jlora
-from jlora import models, tasks, train
+from jlora import checkpoint, models, tasks, train
 from jlora._options import read_file
 from jlora.cli import _sources, _sweeping
 from jlora.cli._commands import train as command
@@ -189,6 +189,11 @@ def test_a_sweep_trains_together_or_alone_and_keeps_the_best(run, config):
         ("default", 1, 2),
         ("pissa", 1, 2),
     }
+    (shifted,) = [row for row in rows if row["values"]["init"] == "pissa"]
+    _, base = models.load(config.parent / "t5")
+    tree = checkpoint.load_adapter(shifted["adapter"], base)  # though it shifted it
+    found = jax.tree.leaves(tree, is_leaf=jlora.is_node)
+    assert {x.adapters[""].rank for x in found if jlora.is_node(x)} == {2}
     saved = json.loads((folder / "settings.json").read_text())
     assert (saved["task"], saved["init"]) == ("translate", rows[0]["values"]["init"])
     source = _sources.find(str(folder))

@@ -297,3 +297,40 @@ def test_reports_escape_and_tables_align(tmp_path):
     assert {"command", "versions", "machine", "device", "peak memory"} <= {
         *train.machine()
     }
+
+
+def shifted_fit(folder, original, **options):
+    tree = jlora.lorafy(original, 1, ["dense"], init="pissa")
+    claim = train.RunFolder.resume if folder.exists() else train.RunFolder.claim
+    with claim(folder, {}) as run:
+        return train.fit(
+            loss_fn, tree, optax.adam(0.1), Stream(), run,
+            steps=12, valid=VALID, eval_every=12, **options,
+        )  # fmt: skip
+
+
+def test_an_adapter_of_a_shifted_base_loads_on_the_original(tmp_path):
+    original = {"dense": {"kernel": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32)}}
+    got = shifted_fit(tmp_path / "run", original, base=original)
+    assert got.best_step == 12
+    kept = checkpoint.load_adapter(tmp_path / "run/adapter", original)
+    assert kept["dense"]["kernel"].adapters[""].rank == 2
+    same(kept, got.params)
+    want = jlora.merge(got.state.params)["dense"]["kernel"]
+    merged = jlora.merge(kept)["dense"]["kernel"]
+    np.testing.assert_allclose(merged, want, atol=1e-5)
+    assert jnp.abs(merged - original["dense"]["kernel"]).max() > 0.1
+    again = shifted_fit(tmp_path / "run", original, base=original)  # it has ended
+    same(again.params, got.params)
+    # Without the original it is of the shifted kernels, and says so.
+    alone = shifted_fit(tmp_path / "alone", original)
+    assert alone.params["dense"]["kernel"].adapters[""].rank == 1
+    with pytest.raises(jlora.CheckpointError, match=r"jlora\.init\.unshift\(tree"):
+        checkpoint.load_adapter(tmp_path / "alone/adapter", original)
+    shifted = jlora.lorafy(original, 1, ["dense"], init="pissa")
+    same(
+        checkpoint.load_adapter(
+            tmp_path / "alone/adapter", jlora.without_adapters(shifted)
+        ),
+        alone.params,
+    )

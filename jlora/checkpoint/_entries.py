@@ -246,6 +246,13 @@ def check_base(place: Path, config: Any, base: Fingerprint, check: Check) -> Non
             " To use another dtype or version of it all the same, pass check='shapes'."
         )
     )
+    if any(entry.get("shifted") for entry in config.get("adapters", ())):
+        remedy = (
+            " That is what the adapter's start left of them (PiSSA, OLoRA and their "
+            "like): lorafy the original as it was then and take jlora.without_adapters "
+            "of that; or save jlora.init.unshift(tree, initial, params), which loads "
+            "on the original."
+        )
     raise CheckpointError(
         f"{str(place)!r} was saved on another base.\n  fingerprint there: "
         f"{saved.digest}\n  fingerprint here:  {base.digest}\n  {listed}{more}\nPass "

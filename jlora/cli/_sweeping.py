@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import jlora
-from jlora import checkpoint, data, models, optim, sweep, tasks, train
+from jlora import checkpoint, data, init, models, optim, sweep, tasks, train
 from jlora._errors import NonFiniteError, OptionError
 from jlora._options import options_of
 from jlora.train import Interrupted
@@ -265,9 +267,11 @@ class _Part:
             if begun
             else train.RunFolder.claim(place, kept, overwrite=True)
         ) as own:
-            tree = s.adapt(self.loaded.params, s.key)
+            base = self.loaded.params
+            tree = s.adapt(base, s.key)
+            initial = jax.tree.map(jnp.copy, jlora.split(tree)[0])
             try:
-                fit = s.fit(task.loss_fn, tree, task.train, own, task.valid)
+                fit = s.fit(task.loss_fn, tree, task.train, own, task.valid, base=base)
             except NonFiniteError as error:
                 print(f"{member.name}: {error}", file=sys.stderr)
                 row = Row(member.name, member.values, None, 0, 0.0, 1, None)
@@ -277,7 +281,8 @@ class _Part:
             member.name, member.values, loss, fit.steps, fit.seconds, 1,
             str(own.adapter),
         )  # fmt: skip
-        return [_Ended(member, row, fit.state.params)]
+        last = init.unshift(fit.state.params, initial, base)
+        return [_Ended(member, row, last)]
 
 
 def check_table(table: Any, source: str) -> dict[str, list[Any]]:

@@ -244,10 +244,10 @@ be kept beside the base: the adapter, or every weight."""
 
 
 def _outcome(name: str, method: str, settings: Any) -> Outcome:
-    _, tree, task = started(name, settings)
+    loaded, tree, task = started(name, settings)
     summary = jlora.summary(tree)
     with settings.claim(name) as folder:
-        before, fit, after = trained(settings, task, tree, folder)
+        before, fit, after = trained(settings, task, tree, folder, loaded.params)
         step_seconds, peak = _measured(settings, task, tree)
         return Outcome(
             method,

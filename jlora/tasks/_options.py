@@ -224,7 +224,8 @@ class TrainingOptions(DeviceOptions):
           batches: the training batches; of several processes each takes its part.
           folder: of the run.
           valid: validation batches, of which each takes its part too.
-          **options: more of `jlora.train.fit`'s.
+          **options: more of `jlora.train.fit`'s, `base` say: the parameters as they
+            were before an `init` that shifts them.
         """
         epoch = len(batches) if isinstance(batches, data.Batches) else 0
         steps = self.number_of_steps(epoch)

@@ -119,7 +119,7 @@ def _run(name: str, settings: Any) -> None:
     summary = jlora.summary(tree)
     print(summary, *(f"note: {remark}" for remark in task.remarks), sep="\n")
     with settings.claim(name) as folder:
-        before, fit, after = trained(settings, task, tree, folder)
+        before, fit, after = trained(settings, task, tree, folder, loaded.params)
         models.save(
             loaded.model, jlora.merge(fit.params), folder.merged, overwrite=True
         )
@@ -142,12 +142,18 @@ def started(name: str, settings: Any) -> tuple[Loaded, Tree, Any]:
 
 
 def trained(
-    settings: Any, task: Any, tree: Tree, folder: RunFolder
+    settings: Any, task: Any, tree: Tree, folder: RunFolder, base: Tree
 ) -> tuple[Any, Fit, Any]:
     """Train; return the answers before, what training came to, the answers after."""
     before = task.answer("before", tree, folder)
     fit = settings.fit(
-        task.loss_fn, tree, task.train, folder, task.valid, count=task.count
+        task.loss_fn,
+        tree,
+        task.train,
+        folder,
+        task.valid,
+        count=task.count,
+        base=base,
     )
     return before, fit, task.answer("after", fit.params, folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,7 @@ class Validate(Callback):
       adapter: where the best adapter is saved.
       every: steps between validations.
       epoch: steps an epoch; None where nobody knows.
+      save: saves a state's adapter there.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class Validate(Callback):
         adapter: Path,
         every: int,
         epoch: int | None,
+        save: Callable[[Path, TrainState], None] | None = None,
     ) -> None:
+        self.save = save or save_best
         self.step, self.batches, self.metrics = step, batches, metrics
         self.adapter, self.every, self.epoch = adapter, every, epoch
         self.first_loss = self.best_loss = math.inf
@@ -139,10 +142,10 @@ class Validate(Callback):
         self.compared |= loop.position > 0 and math.isfinite(loss)
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, loop.position
-            save_best(self.adapter, loop.state)
+            self.save(self.adapter, loop.state)
         elif loop.position == loop.steps and not self.compared:
             self.best_step = loop.position
-            save_best(self.adapter, loop.state)
+            self.save(self.adapter, loop.state)
             warnings.warn(
                 "no validation loss after a step of training was finite: the adapter "
                 f"that is kept is that of the last step, {loop.position}.",

@@ -12,13 +12,12 @@ import optax
 from jax.sharding import Mesh
 
 from jlora._errors import CheckpointError, NonFiniteError, OptionError
-from jlora._kernel.nodes import Full, is_node
-from jlora._kernel.quantized import Quantized
 from jlora._processes import on_first
 from jlora.sharding._batches import batch_shard
-from jlora.train._callbacks import Log, ProgressBar, Save, Validate, save_best
+from jlora.train._callbacks import Log, ProgressBar, Save, Validate
 from jlora.train._evaluation import make_eval_step
 from jlora.train._gradients import LossFn
+from jlora.train._kept import Kept
 from jlora.train._loop import Batch, Callback, Interrupted, Loop
 from jlora.train._run import RunFolder
 from jlora.train._state import TrainState
@@ -135,6 +134,7 @@ def fit(
     patience: int | None = 5,
     prefetch: int = 2,
     hang_after: float = 1800.0,
+    base: Tree | None = None,
     **options: Any,
 ) -> Fit:
     """Train, validate, keep the best adapter, log, save; go on if `run` is resumed.
@@ -179,6 +179,10 @@ def fit(
         many seconds the steps since the last line have waited for batches.
       hang_after: of several processes, seconds without a step after which all end, see
         `Watchdog`.
+      base: the plain parameters that `params` was made of, where its start shifted them
+        (PiSSA, OLoRA and their like). The adapter that is kept is then one of these, of
+        twice the rank, and `Fit.params` lies on them; see `jlora.init.unshift`. Without
+        it that adapter belongs to the shifted kernels alone.
       **options: those of `make_train_step`; `mesh` is for validation, too.
 
     Raises:
@@ -198,6 +202,7 @@ def fit(
         raise OptionError(f"patience={patience}: expected at least 1, or None.")
     step = make_train_step(loss_fn, tx, **options)
     state = TrainState.create(params, tx, key, mesh=options.get("mesh"))
+    adapter = Kept.of(state, base)
     epoch = len(train) if isinstance(train, Sized) else None
     every = eval_every or max(1, min(epoch or steps, math.ceil(steps / 10)))
     validate = None
@@ -208,7 +213,9 @@ def fit(
             compute_dtype=options.get("compute_dtype"),
             mesh=options.get("mesh"),
         )
-        validate = Validate(measure, valid, run.metrics, run.adapter, every, epoch)
+        validate = Validate(
+            measure, valid, run.metrics, run.adapter, every, epoch, adapter.save
+        )
     often = log_every or min(10, max(1, steps // 20))
     watch = Watch(run.metrics)
     save = Save(run.state, every, keep=keep, keep_best=keep_best, valid=validate)
@@ -244,10 +251,10 @@ def fit(
         where = f"\nThe best adapter so far is kept in {run.adapter}." if kept else ""
         raise NonFiniteError(f"{error}{where}") from error
     if validate is None:
-        save_best(run.adapter, state)
+        adapter.save(run.adapter, state)
     best = None if validate is None else validate.best_step
     return Fit(
-        params=_with_adapter(run, params),
+        params=adapter.load(run.adapter, params),
         state=state,
         steps=loop.position,
         seconds=loop.seconds,
@@ -299,19 +306,3 @@ def _restore(loop: Loop, run: RunFolder, save: Save) -> None:
         run.metrics.cut(loop.position if is_saved else -1)
 
     on_first("taking up the log", write)
-
-
-def _with_adapter(run: RunFolder, params: Tree) -> Tree:
-    """Put the adapter of the run's folder onto the base of a lorafied tree."""
-    from jlora import checkpoint
-
-    def base(x: Any) -> Any:
-        if not is_node(x):
-            return x
-        if isinstance(x, Quantized):
-            return x
-        return x.value if isinstance(x, Full) else x.base
-
-    return checkpoint.load_adapter(
-        run.adapter, jax.tree.map(base, params, is_leaf=is_node)
-    )

@@ -93,6 +93,9 @@ def test_merging_in_another_dtype_says_what_is_lost(done, a_run, base, tmp_path)
     _, merged = models.load(tmp_path / "out")
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
     exact = jlora.merge(tree)
+    done(*argv, "--dtype", "bfloat16", "--overwrite")  # float32 sums, rounded once
+    want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path / "out")[1], want)
     for x, y in zip(*map(jax.tree.leaves, (merged, exact)), strict=True):
         np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=2**-6, atol=0.01)
 

@@ -248,3 +248,50 @@ def test_sharded_kernels_are_gathered_nowhere(dtype, kind):
             off = np.asarray(steps_between(jnp.asarray(np.asarray(merged)), want))
             assert np.max(off) <= (4 if dtype == "float32" else 1)
             assert np.mean(off > 0) < 0.5
+
+
+@pytest.mark.parametrize("base", ["float32", "float16"])
+def test_another_dtype_is_rounded_to_once(base, getkey):
+    plain = {
+        "dense": {
+            "kernel": jax.random.normal(getkey(), (97, 61)).astype(base),
+            "bias": jax.random.normal(getkey(), (61,)).astype(base),
+        },
+        "table": jax.random.normal(getkey(), (9, 3)).astype(base),
+        "norm": jax.random.normal(getkey(), (89,)).astype(base),
+        "steps": jnp.arange(3),
+    }
+    tree = jlora.lorafy(
+        plain, 2, ["dense"], lora_bias=True, trainable_tokens={"table": [2, 4]}
+    )
+    tree = randomise(tree, getkey())
+    got, report = jlora.merge(tree, report=True, dtype="bfloat16")
+    wide = jlora.merge(tree, dtype=jnp.float32)
+    assert wide["dense"]["kernel"].dtype == jnp.float32
+    want = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, wide
+    )
+    assert bits(got) == bits(want)
+    assert got["steps"].dtype == jnp.int32
+    twice = jlora.merge(tree)["dense"]["kernel"].astype(jnp.bfloat16)
+    if base == "float16":  # the sum in float16 is rounded a first time there
+        assert jnp.any(twice != got["dense"]["kernel"])
+    (kernel,) = [leaf for leaf in report if leaf.path == "dense/kernel"]
+    x = tree["dense"]["kernel"]
+    error = got["dense"]["kernel"].astype(jnp.float32) - x.value()
+    assert kernel.max_error == pytest.approx(float(jnp.abs(error).max()), rel=1e-3)
+    assert 0 < kernel.lost < 0.1
+    jitted = jax.jit(lambda tree: jlora.merge(tree, dtype="bfloat16"))(tree)
+    assert bits(jitted) == bits(want)
+
+
+def test_dtypes_that_no_merged_tree_can_have():
+    tree = jlora.lorafy({"w": jnp.ones((4, 3))}, 1, ["w"])
+    for dtype in ("int8", "fp33", jnp.int32):
+        with pytest.raises(jlora.OptionError, match="of floating-point numbers"):
+            jlora.merge(tree, dtype=dtype)
+    with pytest.raises(jlora.OptionError, match="Leave one of the two out"):
+        jlora.merge(tree, dtype="float32", requantize=True)
+    # A base of another dtype is no room for the merged kernel.
+    jlora.merge(tree, dtype="bfloat16", donate=True)
+    assert not tree["w"].base.is_deleted()

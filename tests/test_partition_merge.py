@@ -477,7 +477,7 @@ def test_what_a_gpu_does_is_what_a_cpu_does(getkey, bad):
     if bad is not None:
         w = w.map(w.base.at[6, 4].set(bad), lambda t: t)
     k = _merge_kernels
-    gpu = jax.jit(lambda w: k._sum_and_check(w, k._is_finite, k._FUSED))
+    gpu = jax.jit(lambda w: k._sum_and_check(w, w.dtype, k._is_finite, k._FUSED))
     merged, finite = gpu(w)
     want, also = k.merge_node(w.base, k.without_base(w))
     assert bool(finite) == bool(also) == (bad is None)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora._errors import StructureError, UnsupportedOpError
 from jlora._kernel.adapter import Adapter
@@ -87,10 +88,21 @@ def with_magnitudes(x: Any) -> Any:
     return x.with_magnitudes()
 
 
-def plain_leaf(x: Any, bias: Array | None) -> Any:
-    """A leaf or fully trained leaf as an array, with what adapters add to it."""
+def plain_leaf(x: Any, bias: Array | None, dtype: Any = None) -> Any:
+    """A leaf or fully trained leaf as an array, with what adapters add to it.
+
+    Args:
+      x: the leaf.
+      bias: what adapters add.
+      dtype: of the array, where that is of floating-point numbers; None is its own.
+    """
     x = x.value if isinstance(x, Full) else x
-    return x if bias is None else (x.astype(bias.dtype) + bias).astype(x.dtype)
+    own = getattr(x, "dtype", None)  # some leaves are no arrays
+    if dtype is None or own is None or not jnp.issubdtype(own, jnp.floating):
+        dtype = own
+    if bias is not None:
+        x = x.astype(bias.dtype) + bias
+    return x if getattr(x, "dtype", None) == dtype else x.astype(dtype)
 
 
 def bias_terms(leaves: Mapping[str, Any]) -> dict[str, Array]:

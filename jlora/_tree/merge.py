@@ -43,7 +43,7 @@ class Undo:
 def merge(
     tree: Tree, *, report: bool = False, undo: bool = False, donate: bool = False,
     rounding: Rounding = "nearest", key: jax.Array | None = None,
-    requantize: bool = False,
+    requantize: bool = False, dtype: jax.typing.DTypeLike | None = None,
 ) -> Any:  # fmt: skip
     """Fold every adapter into its kernel.
 
@@ -60,7 +60,8 @@ def merge(
       donate: write each merged kernel over its base, so that no second model needs
         room (nor, on a CPU, new pages, which take longer than merging does). The bases
         are deleted in `tree`, and in the parameters it was made of, even where merging
-        fails. A base that stands in the tree twice, or is quantised, is kept.
+        fails. A base that stands in the tree twice, is quantised or of another
+        `dtype` is kept.
       rounding: how a kernel's float32 sum becomes its dtype: to the `"nearest"` number
         there, or `"stochastic"`: to one of its two neighbours, at random, so that the
         merged weight is the exact one on average. A small update that nearest rounding
@@ -72,6 +73,8 @@ def merge(
       requantize: quantise again what was quantised, in the same form. A report tells
         what that and rounding together cost; of 4 bits it is often more than the
         update, so prefer a dense kernel where quality counts.
+      dtype: of every floating-point leaf of the dense tree; None is its own. Sums are
+        rounded to it once, not to the base's dtype first.
 
     Returns:
       The dense tree; with `report` or `undo` a tuple of it, the report, the undo.
@@ -81,8 +84,10 @@ def merge(
       StructureError: two leaves with one path; a bank of adapters; a report inside
         `jax.jit`; `donate` there, or with what needs the bases; arrays that were
         donated before.
-      OptionError: another `rounding`; a `key` too many, or none where one is needed.
+      OptionError: another `rounding`; a `key` too many, or none where one is needed; a
+        `dtype` that holds no fractions, or beside `requantize`.
     """
+    dtype = _checked_dtype(dtype, requantize)
     refuse_banks(tree, "jlora.merge")
     refuse_activated(tree, "jlora.merge")
     leaves = leaves_by_path(tree, is_leaf=is_node)
@@ -96,18 +101,20 @@ def merge(
     if not tracing:
         _refuse_deleted(leaves)
     biases = bias_terms(leaves)
-    given = _bases_of_their_own(leaves, nodes) if donate else ()
+    given = _bases_of_their_own(leaves, nodes, dtype) if donate else ()
     if tracing:
         done = {
-            path: merge_node(x.base, without_base(x), keys.get(path), requantize)[0]
+            path: merge_node(
+                x.base, without_base(x), keys.get(path), requantize, dtype
+            )[0]
             for path, x in nodes.items()
         }
     else:
-        done, bad = merge_kernels(nodes, given, keys, requantize)
+        done, bad = merge_kernels(nodes, given, keys, requantize, dtype)
         if bad is not None:
             _refuse(bad, nodes[bad], donated=bool(given))
     plain = [
-        done[path] if path in done else plain_leaf(x, biases.get(path))
+        done[path] if path in done else plain_leaf(x, biases.get(path), dtype)
         for path, x in leaves.items()
     ]
     out = [jax.tree.unflatten(structure, plain)]
@@ -155,6 +162,26 @@ def _is_merged(x: Any) -> bool:
 
 def _as_node(x: Any) -> LowRank | Rows:
     return LowRank(x, {}, x.path) if isinstance(x, Quantized) else x
+
+
+def _checked_dtype(dtype: Any, requantize: bool) -> Any:
+    if dtype is None:
+        return None
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.floating):
+        raise OptionError(
+            f"dtype={dtype!r}: expected one of floating-point numbers, such as "
+            "'bfloat16'."
+        )
+    if requantize:
+        raise OptionError(
+            "requantize=True keeps quantised kernels in their form, and dtype= makes "
+            "them dense.\nLeave one of the two out."
+        )
+    return known
 
 
 def _refuse_options(tracing: bool, *, report: bool, undo: bool, donate: bool) -> None:
@@ -207,14 +234,18 @@ def _is_deleted(x: Any) -> bool:
 
 
 def _bases_of_their_own(
-    leaves: Mapping[str, Any], nodes: Mapping[str, Any]
+    leaves: Mapping[str, Any], nodes: Mapping[str, Any], dtype: Any
 ) -> frozenset[str]:
-    """The nodes whose bases are nobody else's in the tree."""
+    """The nodes whose bases are nobody else's in the tree, and of the dtype."""
     places = {path: _memory_of(x.base) for path, x in nodes.items()}
     others = jax.tree.leaves([x for path, x in leaves.items() if path not in nodes])
     uses = collections.Counter([*places.values(), *map(_memory_of, others)])
     arrays = (p for p, x in nodes.items() if not isinstance(x.base, Quantized))
-    return frozenset(path for path in arrays if uses[places[path]] == 1)
+    return frozenset(
+        path
+        for path in arrays
+        if uses[places[path]] == 1 and dtype in (None, nodes[path].dtype)
+    )
 
 
 def _memory_of(x: Any) -> int:

@@ -13,7 +13,7 @@ from jax import lax
 from jlora._kernel.axes import Array, contract, rounded
 from jlora._kernel.encode import encode
 from jlora._kernel.nodes import LowRank, Rows
-from jlora._kernel.quantized import Quantized
+from jlora._kernel.quantized import Quantized, dense
 from jlora._kernel.rounding import rounded_at_random
 
 Node = LowRank | Rows
@@ -26,7 +26,7 @@ _FUSED = 16
 
 def merge_kernels(
     nodes: Mapping[str, Node], onto: Collection[str], keys: Mapping[str, Array],
-    requantize: bool = False,
+    requantize: bool = False, dtype: Any = None,
 ) -> tuple[dict[str, Any], str | None]:  # fmt: skip
     """Merge every node.
 
@@ -35,6 +35,7 @@ def merge_kernels(
       onto: the paths of those whose bases are written over.
       keys: of the random numbers of those that are rounded by them, by path.
       requantize: quantise again what was quantised.
+      dtype: of what is merged; None is each base's own.
 
     Returns:
       The merged kernels by path, and the first path whose kernel is not finite.
@@ -45,7 +46,7 @@ def merge_kernels(
         base, rest = w.base, without_base(w)
         if isinstance(base, Quantized):
             base = dataclasses.replace(base, path="")
-        merged, finite[path] = merge(base, rest, keys.get(path), requantize)
+        merged, finite[path] = merge(base, rest, keys.get(path), requantize, dtype)
         if isinstance(merged, Quantized):
             merged = dataclasses.replace(merged, path=path)
         done[path] = merged
@@ -55,40 +56,48 @@ def merge_kernels(
 
 
 def _merge_node(
-    base: Any, w: Node, key: Array | None = None, requantize: bool = False
+    base: Any,
+    w: Node,
+    key: Array | None = None,
+    requantize: bool = False,
+    dtype: Any = None,
 ) -> tuple[Any, Array]:
     """The merged kernel or table of a base and its node, and whether it is finite.
 
     Of a small rank one pass reads the base and writes the merged kernel, over the base
     where that is donated: there is no dense update in memory. Only the check differs.
     """
+    dtype = dtype or base.dtype
     merged, is_finite = lax.platform_dependent(
         dataclasses.replace(w, base=base),
         key,
-        cpu=lambda w, key: _sum_and_check(w, _is_finite_on_cpu, _FUSED_ON_CPU, key),
-        default=lambda w, key: _sum_and_check(w, _is_finite, _FUSED, key),
+        cpu=lambda w, key: _sum_and_check(
+            w, dtype, _is_finite_on_cpu, _FUSED_ON_CPU, key
+        ),
+        default=lambda w, key: _sum_and_check(w, dtype, _is_finite, _FUSED, key),
     )
     if requantize and isinstance(base, Quantized):
         merged = encode(merged, base.layout, double=base.has("nested_absmax"))
     return merged, is_finite
 
 
-merge_node = jax.jit(_merge_node, static_argnums=3)
-_merge_onto = jax.jit(_merge_node, donate_argnums=0, static_argnums=3)
+merge_node = jax.jit(_merge_node, static_argnums=(3, 4))
+_merge_onto = jax.jit(_merge_node, donate_argnums=0, static_argnums=(3, 4))
 
 
 def _sum_and_check(
     w: Node,
+    dtype: Any,
     is_finite: Callable[[Array], Array],
     fuse_up_to: int,
     key: Array | None = None,
 ) -> tuple[Array, Array]:
     if isinstance(w, Rows):
-        merged = w.merged()
+        merged = dataclasses.replace(w, base=dense(w.base).astype(dtype)).merged()
     elif key is None:
-        merged = rounded(w.value(fuse_up_to=fuse_up_to), w.dtype).astype(w.dtype)
+        merged = rounded(w.value(fuse_up_to=fuse_up_to), dtype).astype(dtype)
     else:
-        merged = rounded_at_random(w.value(fuse_up_to=fuse_up_to), w.dtype, key)
+        merged = rounded_at_random(w.value(fuse_up_to=fuse_up_to), dtype, key)
     return merged, is_finite(merged)
 
 

@@ -85,14 +85,15 @@ def _figures(base: Array, w: LowRank | Rows, merged: Array) -> dict[str, Array]:
         delta = w.delta()
     error = (rounded - wide) - delta
     moved = delta != 0
-    same = moved & (merged == w.base)
+    before = w.base.astype(merged.dtype)  # where another dtype was asked for
+    same = moved & (merged == before)
     return {
         "delta": _norm(delta),
         "error": _norm(error),
         "exact": _norm(wide + delta),
         "max": jnp.max(jnp.abs(error)),
         "same": jnp.sum(same) / jnp.maximum(jnp.sum(moved), 1),
-        "ulps": jnp.mean(steps_between(base, merged)),
+        "ulps": jnp.mean(steps_between(before, merged)),
     }
 
 

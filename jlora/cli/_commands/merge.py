@@ -28,7 +28,8 @@ class Options:
     adapter: str | None = option(
         None, "the PEFT adapter in the folder of that name", metavar="NAME")
     dtype: str | None = option(
-        None, "what the model is brought into first (its own)", choices=DTYPES)
+        None, "of the merged model; sums are rounded to it once (its own)",
+        choices=DTYPES)
     rounding: str = option(
         "nearest", "of sums that the dtype cannot hold; stochastic is exact on average "
         "(nearest)", choices=("nearest", "stochastic"))
@@ -61,11 +62,11 @@ def run(options: Options) -> None:
             "merge.\nPass the folder of an adapter, or of a run."
         )
     model, tree = _sources.load(source, check=options.check)
-    if options.dtype is not None:
-        tree = _in_dtype(tree, options.dtype)
     key = jax.random.key(0) if options.rounding == "stochastic" else None
     rounding: Any = options.rounding
-    merged, report = jlora.merge(tree, report=True, rounding=rounding, key=key)
+    merged, report = jlora.merge(
+        tree, report=True, rounding=rounding, key=key, dtype=options.dtype
+    )
     models.save(
         model,
         merged,
@@ -75,25 +76,6 @@ def run(options: Options) -> None:
         overwrite=options.overwrite,
     )
     _print(options, source.model, merged, report)
-
-
-def _in_dtype(tree: Any, dtype: str) -> Any:
-    """Bring the base into a dtype: a merged kernel has its base's."""
-    import jax
-    import jax.numpy as jnp
-
-    from jlora._kernel.nodes import Full, LowRank, Rows, is_node
-
-    def cast(x: Any) -> Any:
-        if isinstance(x, LowRank | Rows):
-            return dataclasses.replace(x, base=cast(x.base))
-        if isinstance(x, Full):
-            return dataclasses.replace(x, value=cast(x.value))
-        if is_node(x) or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        return x.astype(dtype)
-
-    return jax.tree.map(cast, tree, is_leaf=is_node)
 
 
 def _tokenizer_of(model: str) -> Path | None:

@@ -228,6 +228,11 @@ def cond_branches(eqn: Eqn) -> tuple[Jaxpr, ...]:
     return eqn.params["branches"]
 
 
+def cond_platforms(eqn: Eqn) -> tuple[tuple[str, ...] | None, ...] | None:
+    """The platforms of each branch, None for all others; None if an index chooses."""
+    return eqn.params.get("branches_platforms")
+
+
 @dataclasses.dataclass(frozen=True)
 class Remat:
     """`jax.checkpoint` taken apart."""

@@ -9,9 +9,17 @@ from jax.sharding import PartitionSpec as P
 from tools import assert_close
 
 import jlora
-from jlora.train import cross_entropy, linear_cross_entropy
+from jlora.train import _chunks, _linear_loss, cross_entropy, linear_cross_entropy
+from jlora.train._chunks import Asked, elsewhere, on_a_cpu
 
 V, D = 23, 7
+
+
+@pytest.fixture
+def tiles_of_four(monkeypatch):
+    """The chunks of a GPU, on this CPU, for a head of 23 classes."""
+    monkeypatch.setattr(_linear_loss, "on_a_cpu", elsewhere)
+    monkeypatch.setattr(_chunks, "_TILE", 4)
 
 
 def batch(dtype=jnp.float32, shape=(2, 5)):
@@ -58,6 +66,93 @@ def test_value_and_both_gradients(chunk, settings, vocab_axis):
     assert_close(got, want, rtol=2e-5, atol=2e-6)
     told = loss(linear_cross_entropy, chunk=chunk, vocab_axis=vocab_axis)
     assert_close(told, got, rtol=0, atol=0)
+
+
+# Of 10 tokens and 23 classes: all at once, two chunks of 12 and 11, six of 4 with a
+# rest of 3; and of 20 tokens and 23 classes: groups of 5 tokens, and of 1.
+@pytest.mark.parametrize(
+    ("shape", "size", "plan"),
+    [((2, 5), 920, (1, 23)), ((2, 5), 919, (1, 12)), ((2, 5), 160, (1, 4)),
+     ((4, 5), 500, (4, 23)), ((4, 5), 92, (20, 23))],
+)  # fmt: skip
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_chunks_of_a_gpu(shape, size, plan, vocab_axis, tiles_of_four):
+    assert elsewhere(np.prod(shape), V, Asked(None, size)) == plan
+    hidden, kernel, labels = batch(shape=shape)
+    w = kernel if vocab_axis else kernel.T
+    f = lambda h, w: linear_cross_entropy(
+        h, w, labels, label_smoothing=0.2, z_loss=0.1, chunk_bytes=size
+    )[0]
+    got = jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, w)
+    value, (dh, dw) = jax.value_and_grad(
+        lambda h, w: apart(h, w, labels, label_smoothing=0.2, z_loss=0.1)[0],
+        argnums=(0, 1),
+    )(hidden, kernel)
+    want = value, (dh, dw if vocab_axis else dw.T)
+    assert_close(got, want, rtol=2e-5, atol=1e-5)
+
+
+def test_sizes_of_chunks():
+    llama, bound = (4096, 128_256), Asked(None, _chunks.BYTES)
+    assert on_a_cpu(*llama, bound) == (1, 2036)  # 63 of even sizes
+    assert elsewhere(*llama, bound) == (1, 21_376)  # six of them, 167 tiles each
+    assert elsewhere(4096, 50_257, bound) == (1, 16_768)  # whole tiles and a rest
+    assert elsewhere(1024, 32_128, bound) == (1, 32_128)
+    eight = bound._replace(ways=8)
+    assert elsewhere(8 * 4096, 128_256, eight) == (1, 21_376)  # a device's own tokens
+    assert elsewhere(8 * 65_536, 32_128, eight) == (32, 32_128)
+    assert elsewhere(65_537, 32_128, bound) == (1, 1536)  # a prime number of tokens
+    assert elsewhere(1 << 20, 32_128, bound, grouped=False) == (1, 128)
+    for plan in (on_a_cpu, elsewhere):
+        assert plan(0, V, bound) == (1, V)
+        assert plan(*llama, Asked(1000, 1)) == (1, 995)
+    assert on_a_cpu(1 << 20, 32_128, bound).classes < 128  # the bound goes for both
+
+
+def test_logits_far_above_that_of_the_label(tiles_of_four):
+    """The first guess at a row's maximum would overflow; a second pass does not."""
+    hidden, kernel, labels = batch()
+    hidden = hidden.at[0, 2].multiply(40).at[1, 3].multiply(300)
+    for chunk_bytes in (160, 4000):
+        got, want = (
+            jax.value_and_grad(lambda h, w, f=f: f(h, w)[0], argnums=(0, 1))(
+                hidden, kernel
+            )
+            for f in (
+                lambda h, w: linear_cross_entropy(
+                    h, w, labels, chunk_bytes=chunk_bytes
+                ),
+                lambda h, w: apart(h, w, labels),
+            )
+        )
+        assert want[0] > 500
+        assert_close(got, want, rtol=2e-5, atol=1e-4)
+    none = linear_cross_entropy(hidden, kernel, jnp.full_like(labels, -100))
+    assert [float(x) for x in none] == [0, 0]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_platform_that_is_lowered_for_chooses(adapted):
+    n, v = 64, 5000
+    keys = jax.random.split(jax.random.key(2))
+    params = {"head": {"kernel": jax.random.normal(keys[0], (D, v))}}
+    hidden, labels = jax.random.normal(keys[1], (n, D)), jnp.arange(n)
+
+    def loss(p, h):
+        w = p["head"]["kernel"]
+        return linear_cross_entropy(h, w, labels, chunk_bytes=n * 4 * 4096)[0]
+
+    f = jax.grad(loss, argnums=1)
+    if adapted:
+        params, f = jlora.lorafy(params, 2, ["head"]), jlora.lora(f)
+    traced = jax.jit(f).trace(params, hidden)
+    texts = {
+        name: traced.lower(lowering_platforms=(name,)).as_text()
+        for name in ("cpu", "cuda")
+    }
+    for name, own, other in (("cpu", 1667, 2560), ("cuda", 2560, 1667)):
+        assert f"tensor<{n}x{own}xf32>" in texts[name]
+        assert f"tensor<{n}x{other}xf32>" not in texts[name]
 
 
 def test_one_gradient_alone_and_weights():
@@ -171,14 +266,20 @@ def test_a_survey_of_the_loss_knows_a_head_from_an_embedding(tied):
 
 @pytest.mark.parametrize("kind", ["shard_map", "explicit", "auto"])
 @pytest.mark.parametrize("vocab_axis", [0, 1])
-def test_split_over_devices(vocab_axis, kind):
-    hidden, kernel, labels = batch(shape=(4, 5))
+@pytest.mark.parametrize("gpu", [False, True])
+def test_split_over_devices(vocab_axis, kind, gpu, request):
+    hidden, kernel, labels = batch(shape=(4, 6))
+    how = {"chunk": 6}
+    if gpu:
+        request.getfixturevalue("tiles_of_four")
+        how = {"chunk_bytes": 400}
+        assert elsewhere(24, V, Asked(None, 400, ways=2)) == (3, V)
     kernel = kernel if vocab_axis else kernel.T
     axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
 
     def loss(h, w, y):
-        return linear_cross_entropy(h, w, y, chunk=6, vocab_axis=vocab_axis)[0]
+        return linear_cross_entropy(h, w, y, vocab_axis=vocab_axis, **how)[0]
 
     one = jax.value_and_grad(loss, argnums=(0, 1))
     want = one(hidden, kernel, labels)

@@ -115,7 +115,7 @@ def cond(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 
     branches = [branch(body) for body in _compat.cond_branches(eqn)]
     try:
-        return lax.switch(index, _checked(branches), *operands)
+        return _one_of(eqn, index, _checked(branches), operands)
     except _FormsDifferError:
         # Only now is a branch traced twice: to see what each returns, and to convert.
         results = [jax.eval_shape(f, *operands) for f in branches]
@@ -130,7 +130,22 @@ def cond(run: Run, eqn: Eqn, args: list[Any]) -> Any:
 
         return run_branch
 
-    return lax.switch(index, [joined(n) for n in range(len(branches))], *operands)
+    return _one_of(eqn, index, [joined(n) for n in range(len(branches))], operands)
+
+
+def _one_of(
+    eqn: Eqn, index: Any, branches: Sequence[Callable[..., Any]], operands: list[Any]
+) -> list[Any]:
+    """What one branch returns: that of the index, or of the platform lowered for."""
+    platforms = _compat.cond_platforms(eqn)
+    if platforms is None:
+        return lax.switch(index, branches, *operands)
+    named = {
+        name: f
+        for names, f in zip(platforms, branches, strict=True)
+        for name in names or ("default",)
+    }
+    return lax.platform_dependent(*operands, **named)
 
 
 class _FormsDifferError(Exception):

@@ -23,7 +23,7 @@ DEVICES = 8
 MODELS: Mapping[str, Row] = {
     "llama": {
         "model_type": "llama", "vocab_size": 1024, "hidden_size": 256,
-        "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4,
     },
     "gpt2": {
@@ -31,19 +31,19 @@ MODELS: Mapping[str, Row] = {
         "n_head": 8, "n_positions": 128,
     },
     "t5": {
-        "model_type": "t5", "vocab_size": 1024, "d_model": 256, "d_kv": 32, "d_ff": 704,
+        "model_type": "t5", "vocab_size": 1024, "d_model": 256, "d_kv": 32, "d_ff": 640,
         "num_layers": 4, "num_heads": 8, "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
     },
     "bert": {
         "model_type": "bert", "vocab_size": 1024, "hidden_size": 256,
-        "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8,
         "max_position_embeddings": 128, "num_labels": 3,
         "architectures": ["BertForSequenceClassification"],
     },
     "mixture": {
         "model_type": "qwen3_moe", "vocab_size": 1024, "hidden_size": 256,
-        "intermediate_size": 704, "moe_intermediate_size": 192, "num_hidden_layers": 4,
+        "intermediate_size": 640, "moe_intermediate_size": 192, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "num_experts": 8,
         "num_experts_per_tok": 2,
     },
@@ -55,7 +55,7 @@ TRAINED: Mapping[str, Row] = {
     "QLoRA, nf4": {"quantize": "nf4", "targets": "all-linear"},
     "every weight": {"full": True},
 }
-CUT = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
+CUT = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def all_cases() -> list[list[Planned]]:
         Planned(model, trained, mesh, size=1, length=128)
         for model in ("llama", "t5")
         for trained in ("LoRA", "QLoRA, nf4")
-        for mesh in (None, "fsdp=8")
+        for mesh in (None, "data=2,fsdp=4")
     ]
     return [families, forms, meshes, few]
 

@@ -13,7 +13,8 @@ import jlora
 from jlora import models, sharding
 from jlora._errors import OptionError
 from jlora.sharding._collectives import _axes, _bytes, _operations
-from jlora.train import TrainState, cross_entropy, make_train_step
+from jlora.train import TrainState, cross_entropy, make_eval_step, make_train_step
+from jlora.train._codes import kept_parts
 
 FOUR = jax.devices()[:4]
 MESH = sharding.make_mesh("data=2,tensor=2", devices=FOUR)
@@ -136,3 +137,65 @@ def test_tensor_parallel_devices_sum_activations_and_gather_no_kernel():
     assert found.of("all-gather").largest < 4 * WIDTH * HIDDEN / 2
     over_data = [row for row in found if "data" in row.axes]
     assert sum(row.bytes for row in over_data) <= adapters + 3 * states
+
+
+# -- quantised kernels -----------------------------------------------------------------
+
+
+STACKED = jlora.Target(in_axes=(1,), out_axes=(2,), batch_axes=(0,))
+
+
+def layers(params, batch, key=None):
+    """The loss of a net of scanned layers, each of two kernels."""
+
+    def layer(x, own):
+        return jnp.tanh(x @ own["up"]["kernel"]) @ own["down"]["kernel"], None
+
+    x, _ = jax.lax.scan(layer, batch["x"], params)
+    return jnp.mean((x - 1) ** 2)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4", "fp8"])
+def test_devices_gather_codes_and_no_dense_kernels(form):
+    mesh = sharding.make_mesh("data=2,fsdp=2", devices=FOUR)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)
+    base = {"up": {"kernel": draw(3, 128, 320)}, "down": {"kernel": draw(3, 320, 128)}}
+    both = {"up": STACKED, "down": STACKED}
+    codes = jlora.quantize(base, form, targets=both)
+    tree = randomise(jlora.lorafy(codes, 2, {"up": STACKED}), jax.random.key(1))
+    rules = sharding.rules([("up/", P("fsdp", None)), ("down/", P(None, "fsdp"))])
+    batch, tx, told = {"x": draw(8, 128)}, optax.sgd(0.1), []
+    for own in (None, mesh):
+        state = TrainState.create(
+            tree if own is None else sharding.place(tree, own, rules), tx
+        )
+        step = make_train_step(layers, tx, mesh=own, donate=False)
+        read = make_eval_step(lambda *args: {"loss": layers(*args)}, mesh=own)
+        new, metrics = step(state, batch)
+        losses = [float(x["loss"]) for x in (metrics, read(new, batch))]
+        told.append([*losses, np.asarray(jax.tree.leaves(new.trainable)[0])])
+    for whole, cut in zip(*told, strict=True):
+        np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-6)
+
+    gathered = sharding.collectives(step.lower(state, batch).compile())
+    gathered = gathered.of("all-gather", "fsdp")
+    # Bytes of a kernel's codes. A CPU's XLA sends fp8 as float16.
+    size = int(128 * 320 * {"int8": 1, "nf4": 0.5, "fp8": 2}[form])
+    assert gathered.largest == size
+    # Both kernels of each layer, forwards and backwards, and their statistics: of the
+    # down projection one scale a row of 320, or a byte of 64 numbers.
+    assert 4 * 3 * size <= gathered.bytes < 1.1 * 4 * 3 * size
+
+
+def test_codes_are_gathered_whatever_else_cuts_them():
+    """Kernels' other axes stay cut, and stacks of experts too."""
+    mesh = sharding.make_mesh("fsdp=2,tensor=2", devices=FOUR)
+    base = {"up": {"kernel": np.ones((3, 128, 64), np.float32)}}
+    codes = jlora.quantize(base, "nf4", targets={"up": STACKED})
+    rules = [("kernel$", P("fsdp", "tensor"))]
+    placed = sharding.place(codes, mesh, rules)
+    [(on, parts)] = kept_parts(placed, mesh)
+    assert (on, parts) == (mesh.abstract_mesh, ("tensor", None))
+    assert kept_parts(codes, mesh) is None  # on no mesh
+    assert kept_parts(sharding.place(codes, mesh, [("", P())]), mesh) is None

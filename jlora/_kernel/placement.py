@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import Array, Dims
 from jlora._kernel.nodes import LowRank
 from jlora._kernel.quantized import Quantized
+from jlora._kernel.quantized import fitting as fitting
 
 
 def factor_spec(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
@@ -25,24 +25,6 @@ def factor_spec(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
     """
     parts = tuple(spec)
     return PartitionSpec(*(parts[d] if 0 <= d < len(parts) else None for d in dims))
-
-
-def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """A spec without the entries that do not divide their axis of the shape.
-
-    An adapter on a part of a fused kernel may be cut less finely than the kernel.
-
-    >>> mesh = jax.sharding.AbstractMesh((2,), ("x",))
-    >>> tuple(fitting(PartitionSpec("x", None), (3, 4), mesh))
-    (None, None)
-    """
-
-    def ways(part: Any) -> int:
-        names = part if isinstance(part, tuple) else (part,)
-        return math.prod(mesh.shape.get(name, 1) for name in names)
-
-    pairs = zip(tuple(spec), shape, strict=False)
-    return PartitionSpec(*(None if n % ways(part) else part for part, n in pairs))
 
 
 def place_spec(

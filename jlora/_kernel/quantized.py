@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._kernel import codebooks
 from jlora._kernel.axes import Array
@@ -54,6 +54,9 @@ class Layout:
         the codes then.
       then: operations on the dense kernel, by primitive and parameters; in no tree of
         parameters.
+      kept: the mesh, and how the codes' axes behind the stacks' are cut once they are
+        gathered, before the kernel is dense; None leaves that to XLA, which gathers the
+        dense kernel. While a program is traced, in no tree of parameters.
     """
 
     form: str
@@ -63,6 +66,7 @@ class Layout:
     cols: tuple[int, ...]
     sizes: tuple[int, ...]
     then: tuple[tuple[Any, Any, tuple[int, ...], Any], ...] = ()
+    kept: tuple[Any, tuple[Any, ...]] | None = None
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -137,7 +141,7 @@ class Quantized(Opaque):
     def dense(self) -> Array:
         """The dense kernel, in its dtype."""
         layout, batch = self.layout, self.batch
-        x = self._values().astype(layout.dtype)
+        x = self._gathered()._values().astype(layout.dtype)
         sizes = (*self.codes.shape[len(batch) : -1], *self._col_sizes)
         x = lax.reshape(x, (*batch, *sizes))
         dims = (*layout.rows, *layout.cols)
@@ -146,6 +150,24 @@ class Quantized(Opaque):
         for primitive, params, _, _ in layout.then:
             x = primitive.bind(x, **dict(params))
         return x
+
+    def _gathered(self) -> Quantized:
+        """The same kernel, its codes cut as `layout.kept` says."""
+        if self.layout.kept is None:
+            return self
+        mesh, parts = self.layout.kept
+        free = [PartitionSpec.UNCONSTRAINED] * len(self.batch)
+
+        def whole(name: str) -> Array:
+            x = getattr(self, name)
+            own = fitting(PartitionSpec(*parts[: x.ndim - len(free)]),
+                          x.shape[len(free) :], mesh)  # fmt: skip
+            where = NamedSharding(mesh, PartitionSpec(*free, *own))
+            return lax.with_sharding_constraint(x, where)
+
+        layout = dataclasses.replace(self.layout, kept=None)
+        codes, absmax = whole("codes"), whole("absmax")
+        return dataclasses.replace(self, codes=codes, absmax=absmax, layout=layout)
 
     def with_dtype(self, dtype: Any) -> Quantized:
         """The same codes of a kernel that is of that dtype once it is dense."""
@@ -252,6 +274,24 @@ class Quantized(Opaque):
         layout, note = static
         codes, absmax, nested_absmax, offset = children
         return cls(codes, absmax, nested_absmax, offset, layout, note.text)
+
+
+def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """A spec without the entries that do not divide their axis of the shape.
+
+    An adapter on a part of a fused kernel may be cut less finely than the kernel.
+
+    >>> mesh = jax.sharding.AbstractMesh((2,), ("x",))
+    >>> tuple(fitting(PartitionSpec("x", None), (3, 4), mesh))
+    (None, None)
+    """
+
+    def ways(part: Any) -> int:
+        names = part if isinstance(part, tuple) else (part,)
+        return math.prod(mesh.shape.get(name, 1) for name in names)
+
+    pairs = zip(tuple(spec), shape, strict=False)
+    return PartitionSpec(*(None if n % ways(part) else part for part, n in pairs))
 
 
 _ARRAYS = ("codes", "absmax", "nested_absmax", "offset")

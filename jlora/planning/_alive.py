@@ -158,7 +158,8 @@ class _Buffers:
             moved += d.moved or _traffic(d, roots, writes)
         for v in self._outputs:
             if v in begin:
-                end[v] = end.get(v, begin[v]) if v in self._in_place else len(did)
+                in_place = v in self._in_place and self._is_fused(v)
+                end[v] = end.get(v, begin[v]) if in_place else len(did)
         return self._peak(begin, end, runs, moved)
 
     def _peak(
@@ -194,13 +195,22 @@ class _Buffers:
         """Whether an output's last operation may write it to where it shall lie."""
         if v not in self._made_by:
             return False
+        readers = self._readers.get(v, ())
+        if any(self._did[n].name in _SOLID for n in readers):
+            return False
         return self._did[self._made_by[v]].name not in _SOLID - {"scan", "while"}
 
     def _written_over(
         self, d: Did, new: Sequence[Value], dying: Sequence[Value]
     ) -> int:
         """Bytes of operands that results are written over."""
-        if d.name in _SOLID - {"scan", "while", "scatter-add", "scatter"}:
+        if d.name not in (
+            "scan",
+            "while",
+            "scatter-add",
+            "scatter",
+            "dynamic_update_slice",
+        ):
             return 0
         sizes = sorted(v.bytes for v in dying if v not in new)
         over = 0

@@ -14,8 +14,9 @@ from jlora._errors import OptionError, ShapeError
 from jlora.planning import _program
 from jlora.planning._account import Account, account
 from jlora.planning._values import spec_of, value
-from jlora.sharding import _mesh, rules
+from jlora.sharding import _mesh, place, rules
 from jlora.sharding._batches import batch_spec
+from jlora.train._codes import gathering, kept_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,21 @@ def read_step(request: Request, mesh: Any) -> Read:
     step, trainable, opt_state, frozen, key, batch = inputs
     donated = [*step, *trainable, *opt_state]
     flat = [*donated, *frozen, *key, *batch]
-    jaxpr = work.step().trace(work.state, work.batch).jaxpr
+    with gathering(_kept(work, request, mesh)):
+        jaxpr = work.step().trace(work.state, work.batch).jaxpr
     found = account(jaxpr, flat, sizes, donated=len(donated))
     parts = {"base": frozen, "adapters": trainable, "optimiser": opt_state,
              "batch": [*batch, *key, *step]}  # fmt: skip
     held = {name: sum(v.bytes for v in vs) for name, vs in parts.items()}
     return Read(work, held, found, jaxpr)
+
+
+def _kept(work: _program.Work, request: Request, mesh: Any) -> Any:
+    """How a step on the mesh gathers codes."""
+    if request.mesh is None:
+        return None
+    own = rules(request.layout, uneven=request.uneven)
+    return kept_parts(place(work.state.frozen, mesh, own), mesh)
 
 
 def _arrays(state: Any, batch: Any) -> list[list[Any]]:

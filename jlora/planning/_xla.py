@@ -13,6 +13,7 @@ from jlora.planning import _program
 from jlora.planning._read import Read, Request, spec_of_batch
 from jlora.planning._report import Memory
 from jlora.sharding import make_mesh, place, rules
+from jlora.train._codes import gathering, kept_parts
 
 
 def compiled_memory(memory: Memory, request: Request, mesh: Any, read: Read) -> Memory:
@@ -57,5 +58,6 @@ def compiled_step(request: Request, mesh: Any, work: _program.Work) -> Any:
         work.batch,
     )  # fmt: skip
     # As a step that is given `mesh=`: models say there how their states are cut.
-    with jax.sharding.use_abstract_mesh(real.abstract_mesh):
+    kept = kept_parts(state.frozen, real)
+    with jax.sharding.use_abstract_mesh(real.abstract_mesh), gathering(kept):
         return work.step().lower(state, batch).compile()

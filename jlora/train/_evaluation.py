@@ -18,6 +18,7 @@ from jlora._tree.dropout import with_dropout
 from jlora._tree.options import one_of
 from jlora.sharding._batches import place_batch
 from jlora.train._batch import Batch, as_batch
+from jlora.train._codes import gathering, kept_parts, with_gathers
 from jlora.train._gradients import (
     AxisName,
     GradientSettings,
@@ -48,9 +49,10 @@ class EvalStep:
         axis_name: AxisName | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        def of_arrays(rest: Any, arrays: Any, batch: Batch) -> Totals:
-            with on_mesh(mesh):
-                return totals(put_together(arrays, rest), batch)
+        def of_arrays(known: Any, arrays: Any, batch: Batch) -> Totals:
+            rest, kept = known
+            with on_mesh(mesh), gathering(kept):
+                return totals(with_gathers(put_together(arrays, rest)), batch)
 
         self._is_mapped, self._mesh = parallel == "pmap", mesh
         self._check_ids = IdCheck()
@@ -66,9 +68,14 @@ class EvalStep:
 
     def totals(self, state: TrainState | Tree, batch: Batch) -> Totals:
         """Each metric as `(total, count)`, to be summed over batches."""
-        arrays, rest = take_apart(_eval_params(state))
+        params = _eval_params(state)
+        arrays, rest = take_apart(params)
         batch = as_batch(batch)
-        arguments = (rest, arrays, self._placed(batch))
+        arguments = (
+            (rest, kept_parts(params, self._mesh)),
+            arrays,
+            self._placed(batch),
+        )
         if not self._is_mapped:
             trace = lambda: self._totals.trace(*arguments).jaxpr  # noqa: E731
             self._check_ids(rest, batch, trace)

@@ -22,6 +22,7 @@ from jlora._paths import path_str
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine
 from jlora.sharding._batches import data_axes, data_ways
+from jlora.train._codes import with_gathers
 from jlora.train._static import is_array
 from jlora.train._totals import Totals, accumulation_dtype, means, nonzero
 
@@ -159,7 +160,8 @@ class Objective:
     def _total(self, trainable: Tree, batch: Any, key: Array) -> tuple[Array, Totals]:
         """The loss's total, to be differentiated, and all totals."""
         own, params_key = jax.random.split(key)
-        params = with_dropout(combine(trainable, self._frozen), params_key)
+        params = with_gathers(combine(trainable, self._frozen))
+        params = with_dropout(params, params_key)
         totals = self._loss(cast_full(params, self._settings.compute_dtype), batch, own)
         return totals["loss"][0], totals
 

@@ -21,6 +21,7 @@ from jlora._transform.replay import OnMissing
 from jlora._tree.options import one_of
 from jlora.sharding._batches import place_batch
 from jlora.train._batch import Batch, as_batch
+from jlora.train._codes import Kept, gathering, kept_parts
 from jlora.train._gradients import (
     AxisName,
     GradientSettings,
@@ -293,7 +294,8 @@ class TrainStep:
             known = (treedef, rest, tuple(shardings))
             wrap = functools.partial(jax.jit, out_shardings=(shardings, None))
         if known not in self._compiled:
-            flat = functools.partial(self._flat, treedef, rest)
+            kept = kept_parts(state.frozen, self._traced_on)
+            flat = functools.partial(self._flat, treedef, rest, kept)
             self._compiled[known] = wrap(flat, donate_argnums=self._donate)
         return self._compiled[known], (leaves, frozen, state.key, batch), treedef
 
@@ -310,13 +312,20 @@ class TrainStep:
         return batch if self._mesh is None else place_batch(batch, self._mesh)
 
     def _flat(
-        self, treedef: Any, rest: Any, leaves: Any, frozen: Any, key: Any, batch: Any
+        self,
+        treedef: Any,
+        rest: Any,
+        kept: Kept | None,
+        leaves: Any,
+        frozen: Any,
+        key: Any,
+        batch: Any,
     ) -> Any:
         self._traces += 1
         moving = jax.tree.unflatten(treedef, leaves)
-        kept = (put_together(frozen, rest), key)
-        with on_mesh(self._traced_on):
-            moving, metrics = self._pure(moving, kept, batch)
+        of_run = (put_together(frozen, rest), key)
+        with on_mesh(self._traced_on), gathering(kept):
+            moving, metrics = self._pure(moving, of_run, batch)
         leaves, structure = jax.tree.flatten(moving)
         if structure != treedef:
             raise StructureError(

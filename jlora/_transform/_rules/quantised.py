@@ -181,7 +181,9 @@ def for_shards(x: Any, spec: Any) -> Any:
     cut = {d for d, names in enumerate(tuple(spec)) if names is not None}
     if x.base.layout.then or not cut <= {*x.base.along("codes")}:
         return with_dense_base(x)
-    return dataclasses.replace(x, base=x.base.single())
+    base = x.base.single()
+    base = dataclasses.replace(base, layout=dataclasses.replace(base.layout, kept=None))
+    return dataclasses.replace(x, base=base)
 
 
 def placed_base(base: Any, sharding: Any, place: Any) -> Any:

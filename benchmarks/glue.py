@@ -74,7 +74,7 @@ def _run(options: Any, task: str, name: str, seed: int) -> tuple[Row, Row]:
     if options.quick:
         quick = {"train_size": 8, "test_size": 8, "batch_size": 4, "rank": 2}
     settings = tasks.ClassificationSettings(**{
-        "model": options.model, "task": task, "data": options.data, "seed": seed,
+        "model": options.model, "glue": task, "data": options.data, "seed": seed,
         "train_size": options.sentences, "max_length": options.length or None,
         "batch_size": options.batch, "epochs": options.epochs, "rank": options.rank,
         "lr": rate, "schedule": "linear", "warmup_ratio": 0.06, **quick,

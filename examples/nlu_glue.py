@@ -136,7 +136,7 @@ class Settings(tasks.AdapterOptions, tasks.TrainingOptions):
             if not self.full:
                 mine["targets"] = self.targets or ["all-linear"]
         else:
-            mine |= {"task": name, "model": self.model or "FacebookAI/roberta-base"}
+            mine |= {"glue": name, "model": self.model or "FacebookAI/roberta-base"}
         if self.recipe:
             lr, batch, epochs = ROBERTA_BASE[name]
             mine |= {**PAPER, "lr": lr, "batch_size": batch}
@@ -175,7 +175,7 @@ def solve(s: Settings, name: str, top: train.RunFolder, encoder: Any) -> Solved:
     summary, task = jlora.summary(tree), tasks.Classification(own, loaded)
     for remark in task.remarks:
         print(f"note: {remark}")
-    with own.claim(name) as folder:
+    with own.claim(name, "classify") as folder:
         before = task.answer("before", tree, folder)
         try:
             fit = own.fit(

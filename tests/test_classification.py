@@ -141,15 +141,15 @@ def asked(*argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--task sst2 --train x", "--task brings its own data"),
-        ("--data x --train y", "say which --task"),
+        ("--glue sst2 --train x", "--glue brings its own data"),
+        ("--data x --train y", "say which --glue"),
         ("", "data is needed"),
         ("--train x --regression --classes a b", "--regression has none"),
         ("--train x --text a b c", "takes one column, or two"),
-        ("--task stsb --metrics accuracy", "accuracy is not for such labels"),
-        ("--task cola --metrics pearson", "pearson is not for such labels"),
-        ("--task sst2 --warmup 3 --warmup-ratio 0.1", "exclude each other"),
-        ("--task boolq", "boolq"),
+        ("--glue stsb --metrics accuracy", "accuracy is not for such labels"),
+        ("--glue cola --metrics pearson", "pearson is not for such labels"),
+        ("--glue sst2 --warmup 3 --warmup-ratio 0.1", "exclude each other"),
+        ("--glue boolq", "boolq"),
     ],
 )
 def test_options_that_do_not_go_together(argv, message):
@@ -159,7 +159,7 @@ def test_options_that_do_not_go_together(argv, message):
 
 
 def test_the_rate_rises_for_a_part_of_the_steps():
-    s = asked("--task", "rte", "--model", "x", "--warmup-ratio", "0.1", "--lr", "1.0",
+    s = asked("--glue", "rte", "--model", "x", "--warmup-ratio", "0.1", "--lr", "1.0",
               "--schedule", "linear")  # fmt: skip
     _, rate = s.optimizer(50)
     np.testing.assert_allclose([rate(0), rate(5), rate(50)], [0.0, 1.0, 0.0])
@@ -172,15 +172,15 @@ def test_classes_and_metrics_of_ones_own_tables(tmp_path):
     assert (s.class_names, s.num_labels) == (("fine", "poor"), 2)
     assert s.metric_names == ("accuracy", "f1")
     s = asked(*own, "--classes", "poor", "fine")
-    assert s._files(s.train).labels.tolist() == [1, 0]
+    assert s.examples(s.train).labels.tolist() == [1, 0]
     s = asked(*own, "--regression")
     with pytest.raises(jlora.DataError, match="line 2, column y: 'fine' is no number"):
-        s._files(s.train)
+        s.examples(s.train)
     write(tmp_path / "b.csv", "2,good film", "10,bad film")
     numbered = ["--train", tmp_path / "b.csv", "--text", "2", "--label", "1"]
     s = asked("--model", "x", *numbered)
     assert s.class_names == ("2", "10")
-    assert s._files(s.train).labels.tolist() == [0, 1]
+    assert s.examples(s.train).labels.tolist() == [0, 1]
 
 
 # -- runs ------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ SMALL = ["--batch-size", "16", "--eval-batch-size", "16", "--steps", "3", "--lr"
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_a_whole_task_by_its_name(task, folder, own, tmp_path):
     out = tmp_path / "run"
-    s = asked("--model", folder, "--task", task, "--data", own, "--output", out, *SMALL)
+    s = asked("--model", folder, "--glue", task, "--data", own, "--output", out, *SMALL)
     tasks.run("classify", s)
     report = (out / "report.md").read_text()
     names = {"sst2": ["accuracy"], "stsb": ["pearson", "spearman"]}[task]
@@ -242,7 +242,7 @@ def test_a_whole_task_by_its_name(task, folder, own, tmp_path):
 
 
 def test_logits_predictions_and_tables(folder, own):
-    s = asked("--model", folder, "--task", "sst2", "--data", own, *SMALL)
+    s = asked("--model", folder, "--glue", "sst2", "--data", own, *SMALL)
     loaded = s.load(folder)
     task = tasks.Classification(s, loaded)
     tree = randomise(s.adapt(loaded.params, s.key), jax.random.key(3))
@@ -271,7 +271,7 @@ def test_logits_predictions_and_tables(folder, own):
 
 
 def test_pairs_bring_token_types(folder, own):
-    s = asked("--model", folder, "--task", "stsb", "--data", own, *SMALL)
+    s = asked("--model", folder, "--glue", "stsb", "--data", own, *SMALL)
     task = tasks.Classification(s, s.load(folder))
     batch = next(iter(task.train))
     assert batch["labels"].dtype == np.float32
@@ -294,7 +294,7 @@ def test_a_batch_is_routed_to_each_examples_task(kind, tmp_path):
     pairs, base = {}, None
     for place, (name, labels) in enumerate(own.items()):
         s = dataclasses.replace(
-            asked("--model", folder, "--task", "cola", "--rank", 2 + place)
+            asked("--model", folder, "--glue", "cola", "--rank", 2 + place)
         )
         model, params, tokenizer = s.load(folder, num_labels=labels)
         base = base or params[model.config.prefix]
@@ -316,7 +316,7 @@ def test_a_batch_is_routed_to_each_examples_task(kind, tmp_path):
 
 
 def test_dropout_within_the_model_is_for_training_alone(folder):
-    s = asked("--model", folder, "--task", "rte", "--model-dropout")
+    s = asked("--model", folder, "--glue", "rte", "--model-dropout")
     model, params, _ = s.load(folder)
     batch = {"input_ids": np.array([[2, 5, 6, 3]]), "labels": np.array([1])}
     batch["attention_mask"] = np.ones_like(batch["input_ids"])

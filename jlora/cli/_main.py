@@ -138,8 +138,10 @@ COMMANDS = (
     ),
     Command(
         "evaluate",
-        "measure a model: loss and perplexity of texts, BLEU and chrF of its answers",
+        "measure a model: the loss of texts, BLEU of its answers, a classifier's "
+        "accuracy",
         "  jlora evaluate runs/translate-1\n"
+        "  jlora evaluate runs/classify-1 --data new.tsv --text review\n"
         "  jlora evaluate DIR --adapter someones/adapter --data test.de test.en \\\n"
         "      --direction de-en --num-beams 4\n"
         "  jlora evaluate openai-community/gpt2 --data book.txt --json",

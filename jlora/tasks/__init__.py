@@ -11,6 +11,7 @@
     Chat  ChatSettings                 conversations, the assistant's answers learned
     Preferences  PreferenceSettings    of two answers the better one: DPO
     Classification  ClassificationSettings  GLUE     sentences to classes or numbers
+    Classifier  class_scores           a classifier that is asked, and its metrics
     Router                             classifiers on one encoder, in mixed batches
     run  KINDS                         a whole task, as `jlora train` runs it
     compare  METHODS                   one task by full fine-tuning, LoRA, DoRA, QLoRA
@@ -21,6 +22,9 @@ The examples are composed of these; nothing here is needed to use jlora.
 from jlora.tasks._chats import Answers as Answers
 from jlora.tasks._chats import ChatOptions as ChatOptions
 from jlora.tasks._chats import Measure as Measure
+from jlora.tasks._classifier import Classifier as Classifier
+from jlora.tasks._classifier import class_scores as class_scores
+from jlora.tasks._classifier import logits_of as logits_of
 from jlora.tasks._compare import METHODS as METHODS
 from jlora.tasks._compare import Comparison as Comparison
 from jlora.tasks._compare import Outcome as Outcome
@@ -58,7 +62,6 @@ from jlora.tasks.chat import Chat as Chat
 from jlora.tasks.chat import ChatSettings as ChatSettings
 from jlora.tasks.classification import Classification as Classification
 from jlora.tasks.classification import ClassificationSettings as ClassificationSettings
-from jlora.tasks.classification import logits_of as logits_of
 from jlora.tasks.data_to_text import DataToText as DataToText
 from jlora.tasks.data_to_text import DataToTextSettings as DataToTextSettings
 from jlora.tasks.data_to_text import Meaning as Meaning

@@ -50,10 +50,10 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
     model: str | None = option(
         None, "folder or hub name of a BERT or RoBERTa", path=True,
         group="model and data", metavar="DIR|NAME")
-    task: str | None = option(
-        None, f"one of GLUE's: {' '.join(GLUE)}", choices=tuple(GLUE), metavar="NAME")
+    glue: str | None = option(
+        None, f"a task of GLUE: {' '.join(GLUE)}", choices=tuple(GLUE), metavar="NAME")
     data: str | None = option(
-        None, f"a folder of GLUE's files, for --task (the hub's {HUB})", path=True,
+        None, f"a folder of GLUE's files, for --glue (the hub's {HUB})", path=True,
         metavar="DIR")
     train: list[str] | None = option(
         None, "or tables of your own: tsv, csv, jsonl, json, parquet; or .gz",
@@ -87,13 +87,13 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
         super().check()
         own = [self.train, self.valid, self.test, self.classes, self.regression or None]
         refuse({
-            "--task brings its own data; leave --train, --valid, --test, --classes and "
-            "--regression out": self.task and any(x is not None for x in own),
-            "--data is a folder of GLUE's files; say which --task": (
-                self.data and not self.task
+            "--glue brings its own data; leave --train, --valid, --test, --classes and "
+            "--regression out": self.glue and any(x is not None for x in own),
+            "--data is a folder of GLUE's files; say which --glue": (
+                self.data and not self.glue
             ),
-            "data is needed: --task NAME of GLUE, or --train FILE": (
-                not self.task and not self.train
+            "data is needed: --glue NAME, or --train FILE": (
+                not self.glue and not self.train
             ),
             "--classes names classes, and --regression has none": (
                 self.regression and self.classes
@@ -109,7 +109,7 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
 
     @property
     def _is_regression(self) -> bool:
-        return self.regression or bool(self.task and not GLUE[self.task].classes)
+        return self.regression or bool(self.glue and not GLUE[self.glue].classes)
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -117,8 +117,8 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
 
         Without a task and `classes` they are what `train` says, in order.
         """
-        if self.task:
-            return GLUE[self.task].classes
+        if self.glue:
+            return GLUE[self.glue].classes
         if self.regression or self.classes:
             return tuple(self.classes or ())
         found = {
@@ -132,7 +132,7 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
     @property
     def text_columns(self) -> tuple[str, ...]:
         """The columns of the text, one or two."""
-        return GLUE[self.task].text if self.task else tuple(self.text)
+        return GLUE[self.glue].text if self.glue else tuple(self.text)
 
     @property
     def num_labels(self) -> int:
@@ -144,8 +144,8 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
         """What to report."""
         if self.metrics:
             return tuple(self.metrics)
-        if self.task:
-            return metrics.GLUE_TASKS[self.task]
+        if self.glue:
+            return metrics.GLUE_TASKS[self.glue]
         by_labels = {1: OF_NUMBERS, 2: ("accuracy", "f1")}
         return by_labels.get(self.num_labels, ("accuracy", "macro_f1"))
 
@@ -157,7 +157,16 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
         own = {"head": "classification", "num_labels": self.num_labels, "key": self.key}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*leaves of the chosen", JloraWarning)
-            return super().load(source, **{**own, **options})
+            loaded = super().load(source, **{**own, **options})
+        config, names = loaded.model.config, self.class_names
+        if not names:
+            return loaded
+        said = {  # the classes' names go with the model, as transformers has them
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+        named = dataclasses.replace(config, extra={**config.extra, **said})
+        return loaded._replace(model=loaded.model.clone(config=named))
 
     def adapt(
         self,
@@ -170,18 +179,18 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
 
     def read(self) -> tuple[Examples, Examples, dict[str, Examples]]:
         """Read what to train on, to validate with, and to test."""
-        if self.task:
-            (training,) = glue_examples(self.task, "train", self.data).values()
-            tests = glue_examples(self.task, "test", self.data)
+        if self.glue:
+            (training,) = glue_examples(self.glue, "train", self.data).values()
+            tests = glue_examples(self.glue, "test", self.data)
         else:
-            training = self._files(self.train or [])
+            training = self.examples(self.train or [])
             if self.test:
-                tests = {"test": self._files(self.test)}
+                tests = {"test": self.examples(self.test)}
             else:
                 training, held = hold_out(training, self.test_size or 500, self.seed)
                 tests = {"test": held}
         if self.valid:
-            valid = self._files(self.valid)
+            valid = self.examples(self.valid)
         else:
             training, valid = hold_out(training, self.valid_size, self.seed)
         limit = self.test_size
@@ -189,7 +198,12 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
         valid = valid.take(range(len(valid))[: self.valid_size])
         return subset(training, self.train_size, self.seed), valid, tests
 
-    def _files(self, files: Sequence[str]) -> Examples:
+    def examples(self, files: Sequence[str | Path]) -> Examples:
+        """Return the labelled texts of tables.
+
+        Raises:
+          DataError: a table lacks a column, or a label is none of the classes.
+        """
         return join(
             [
                 read_examples(
@@ -199,7 +213,7 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
             ]
         )
 
-    def _table(self, file: str) -> Table:
+    def _table(self, file: str | Path) -> Table:
         """Read a table; columns that are called by numbers have no names in it."""
         numbered = all(name.isdigit() for name in (*self.text, self.label))
         return read_table(file, columns="numbered" if numbered else None)

@@ -119,6 +119,10 @@ class Chat:
         texts, scores = self.prompts.answer(when, params, folder)
         return Answers({"loss": loss, "perplexity": math.exp(loss), **scores}, texts)
 
+    def scores(self, answers: Answers) -> dict[str, dict[str, float]]:
+        """Return the numbers of what was held out, by name."""
+        return {"held out": answers.scores}
+
     def report(
         self,
         folder: train.RunFolder,

@@ -16,13 +16,14 @@ import numpy as np
 
 import jlora
 from jlora import data, train
-from jlora._errors import OptionError
-from jlora._processes import is_first, on_first, on_host
-from jlora.tasks._class_settings import LONGEST, METRICS
+from jlora._processes import on_first
 from jlora.tasks._class_settings import (
     ClassificationSettings as ClassificationSettings,
 )
-from jlora.tasks._devices import beside
+from jlora.tasks._classifier import Classifier as Classifier
+from jlora.tasks._classifier import class_scores as class_scores
+from jlora.tasks._classifier import logits_of as logits_of
+from jlora.tasks._classifier import predictions
 from jlora.tasks._examples import Examples
 from jlora.tasks._losses import classification_loss
 from jlora.tasks._options import Loaded, count_tokens
@@ -53,14 +54,8 @@ class Classification:
 
     def __init__(self, settings: ClassificationSettings, loaded: Loaded) -> None:
         self.settings, self.remarks = settings, list[str]()
-        self._tokenizer, config = loaded.tokenizer, loaded.model.config
-        room = config.max_position_embeddings - config.first_position
-        longest = settings.max_length or min(LONGEST, room)
-        if longest > room:
-            raise OptionError(
-                f"--max-length {longest}: the model has places for {room} tokens."
-            )
-        self._known = {"longest": longest, "vocabulary": config.vocab_size}
+        self._asked = Classifier(loaded, settings.max_length)
+        config = loaded.model.config
         training, valid, self.examples = settings.read()
         splits = {"train": training, "valid": valid, **self.examples}
         columns = {name: self.columns(x, name) for name, x in splits.items()}
@@ -76,22 +71,12 @@ class Classification:
         self.tests = {name: batches[name] for name in self.examples}
         self.loss_fn = classification_loss(loaded.model, dropout=settings.model_dropout)
         self.count = count_tokens
-        self._apply = jax.jit(jlora.lora(logits_of(loaded.model)))
 
     def columns(self, examples: Examples, name: str = "texts") -> dict[str, Any]:
         """Return examples as columns for `jlora.data.Batches`; note what is cut."""
-        tokens = data.tokenise(
-            self._tokenizer,
-            examples.texts,
-            pairs=examples.pairs,
-            end=False,
-            **self._known,
-        )
-        self.remarks.extend(tokens.remarks(name))
-        columns: dict[str, Any] = {"input_ids": tokens.rows}
-        if tokens.types is not None:
-            columns["token_type_ids"] = tokens.types
-        return {**columns, "labels": examples.labels}
+        columns, remarks = self._asked.columns(examples, name)
+        self.remarks.extend(remarks)
+        return columns
 
     def logits(
         self, params: Tree, batches: data.Batches, title: str | None = None
@@ -103,13 +88,7 @@ class Classification:
           batches: the examples.
           title: of a progress bar; None shows none.
         """
-
-        def of_batch(batch: dict[str, np.ndarray]) -> Any:
-            inputs = {name: x for name, x in batch.items() if name != "labels"}
-            inputs = dict(beside(params, inputs))
-            return on_host(self._apply(params, inputs)).astype(np.float32)
-
-        return np.stack(batches.collect(of_batch, title if is_first() else None))
+        return self._asked.logits(params, batches, title)
 
     def answer(self, when: str, params: Tree, folder: train.RunFolder) -> Logits:
         """Return the logits of the tests, and write them into the run's `outputs`.
@@ -146,17 +125,13 @@ class Classification:
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
         """Return the class of each row of logits, or its number, `[n]`."""
-        return logits.argmax(-1) if self.settings.class_names else logits[:, 0]
+        return predictions(logits, self.settings.class_names)
 
     def scores(self, logits: Logits) -> dict[str, dict[str, float]]:
         """Return each test's metrics, 1 for perfect, by their names."""
+        s = self.settings
         return {
-            name: {
-                metric: METRICS[metric](
-                    self.predictions(rows), self.examples[name].labels
-                )
-                for metric in self.settings.metric_names
-            }
+            name: class_scores(s.metric_names, s.class_names, rows, self.examples[name])
             for name, rows in logits.items()
         }
 
@@ -242,7 +217,7 @@ class Classification:
           use: code that uses what was made, if there is any to show.
         """
         s, first = self.settings, next(iter(self.examples))
-        what = s.task or Path((s.train or [""])[0]).name.partition(".")[0]
+        what = s.glue or Path((s.train or [""])[0]).name.partition(".")[0]
         title = f"{Path(s.model or '').name}: {what}"
         document = train.Report(title).section("Before and after")
         document.table(*self.table(before, after)).text(FIGURES).items(self.remarks)
@@ -306,20 +281,6 @@ class Classification:
         names = self.settings.class_names
         last = f"{list(names)}[logits.argmax()]" if names else "logits[0, 0]"
         return USE.format(folder=folder.merged, words=words, last=last)
-
-
-def logits_of(model: Any) -> Callable[[Tree, Mapping[str, Any]], Any]:
-    """Return `(params, batch) -> logits` of a classifier, for plain parameters.
-
-    Args:
-      model: of `jlora.models`. A batch holds `input_ids`, `attention_mask` and perhaps
-        `token_type_ids`, `[B, S]`.
-    """
-
-    def apply(params: Tree, batch: Mapping[str, Any]) -> Any:
-        return model.apply({"params": params}, **batch)
-
-    return apply
 
 
 def _write_logits(

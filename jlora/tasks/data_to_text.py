@@ -263,6 +263,12 @@ class DataToText:
         file = self.file(when, folder)
         return self.say.to_file(params, self.prompts, file, keep=keep, title=when)
 
+    def scores(self, texts: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Return the challenge's metrics of texts for the test's meanings."""
+        references = [meaning.references for meaning in self.meanings]
+        found = metrics.generation(texts, references)
+        return {"test": {_SHOWN[name]: value for name, value in found.items()}}
+
     def file(self, when: str, folder: train.RunFolder) -> Path:
         """Return where what was said `"before"` or `"after"` training lies."""
         return folder.outputs / f"test.{when}.txt"

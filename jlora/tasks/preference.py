@@ -269,6 +269,10 @@ class Preferences:
         named = {shown: found[name] for name, shown in SHOWN.items()}
         return Answers({**named, **scores}, texts)
 
+    def scores(self, answers: Answers) -> dict[str, dict[str, float]]:
+        """Return the numbers of what was held out, by name."""
+        return {"held out": answers.scores}
+
     def report(
         self,
         folder: train.RunFolder,

@@ -15,7 +15,7 @@ import jlora
 from jlora import models, sharding
 from jlora._errors import JloraWarning, OptionError, ShapeError, StructureError
 from jlora._paths import leaves_by_path
-from jlora.train import TrainState
+from jlora.train import TrainState, make_train_step
 
 FOUR = jax.devices()[:4]
 ABSTRACT = AbstractMesh((2, 2), ("fsdp", "tensor"))
@@ -394,6 +394,56 @@ def test_a_training_state_follows_and_its_moments_are_born_where_they_stay(mesh)
     assert all(not x.sharding.is_fully_replicated for x in moments)
     moved = sharding.place(TrainState.create(tree, tx, jax.random.key(3)), mesh, rules)
     assert [x.sharding for x in jax.tree.leaves(moved)] == jax.tree.leaves(found)
+
+
+RANKED = sharding.rules([("query/kernel$", P("fsdp", None))], rank="tensor")
+
+
+def test_the_rank_is_cut_on_request(mesh):
+    """And a step on the mesh is that of one device."""
+    base = arrays({"query": {"kernel": (8, 6)}})
+    tree = randomise(jlora.lorafy(base, 4, ["query"]), jax.random.key(0))
+    tx = optax.adam(1e-2)
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+
+    def loss_fn(params, batch, key):
+        return jnp.mean((batch["x"] @ params["query"]["kernel"] - 1) ** 2)
+
+    ends = []
+    for own in (None, mesh):
+        state = TrainState.create(tree, tx)
+        state = state if own is None else sharding.place(state, own, RANKED)
+        step = make_train_step(loss_fn, tx, mesh=own, donate=False)
+        for _ in range(2):
+            state, metrics = step(state, {"x": x})
+        [t] = state.params["query"]["kernel"].adapters.values()
+        ends.append([metrics["loss"], t.a, t.b])
+    for one, cut in zip(*ends, strict=True):
+        np.testing.assert_allclose(cut, one, rtol=1e-5)
+    assert tuple(t.a.sharding.spec) == ("fsdp", "tensor")
+    assert tuple(t.b.sharding.spec) == ("tensor", None)
+    moments = {x.sharding.spec for x in jax.tree.leaves(state.opt_state) if x.ndim == 2}
+    assert moments == {t.a.sharding.spec, t.b.sharding.spec}
+
+
+def test_a_rank_that_cannot_be_cut(mesh):
+    base = arrays({"query": {"kernel": (8, 6)}})
+    three = jlora.lorafy(base, 3, ["query"])
+    with pytest.raises(ShapeError, match="a rank of 3 is to be cut over tensor=2"):
+        sharding.place(three, mesh, RANKED)
+    placed = sharding.place(three, mesh, RANKED, uneven="replicate")
+    [t] = placed["query"]["kernel"].adapters.values()
+    assert tuple(t.a.sharding.spec) == ("fsdp", None)
+    # B's outputs lie over tensor themselves.
+    both = sharding.rules([("query/kernel$", P("fsdp", "tensor"))], rank=["tensor"])
+    placed = sharding.place(jlora.lorafy(base, 4, ["query"]), mesh, both)
+    [t] = placed["query"]["kernel"].adapters.values()
+    assert tuple(t.a.sharding.spec) == ("fsdp", "tensor")
+    assert tuple(t.b.sharding.spec) == (None, "tensor")
+    with pytest.raises(OptionError, match="expected the name of an axis"):
+        sharding.rules(rank=("tensor", "tensor"))
+    with pytest.raises(OptionError, match="'tensr'"):
+        sharding.place(three, mesh, sharding.rules([("", P())], rank="tensr"))
 
 
 def test_leaves_that_are_no_arrays_pass(mesh):

@@ -11,29 +11,49 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat
 from jlora._kernel.adapter import Adapter
-from jlora._kernel.axes import Array, Dims
+from jlora._kernel.axes import RANK, Array, Dims
 from jlora._kernel.nodes import LowRank
 from jlora._kernel.quantized import Quantized
 from jlora._kernel.quantized import fitting as fitting
 
 
-def factor_spec(spec: PartitionSpec, dims: Dims) -> PartitionSpec:
+def factor_spec(spec: PartitionSpec, dims: Dims, rank: Any = None) -> PartitionSpec:
     """The partition spec of a factor of a kernel partitioned by `spec`.
+
+    Args:
+      spec: the kernel's.
+      dims: the kernel's dimension along each axis of the factor.
+      rank: over which mesh axes the rank is cut; where they cut another axis of the
+        factor already, it is whole.
 
     >>> tuple(factor_spec(PartitionSpec("x", "y"), (-1, 1)))
     (None, 'y')
     """
     parts = tuple(spec)
-    return PartitionSpec(*(parts[d] if 0 <= d < len(parts) else None for d in dims))
+    own = [parts[d] if 0 <= d < len(parts) else None for d in dims]
+    taken = {name for part in own for name in _names(part)}
+    if rank is not None and RANK in dims and not taken & {*_names(rank)}:
+        own[dims.index(RANK)] = rank
+    return PartitionSpec(*own)
+
+
+def _names(part: Any) -> tuple[Any, ...]:
+    return part if isinstance(part, tuple) else () if part is None else (part,)
 
 
 def place_spec(
-    w: LowRank, spec: PartitionSpec, make: Callable[[PartitionSpec], Any] = lambda s: s
+    w: LowRank,
+    spec: PartitionSpec,
+    make: Callable[[PartitionSpec], Any] = lambda s: s,
+    rank: Any = None,
 ) -> LowRank:
-    """A node like w that holds, for each array, its part of the kernel's spec."""
+    """A node like w that holds, for each array, its part of the kernel's spec.
+
+    `rank` is as of `factor_spec`.
+    """
 
     def one(_: Array, dims: Dims) -> tuple[Any, Dims]:
-        return make(factor_spec(spec, dims)), dims
+        return make(factor_spec(spec, dims, rank)), dims
 
     base = w.base
     is_quantized = isinstance(base, Quantized)

@@ -67,10 +67,12 @@ class RunWords(NamedTuple):
 
 def end_by(place: Any) -> NoReturn:
     """End a command whose run was asked to stop, by `jlora.train.Interrupted`."""
+    from jlora._processes import is_first
     from jlora.train._command import stopped
 
     said = stopped(place)
-    print(f"jlora: {said[0].lower()}{said[1:]}", file=sys.stderr)
+    if is_first():  # of several processes one says it
+        print(f"jlora: {said[0].lower()}{said[1:]}", file=sys.stderr)
     raise SystemExit(place.status)
 
 

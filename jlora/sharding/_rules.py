@@ -31,12 +31,14 @@ class Rules:
       own: rules of the caller; they come first.
       table: the layout's rules.
       uneven: what an axis is that the mesh does not divide: an `"error"`, or whole.
+      rank: over which axes of the mesh the rank of adapters is cut.
     """
 
     name: str
     own: tuple[Rule, ...]
     table: tuple[Rule, ...]
     uneven: Uneven = "error"
+    rank: tuple[str, ...] = ()
 
     def spec(self, path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         """The partition spec of a leaf, one entry an axis.
@@ -80,8 +82,8 @@ class Rules:
         Args:
           tree: of arrays or shapes: plain, lorafied or quantised parameters, a half of
             a split tree, or a training state. Adapters lie as their kernels do, and the
-            rank is not cut; what else a state holds is on every device. Leaves that are
-            no arrays are None.
+            rank is whole unless the rules say more; what else a state holds is on every
+            device. Leaves that are no arrays are None.
           mesh: the mesh.
 
         Raises:
@@ -94,6 +96,25 @@ class Rules:
         from jlora.sharding._trees import shardings_of
 
         return shardings_of(self, tree, mesh)
+
+    def rank_part(self, path: str, size: int, mesh: Mesh) -> Any:
+        """The entry of a partition spec for the rank of adapters on a kernel.
+
+        Raises:
+          ShapeError: the mesh does not divide it.
+        """
+        part = _on(mesh, self.rank)
+        ways = ways_of(mesh, part)
+        if size % ways == 0:
+            return part
+        if self.uneven == "replicate":
+            return None
+        over = " and ".join(f"{name}={mesh.shape[name]}" for name in names_of(part))
+        raise ShapeError(
+            f"{path}: a rank of {size} is to be cut over {over}, which does not divide "
+            f"it.\nTake a rank that is a multiple of {ways}, rules without rank=, or "
+            "leave such axes whole, uneven='replicate'."
+        )
 
     def _fitted(
         self, path: str, shape: Sequence[int], rule: Rule, mesh: Mesh
@@ -121,6 +142,7 @@ def rules(
     *,
     own: Iterable[Rule] = (),
     uneven: Uneven = "error",
+    rank: str | Sequence[str] | None = None,
 ) -> Rules:
     """Rules for the parameters of every model here, or rules of your own.
 
@@ -143,6 +165,10 @@ def rules(
         `[L, i, o]`, and those that are not.
       uneven: what to do with an axis that the mesh does not divide: an `"error"`, or
         `"replicate"`, not to cut it.
+      rank: an axis of the mesh, or several, over which to cut the rank of adapters,
+        which is whole otherwise: for ranks in the hundreds. Where a factor's other axis
+        lies over the same axis of the mesh, as B's outputs do under `tensor`, the rank
+        of that factor stays whole.
 
     Returns:
       The rules; see `Rules.on`, `Rules.shardings` and `place`.
@@ -161,6 +187,16 @@ def rules(
     if uneven not in ("error", "replicate"):
         raise OptionError(f"uneven={uneven!r}: take 'error' or 'replicate'.")
     first = _checked(own)
+    over = (rank,) if isinstance(rank, str) else tuple(rank or ())
+    if not all(isinstance(name, str) for name in over) or len({*over}) < len(over):
+        raise OptionError(
+            f"rank={rank!r}: expected the name of an axis of the mesh, or several."
+        )
+    made = _rules_of(layout, first, uneven)
+    return dataclasses.replace(made, rank=over) if over else made
+
+
+def _rules_of(layout: Any, first: tuple[Rule, ...], uneven: Uneven) -> Rules:
     if isinstance(layout, Rules):
         both = (*first, *layout.own)
         return dataclasses.replace(layout, own=both, uneven=uneven)

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora._errors import JloraWarning
+from jlora._kernel.axes import RANK
 from jlora._kernel.nodes import Full, LowRank, Rows, is_array, is_node
 from jlora._kernel.placement import fitting, place_spec
 from jlora._kernel.quantized import Quantized
@@ -117,7 +118,9 @@ class _Walk:
             return dataclasses.replace(x, base=table, rows=rows)
         if isinstance(x, Quantized):
             return self.under(x, spec)
-        return self.alike(x, place_spec(x, spec))
+        parts = [self.rules.rank_part(path, n, self.mesh) for n in _ranks(x)]
+        rank = None if None in parts or not parts else parts[0]
+        return self.alike(x, place_spec(x, spec, rank=rank))
 
     def under(self, base: Any, spec: PartitionSpec) -> Any:
         """The shardings of a base, dense or quantised."""
@@ -195,6 +198,20 @@ def _spanned(x: LowRank) -> tuple[int, ...]:
         t.map(note)
     ndim = max((len(t.starts) for t in x.adapters.values()), default=0)
     return tuple(sizes.get(d, 1) for d in range(ndim))
+
+
+def _ranks(x: LowRank) -> set[int]:
+    """The ranks of a kernel's adapters; of a frozen half there are none."""
+    found: set[int] = set()
+
+    def note(array: Any, dims: Any) -> Any:
+        pairs = zip(dims, array.shape, strict=False)
+        found.update(n for d, n in pairs if d == RANK)
+        return array, dims
+
+    for t in x.adapters.values():
+        t.map(note)
+    return found
 
 
 def _with_none(tree: Tree) -> list[Any]:

@@ -136,16 +136,16 @@ def measures(s: Any) -> dict[str, tasks.Measure]:
 def sft(s: Sft) -> Done:
     """Learn the assistant's answers."""
     s = s.complete()
-    return trained("sft", s, tasks.Chat)
+    return trained("sft", "chat", s, tasks.Chat)
 
 
 def dpo(s: Dpo) -> Done:
     """Learn which of two answers is wanted."""
     s = s.complete()
-    return trained("dpo", s, tasks.Preferences)
+    return trained("dpo", "preference", s, tasks.Preferences)
 
 
-def trained(name: str, s: Any, kind: Any) -> Done:
+def trained(name: str, of: str, s: Any, kind: Any) -> Done:
     """Load, adapt, train, compare, merge, save, report."""
     s.check_alone("this example")
     began = time.perf_counter()
@@ -155,7 +155,7 @@ def trained(name: str, s: Any, kind: Any) -> Done:
     task = kind(s, loaded, measures(s))  # text to tokens, to batches of few shapes
     print(summary, *(f"note: {remark}" for remark in task.remarks), sep="\n")
 
-    with s.claim(name) as folder:
+    with s.claim(name, of) as folder:
         before = task.answer("before", tree, folder)
         fit = s.fit(  # jlora.train.fit with optax.adamw
             task.loss_fn, tree, task.train, folder, task.valid, count=task.count,

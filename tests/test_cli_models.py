@@ -267,6 +267,30 @@ def test_a_chat_has_the_templates_form(say, decoder):
     assert one != two
 
 
+def test_texts_become_messages_when_asked(done, run, decoder, tmp_path):
+    folder, few = decoder / "chat", ["--max-new-tokens", 5]
+    one, two = (continued(folder, f"<user>{x}<assistant>") for x in ("Hi", "So?"))
+    assert one != two
+    assert done("generate", folder, "Hi", "So?", "--chat", *few) == f"{one}\n{two}\n"
+    told = continued(folder, "<system>Be brief.<user>Hi<assistant>")
+    assert done("generate", folder, "Hi", "--system", "Be brief.", *few) == f"{told}\n"
+    bare = continued(folder, "Hi")
+    assert done("generate", folder, "Hi", *few) == f"{bare}\n"
+    # A run on conversations answers messages, unless it is told otherwise.
+    a_chat = tmp_path / "chat-1"
+    shutil.copytree(folder, a_chat / "merged")
+    (a_chat / "settings.json").write_text('{"task": "chat"}')
+    assert done("generate", a_chat, "Hi", *few) == f"{one}\n"
+    assert done("generate", a_chat, "Hi", "--raw", *few) == f"{bare}\n"
+    for argv, status, message in [
+        ([folder, "Hi", "--raw", "--chat"], 2, "--raw puts texts into no template"),
+        ([decoder / "plain", "Hi", "--chat"], 1, "no chat template"),
+    ]:
+        got, out, err = run("generate", *argv)
+        assert (got, out) == (status, "")
+        assert message in err
+
+
 def test_without_a_template_the_text_goes_on(say, decoder):
     folder = decoder / "plain"
     status, out, err = say(["Hi", "", "So?", "/exit", "unread"], folder)

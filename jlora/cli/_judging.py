@@ -56,10 +56,10 @@ def _check(options: Any) -> str:
     return "values" if options.dtype is None else "shapes"
 
 
-def _settings(source: Source) -> dict[str, Any]:
-    """A run's settings, without what it is of."""
-    beside = ("task", "sweep")
-    return {name: x for name, x in source.settings.items() if name not in beside}
+def _settings(kind: Any, source: Source) -> dict[str, Any]:
+    """What a run has of a task's settings; an example's own options are left out."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: x for name, x in source.settings.items() if name in known}
 
 
 def _tests(options: Any, source: Source) -> dict[str, list[Any]]:
@@ -69,7 +69,9 @@ def _tests(options: Any, source: Source) -> dict[str, list[Any]]:
     if options.data is None:
         if source.settings.get("task") != "translate":
             raise UsageError("what to read is missing: pass --data FILE.")
-        tests: Any = tasks.TranslationSettings(**_settings(source)).read()[2]
+        tests: Any = tasks.TranslationSettings(
+            **_settings(tasks.TranslationSettings, source)
+        ).read()[2]
     elif direction := options.direction or source.settings.get("direction"):
         pairs = data.read_pairs(options.data, direction)
         tests = {" ".join(file.name for file in options.data): pairs}
@@ -206,7 +208,7 @@ def by_task(options: Any, source: Source) -> Numbers:
         given[f"{_OWN[name]}_size"] = options.limit
     if options.num_beams is not None and name == "describe":
         given["beams"] = options.num_beams
-    settings = kind.settings(**{**_settings(source), **given})
+    settings = kind.settings(**{**_settings(kind.settings, source), **given})
     if name == "preference":  # its measure compares with the base
         source = _sources.find(
             options.source, base=options.base or settings.model, merged=False
@@ -265,7 +267,9 @@ def _of_labels(options: Any, source: Source) -> ClassificationSettings | None:
     given = {name: getattr(options, name) for name in _OF_LABELS}
     given = {name: value for name, value in given.items() if value is not None}
     if source.settings.get("task") == "classify":
-        run = tasks.ClassificationSettings(**_settings(source))
+        run = tasks.ClassificationSettings(
+            **_settings(tasks.ClassificationSettings, source)
+        )
         if options.data is not None and run.glue:
             known: dict[str, Any] = {"classes": list(run.class_names) or None}
             known |= {"regression": not run.class_names, "text": [*run.text_columns]}

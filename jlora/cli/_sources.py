@@ -202,7 +202,9 @@ def writer(options: Any, settings: Any) -> tuple[Any, str]:
     source = find(options.source, base=options.base, adapter=options.adapter)
     model, params = load(source, check=_check(options), dtype=options.dtype)
     tokenizer = data.load_tokenizer(source.model)
-    return Writer(model, params, tokenizer, settings, options.seed), source.prefix
+    of_chats = source.settings.get("task") in ("chat", "preference")
+    write = Writer(model, params, tokenizer, settings, options.seed, of_chats)
+    return write, source.prefix
 
 
 def _check(options: Any) -> str:

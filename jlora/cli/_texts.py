@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,17 @@ class Writer:
       tokenizer: its tokenizer.
       settings: of `jlora.models.generate`.
       seed: of samples.
+      of_chats: whether a run on conversations has made the model.
     """
 
     def __init__(
-        self, model: Any, params: Any, tokenizer: Any, settings: Any, seed: int = 0
+        self,
+        model: Any,
+        params: Any,
+        tokenizer: Any,
+        settings: Any,
+        seed: int = 0,
+        of_chats: bool = False,
     ) -> None:
         from jlora import models
 
@@ -88,12 +95,24 @@ class Writer:
             )
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.settings, self.seed, self._generate = settings, seed, models.generate
-        self.drawn = 0
+        self.drawn, self.of_chats = 0, of_chats
 
-    def batches(self, texts: Sequence[str], size: int) -> Iterator[list[list[str]]]:
-        """Answer texts, so many at a time; of each its answers."""
+    def batches(
+        self,
+        texts: Sequence[Any],
+        size: int,
+        ids: Callable[[Any], list[int]] | None = None,
+    ) -> Iterator[list[list[str]]]:
+        """Answer texts, so many at a time; of each its answers.
+
+        Args:
+          texts: the texts.
+          size: how many at a time.
+          ids: makes tokens of each, `asked` say; None is the method `ids`.
+        """
+        ids = ids or self.ids
         for start in range(0, len(texts), size):
-            rows = [self.ids(text) for text in texts[start : start + size]]
+            rows = [ids(text) for text in texts[start : start + size]]
             # A last batch that is smaller would be compiled for itself.
             n, full = len(rows), size if len(texts) > size else len(rows)
             yield self(rows + rows[-1:] * (full - n))[:n]
@@ -113,6 +132,26 @@ class Writer:
                 "with.\nPass a text that has a word in it."
             )
         return ids
+
+    def asked(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the tokens of a conversation, and of the call for its next answer.
+
+        Args:
+          messages: of `role` and `content`.
+
+        Raises:
+          DataError: the tokenizer has no chat template, or that refuses them.
+        """
+        from jlora import data
+
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise DataError(
+                "the tokenizer has no chat template, as those of base models have "
+                "none.\nLeave --chat and --system out (--raw for a run on "
+                "conversations), or take the model that was tuned for chat."
+            )
+        talk = [data.Message(**message) for message in messages]
+        return [int(token) for token in data.chat_prompt(self.tokenizer, talk)]
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[list[str]]:
         """Answer a batch of rows of tokens."""

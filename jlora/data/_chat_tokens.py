@@ -119,7 +119,8 @@ def with_template(tokenizer: Tokenizer, template: str | Path | None) -> Tokenize
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
     """Return messages as the tokens that call for the next answer, int32."""
     text = _rendered(tokenizer, messages, "the prompt", answer=True)
-    return np.array(_encoded(tokenizer, text)[0], np.int32)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.array(ids, np.int32)
 
 
 def tokenise_chats(

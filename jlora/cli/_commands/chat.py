@@ -102,10 +102,7 @@ class Conversation:
     def answer(self, line: str) -> str:
         """Return the model's answer; what fails is not kept."""
         asked = [*self.messages, {"role": "user", "content": line}]
-        ids = self.write.tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, return_dict=False
-        )
-        said = self.write([ids])[0][0].strip()
+        said = self.write([self.write.asked(asked)])[0][0].strip()
         self.messages = [*asked, {"role": "assistant", "content": said}]
         return said
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from jlora._options import option
+from jlora._options import UsageError, option
 from jlora.cli._common import DTYPES
 from jlora.cli._texts import GenerationOptions
 
@@ -32,6 +34,14 @@ class Options(GenerationOptions):
         metavar="DIR|NAME")
     prefix: str | None = option(
         None, "before each text (what a run's model was trained with)", metavar="TEXT")
+    chat: bool = option(
+        False, "each text is a user's message, put into the tokenizer's chat template "
+        "(of a run on conversations it is)")
+    raw: bool = option(
+        False, "each text as it is, of a run on conversations too")
+    system: str | None = option(
+        None, "what the model is told before each message; a chat, then",
+        metavar="TEXT")
     dtype: str | None = option(
         None, "of the model's weights (its own)", choices=DTYPES)
     batch_size: int = option(16, "texts at once (16)", least=1)
@@ -42,6 +52,10 @@ class Options(GenerationOptions):
 def run(options: Options) -> None:
     """Answer each text, in their order."""
     settings = options.settings()
+    if options.raw and (options.chat or options.system is not None):
+        raise UsageError(
+            "--raw puts texts into no template; leave --chat and --system out."
+        )
     options.keep_programs()
     from jlora.cli._texts import read_texts
 
@@ -54,8 +68,12 @@ def run(options: Options) -> None:
     write, prefix = writer(options, settings)
     prefix = prefix if options.prefix is None else options.prefix
     prompts = [prefix + text for text in texts]
-    size = options.batch_size
-    batches = write.batches(prompts, size)
+    size, ids = options.batch_size, None
+    if not options.raw and (
+        options.chat or options.system is not None or write.of_chats
+    ):
+        ids = functools.partial(_message, write, options.system)
+    batches = write.batches(prompts, size, ids)
     answers = (answer for batch in batches for answer in batch)
     shown = progress(answers, len(texts), "text", show=len(texts) > size)
     for text, said in zip(texts, shown, strict=True):
@@ -64,3 +82,9 @@ def run(options: Options) -> None:
         else:
             print("\n".join(said))
         sys.stdout.flush()
+
+
+def _message(write: Any, system: str | None, text: str) -> list[int]:
+    """The tokens of a conversation that a message begins."""
+    asked = [] if system is None else [{"role": "system", "content": system}]
+    return list(write.asked([*asked, {"role": "user", "content": text}]))

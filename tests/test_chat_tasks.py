@@ -125,14 +125,15 @@ def tiny(tmp_path_factory):
 
 
 SMALL = "--buckets 1 --batch-size 8 --steps 2 --eval-every 2 --lr 0.01 --warmup 0"
-SMALL += " --ask 3 --max-new-tokens 3 --valid-size 8 --train-size 24"
+SMALL += " --ask 3 --max-new-tokens 3 --valid-size 8"
 
 
-def done(name, folder, tmp_path, *words):
+def done(name, folder, tmp_path, *words, size=24):
     kinds = {"chat": "sft", "preference": "preferences"}
     files = [str(ASSETS / "chat" / f"{kinds[name]}.{x}.jsonl")
              for x in ("train", "test")]  # fmt: skip
-    argv = [*SMALL.split(), "--model", str(folder), "--train", files[0]]
+    argv = [] if size is None else ["--train-size", str(size)]
+    argv += [*SMALL.split(), "--model", str(folder), "--train", files[0]]
     argv += ["--valid", files[1], "--output", str(tmp_path / "run"), *words]
     tasks.run(name, train.read_settings(tasks.KINDS[name].settings, argv))
     return tmp_path / "run"
@@ -150,6 +151,33 @@ def test_a_whole_run_on_packed_conversations(tiny, tmp_path):
     assert sum(jax.tree.leaves(changed)) == 2  # query and value
 
 
+def test_conversations_that_are_streamed(tiny, tmp_path):
+    words = ["--pack", "--max-length", "96"]
+    run = done("chat", tiny, tmp_path, *words, "--streaming", size=None)
+    report = (run / "report.md").read_text()
+    assert "| perplexity |" in report
+    assert "train: " not in report  # nobody has counted them
+    assert "held out: 8 conversations in" in report
+
+
+def test_streamed_conversations_are_those_that_are_read(tiny):
+    tokenizer = data.load_tokenizer(tiny)
+    file = ASSETS / "chat" / "sft.train.jsonl"
+    talks = data.read_conversations(file)[:20]
+    known = {"answers": "last", "stops": [1], "vocabulary": 768}
+    want = data.tokenise_chats(tokenizer, talks, 40, **known).columns
+    rows = [json.loads(x) for x in file.read_text().splitlines()[:20]]
+    got = data.EncodeChats(tokenizer, 40, **known)(rows)
+    assert got.keys() == want.keys()
+    for name, column in want.items():
+        for one, other in zip(got[name], column, strict=True):
+            np.testing.assert_array_equal(one, other)
+    none = data.EncodeChats(tokenizer, 2)(rows)  # of which nothing is left
+    assert none == {"input_ids": [], "labels": []}
+    with pytest.raises(jlora.DataError, match="row 1 has the columns text; expected"):
+        data.EncodeChats(tokenizer, 40)([{"text": "x"}])
+
+
 def test_a_whole_run_on_preferences(tiny, tmp_path):
     run = done("preference", tiny, tmp_path, "--precompute", "--loss", "hinge")
     report = (run / "report.md").read_text()
@@ -165,6 +193,7 @@ def test_a_whole_run_on_preferences(tiny, tmp_path):
     ("name", "argv", "message"),
     [
         ("chat", "--model x", "data is needed"),
+        ("chat", "--model x --train y --streaming", "each of --train and --valid"),
         ("chat", "--train x", "a model is needed"),
         ("chat", "--model x --dataset y --train z", "brings its own splits"),
         ("preference", "--model x --train y --full", "add --precompute"),

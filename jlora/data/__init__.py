@@ -8,7 +8,8 @@
     pack                               several examples in a row, kept apart
     stream_files  stream_dataset  in_memory    sources that need not fit in memory
     Streaming                              their batches, mixed, by worker processes
-    EncodeTexts  EncodePairs  sample_shapes    what workers do with rows, and its shapes
+    EncodeTexts  EncodePairs  EncodeChats      what workers do with rows
+    sample_shapes                              its shapes
     read_conversations  read_preferences    chats, and answers of which one is better
     tokenise_chats  chat_prompt        by the tokenizer's template, answers labelled
 
@@ -26,6 +27,7 @@ from jlora.data._chat import Message as Message
 from jlora.data._chat import Preference as Preference
 from jlora.data._chat import read_conversations as read_conversations
 from jlora.data._chat import read_preferences as read_preferences
+from jlora.data._chat_encode import EncodeChats as EncodeChats
 from jlora.data._chat_tokens import ChatTokens as ChatTokens
 from jlora.data._chat_tokens import PreferenceTokens as PreferenceTokens
 from jlora.data._chat_tokens import chat_prompt as chat_prompt

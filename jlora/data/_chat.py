@@ -9,7 +9,7 @@ chosen, rejected              messages that begin alike, with the prompt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,25 +102,49 @@ def _tables(files: Files) -> list[Table]:
 
 
 def _conversations(table: Table) -> Iterable[Conversation]:
-    if "messages" in table.columns:
-        for row, cell in enumerate(table.cells("messages")):
-            place = table.place(row)
-            messages = _messages(cell, f"{place}, column messages")
-            yield _with_answer(Conversation(messages, place), table.columns)
-        return
-    if not {"prompt", "completion"} <= set(table.columns):
+    names = _columns_of(table.columns)
+    if names is None:
         raise DataError(_no_columns(table, "messages, or prompt and completion"))
-    for row, cells in enumerate(_cells(table, "prompt", "completion")):
-        place = table.place(row)
-        prompt = _side(cells[0], "user", f"{place}, column prompt")
-        answer = _side(cells[1], ASSISTANT, f"{place}, column completion")
-        whole = Conversation((*prompt, *answer), place, len(prompt))
-        yield _with_answer(whole, ["completion"])
+    for row, cells in enumerate(_cells(table, *names)):
+        yield _conversation(dict(zip(names, cells, strict=True)), table.place(row))
 
 
-def _with_answer(said: Conversation, columns: Sequence[str]) -> Conversation:
+def _columns_of(columns: Iterable[str]) -> tuple[str, ...] | None:
+    known = set(columns)
+    sides = ("prompt", "completion")
+    return (
+        ("messages",) if "messages" in known else sides if known >= {*sides} else None
+    )
+
+
+def conversation_of(row: Mapping[str, Any], place: str) -> Conversation:
+    """Return the conversation of a row with such columns as tables have.
+
+    Raises:
+      DataError: as of `read_conversations`.
+    """
+    if _columns_of(row) is None:
+        names = ", ".join(row) or "(none)"
+        raise DataError(
+            f"{place} has the columns {names}; expected are messages, or prompt and "
+            "completion."
+        )
+    return _conversation(row, place)
+
+
+def _conversation(row: Mapping[str, Any], place: str) -> Conversation:
+    if "messages" in row:
+        messages = _messages(row["messages"], f"{place}, column messages")
+        return _with_answer(Conversation(messages, place), row)
+    prompt = _side(row["prompt"], "user", f"{place}, column prompt")
+    answer = _side(row["completion"], ASSISTANT, f"{place}, column completion")
+    whole = Conversation((*prompt, *answer), place, len(prompt))
+    return _with_answer(whole, row)
+
+
+def _with_answer(said: Conversation, row: Mapping[str, Any]) -> Conversation:
     if not any(m.role == ASSISTANT for m in said.messages[said.first :]):
-        where = "completion" if "completion" in columns else "messages"
+        where = "messages" if "messages" in row else "completion"
         raise DataError(
             f"{said.place}, column {where}: no message is the assistant's, and there "
             "is nothing to learn."

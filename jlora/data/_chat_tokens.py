@@ -149,6 +149,24 @@ def tokenise_chats(
       DataError: the template refuses a conversation, or writes it otherwise once more
         messages follow; no conversation is left; a token is beyond the vocabulary.
     """
+    found = chat_tokens(tokenizer, conversations, longest, answers, stops, vocabulary)
+    if not found.kept:
+        raise DataError(
+            f"of {len(conversations)} conversations none has an answer within "
+            f"{longest} tokens.\nAllow longer ones."
+        )
+    return found
+
+
+def chat_tokens(
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    longest: int,
+    answers: Answers,
+    stops: Collection[int],
+    vocabulary: int | None,
+) -> ChatTokens:
+    """As `tokenise_chats`, of conversations of which none need be left."""
     columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
     kept, cut, lost, endless = list[int](), 0, 0, 0
     for number, said in enumerate(conversations):
@@ -166,11 +184,6 @@ def tokenise_chats(
         kept.append(number)
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
-    if not kept:
-        raise DataError(
-            f"of {len(conversations)} conversations none has an answer within "
-            f"{longest} tokens.\nAllow longer ones."
-        )
     return ChatTokens(columns, kept, longest, len(conversations), cut, lost, endless)
 
 

@@ -64,6 +64,7 @@ from jlora.tasks.classification import Classification as Classification
 from jlora.tasks.classification import ClassificationSettings as ClassificationSettings
 from jlora.tasks.data_to_text import DataToText as DataToText
 from jlora.tasks.data_to_text import DataToTextSettings as DataToTextSettings
+from jlora.tasks.data_to_text import EncodeMeanings as EncodeMeanings
 from jlora.tasks.data_to_text import Meaning as Meaning
 from jlora.tasks.data_to_text import read_meanings as read_meanings
 from jlora.tasks.data_to_text import say_columns as say_columns

@@ -86,6 +86,8 @@ class ChatOptions(AdapterOptions, TrainingOptions):
 
         Args:
           reader: of tables: `jlora.data.read_conversations`, say.
+
+        What is to be streamed is not read: there is nothing to train on.
         """
         if self.dataset is not None:
             limits = (self.train_size, self.valid_size)
@@ -98,7 +100,9 @@ class ChatOptions(AdapterOptions, TrainingOptions):
                 for split, limit in zip(self.splits, limits, strict=True)
             )
         elif self.valid:
-            training, valid = reader(self.train), reader(self.valid)
+            streams = getattr(self, "streaming", False)
+            training = [] if streams else reader(self.train)
+            valid = reader(self.valid)
         else:
             training, valid = data.hold_out(
                 reader(self.train), self.valid_size, self.seed

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jlora
 from jlora import data, train
@@ -23,8 +23,9 @@ from jlora.tasks._chats import (
     use_of,
 )
 from jlora.tasks._losses import causal_loss
-from jlora.tasks._options import Loaded, count_tokens
+from jlora.tasks._options import Loaded, count_tokens, refuse
 from jlora.tasks._reports import training_part
+from jlora.tasks._streams import packed_remark, stream_refusals, streamed
 from jlora.train import option
 
 Tree = Any
@@ -41,7 +42,17 @@ class ChatSettings(ChatOptions):
         choices=("all", "last"))
     pack: bool = option(
         False, "several conversations a row of --max-length; a batch is of rows")
+    streaming: bool = option(
+        False, "read --train, tables, while training: they need not fit in memory")
+    workers: int = option(
+        0, "processes that tokenise what is streamed (0: this one)", least=0,
+        extends=True)
     # fmt: on
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
+        super().check()
+        refuse(stream_refusals(self, "train", "valid"))
 
 
 class Chat:
@@ -70,15 +81,21 @@ class Chat:
         self.settings, self.remarks = settings, list[str]()
         self._known = prepared(settings, loaded)
         training, valid = settings.read(data.read_conversations)
+        splits = {"train": training} if training else {}
         columns = {
             name: self._columns(name, talks, loaded.tokenizer)
-            for name, talks in (("train", training), ("held out", valid))
+            for name, talks in {**splits, "held out": valid}.items()
         }
         shapes = data.shapes_for(list(columns.values()), settings.buckets)
         if settings.pack:
             shapes = [(settings.max_length,) * 3]
         pad, s = padding_of(loaded), settings
-        self.train = data.Batches(columns["train"], shapes, s.batch_size, pad, s.seed)
+        self.train: data.Batches | data.Streaming
+        if s.streaming:
+            self.train = streamed(s, self._encode(loaded.tokenizer), s.max_length, pad)
+        else:
+            own = columns["train"]
+            self.train = data.Batches(own, shapes, s.batch_size, pad, s.seed)
         self.valid = data.Batches(columns["held out"], shapes, s.eval_batch_size, pad)
         self.loss_fn, self.count = causal_loss(loaded.model), count_tokens
         self.prompts = prompts_of(settings, loaded, valid, measures or {})
@@ -87,23 +104,30 @@ class Chat:
             mesh=settings.device_mesh,
         )
 
+    @property
+    def _answers(self) -> Literal["all", "last"]:
+        return "last" if self.settings.answers == "last" else "all"
+
+    def _encode(self, tokenizer: Any) -> data.EncodeChats:
+        return data.EncodeChats(
+            tokenizer, self.settings.max_length, self._answers, **self._known
+        )
+
     def _columns(self, name: str, talks: Talks, tokenizer: Any) -> dict[str, Any]:
         s = self.settings
         tokens = data.tokenise_chats(
             tokenizer,
             talks,
             s.max_length,
-            answers="last" if s.answers == "last" else "all",
+            answers=self._answers,
             **self._known,
         )
         self.remarks.extend(tokens.remarks(name))
         if not s.pack:
             return tokens.columns
         packed = data.pack(tokens.columns, s.max_length)
-        self.remarks.append(
-            f"{name}: {len(tokens.kept):,} conversations in {len(packed.members):,} "
-            f"rows of {s.max_length}, {packed.fraction:.0%} of them tokens."
-        )
+        kept = f"{name}: {len(tokens.kept):,} conversations"
+        self.remarks.append(packed_remark(kept, packed))
         return packed.columns
 
     def answer(self, when: str, params: Tree, folder: train.RunFolder) -> Answers:

@@ -24,6 +24,7 @@ from jlora.tasks._options import (
     refuse,
 )
 from jlora.tasks._reports import closing_part, print_facts, training_part
+from jlora.tasks._streams import packed_remark, stream_refusals, streamed
 from jlora.train import option
 
 Tree = Any
@@ -53,6 +54,13 @@ class DataToTextSettings(AdapterOptions, TrainingOptions):
         None, "meanings to say, the first (all)", least=2, extends=True)
     max_meaning_length: int = option(128, "tokens; longer ones are cut (128)", least=2)
     max_text_length: int = option(64, "tokens; longer ones are cut (64)", least=2)
+    pack: bool = option(
+        False, "several examples a row of both lengths; a batch is of rows")
+    streaming: bool = option(
+        False, "read --train, tables, while training: they need not fit in memory")
+    workers: int = option(
+        0, "processes that tokenise what is streamed (0: this one)", least=0,
+        extends=True)
     label_smoothing: float = option(
         0.0, "of the loss: probability spread over all tokens (0)", least=0, below=1)
     beams: int = option(
@@ -71,6 +79,7 @@ class DataToTextSettings(AdapterOptions, TrainingOptions):
             "--data brings its own files; leave --train and --valid out": (
                 self.data and (self.train or self.valid)
             ),
+            **stream_refusals(self, "train", "valid", "test"),
             "--model needs data: --data DIR, or --train FILE": (
                 not (self.data or self.train)
             ),
@@ -83,13 +92,18 @@ class DataToTextSettings(AdapterOptions, TrainingOptions):
         return {}
 
     def read(self) -> dict[str, list[Meaning]]:
-        """Read `train`, `valid` and `test`; no meaning is in two that are held out."""
+        """Read `train`, `valid` and `test`; no meaning is in two that are held out.
+
+        What is to be streamed is not read.
+        """
         files: dict[str, Any] = _files_of(Path(self.data)) if self.data else {}
         files |= {
             name: given
             for name in ("train", "valid", "test")
             if (given := getattr(self, name))
         }
+        if self.streaming:
+            del files["train"]
         splits = {name: read_meanings(some) for name, some in files.items()}
         for name, size in (("test", self.test_size or 200), ("valid", self.valid_size)):
             if name not in splits:
@@ -98,7 +112,8 @@ class DataToTextSettings(AdapterOptions, TrainingOptions):
                 )
                 splits[name] = [m for m in splits["train"] if m.text in held]
                 splits["train"] = [m for m in splits["train"] if m.text not in held]
-        splits["train"] = data.subset(splits["train"], self.train_size, self.seed)
+        if not self.streaming:
+            splits["train"] = data.subset(splits["train"], self.train_size, self.seed)
         splits["valid"] = splits["valid"][: self.valid_size]
         splits["test"] = splits["test"][: self.test_size]
         return splits
@@ -168,13 +183,17 @@ def read_meanings(files: Sequence[str | Path]) -> list[Meaning]:
         table = data.read_table(file)
         rows = zip(table.text("mr"), table.text("ref"), strict=True)
         for row, (meaning, text) in enumerate(rows):
-            if not _SLOT.search(meaning):
-                raise DataError(
-                    f"{table.place(row)}: {meaning!r} is no meaning.\nWrite it as "
-                    "slot[value], slot[value]."
-                )
+            _meaning(meaning, table.place(row))
             found.setdefault(meaning, []).append(text)
     return [Meaning(text, references) for text, references in found.items()]
+
+
+def _meaning(text: str, place: str) -> Meaning:
+    if not _SLOT.search(text):
+        raise DataError(
+            f"{place}: {text!r} is no meaning.\nWrite it as slot[value], slot[value]."
+        )
+    return Meaning(text, [])
 
 
 def say_columns(
@@ -202,6 +221,39 @@ def say_columns(
     return data.prompted(read.rows, write.rows), remarks
 
 
+@dataclasses.dataclass(frozen=True)
+class EncodeMeanings:
+    """Rows of `mr` and `ref` as columns, for `jlora.data.Streaming`.
+
+    Attributes:
+      tokenizer: of the model.
+      config: of the model.
+      longest: tokens of a prompt and of a text.
+    """
+
+    tokenizer: Any
+    config: Any
+    longest: tuple[int, int]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the columns of rows.
+
+        Raises:
+          DataError: a row without these columns, or whose `mr` is no meaning.
+        """
+        pairs = []
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row.get("mr"), str) or not isinstance(
+                row.get("ref"), str
+            ):
+                raise DataError(
+                    f"row {number} has the columns {', '.join(row)}; expected are the "
+                    "texts mr and ref."
+                )
+            pairs.append((_meaning(row["mr"], f"row {number}").prompt, row["ref"]))
+        return say_columns(self.tokenizer, pairs, self.config, self.longest)[0]
+
+
 class DataToText:
     """Meanings and texts in batches of few shapes, and how a model does on them.
 
@@ -225,7 +277,7 @@ class DataToText:
         splits, longest = s.read(), (s.max_meaning_length, s.max_text_length)
         self.meanings = splits["test"]
         columns = {}
-        for name in ("train", "valid"):
+        for name in [name for name in ("train", "valid") if name in splits]:
             pairs = [(m.prompt, text) for m in splits[name] for text in m.references]
             columns[name], said = say_columns(loaded.tokenizer, pairs, config, longest)
             self.remarks += [f"{name}, {line}" for line in said]
@@ -233,7 +285,12 @@ class DataToText:
         pad = config.pad_token_id
         if pad is None:  # as GPT-2's is; labels do not count there
             pad = loaded.tokenizer.eos_token_id
-        self.train = data.Batches(columns["train"], shapes, s.batch_size, pad, s.seed)
+        self.train: data.Batches | data.Streaming
+        if s.streaming:
+            encode = EncodeMeanings(loaded.tokenizer, config, longest)
+            self.train = streamed(s, encode, sum(longest), pad)
+        else:
+            self.train = self._batches(columns["train"], shapes, pad)
         self.valid = data.Batches(columns["valid"], shapes, s.eval_batch_size, pad)
         rows = data.tokenise(
             loaded.tokenizer, [m.prompt for m in self.meanings], longest[0],
@@ -250,6 +307,21 @@ class DataToText:
             "no_repeat_ngram_size": s.no_repeat,
             "no_repeat_ngram_prompt": False,  # or long names could not be said
         })  # fmt: skip
+
+    def _batches(
+        self, columns: dict[str, Any], shapes: Sequence[data.Shape], pad: int
+    ) -> data.Batches:
+        """Return the batches to train on, packed if that is asked for."""
+        s = self.settings
+        if s.pack:
+            most, texts = (
+                s.max_meaning_length + s.max_text_length,
+                len(columns["labels"]),
+            )
+            packed = data.pack(columns, most)
+            self.remarks.append(packed_remark(f"train: {texts:,} texts", packed))
+            columns, shapes = dict(packed.columns), [packed.shape]
+        return data.Batches(columns, shapes, s.batch_size, pad, s.seed)
 
     def answer(self, when: str, params: Tree, folder: train.RunFolder) -> list[str]:
         """Say the test's meanings, a line each, into a file of the run's `outputs`.

@@ -24,6 +24,7 @@ from jlora.tasks._options import (
     refuse,
 )
 from jlora.tasks._reports import closing_part, print_facts, training_part
+from jlora.tasks._streams import packed_remark, stream_refusals, streamed
 from jlora.train import option
 
 Tree = Any
@@ -88,16 +89,7 @@ class TranslationSettings(AdapterOptions, TrainingOptions):
             "--valid, --test and --keep need --train or --dataset": (
                 not own and (self.valid or self.test or self.keep)
             ),
-            "--streaming needs files for each of --train, --valid and --test": (
-                self.streaming and not (self.train and self.valid and self.test)
-            ),
-            "--streaming needs --steps: how long an epoch is, nobody has counted": (
-                self.streaming and self.steps is None
-            ),
-            "--train-size chooses from text in memory, not from what is streamed": (
-                self.streaming and self.train_size
-            ),
-            "--workers are for --streaming": self.workers and not self.streaming,
+            **stream_refusals(self, "train", "valid", "test"),
             "--model needs data: --train FILE.de FILE.en, or --dataset": not own,
             "a model is needed: --model DIR, or its name on the hub": not self.model,
         })  # fmt: skip
@@ -207,19 +199,14 @@ class Translation:
         """Return the batches to train on, packed if that is asked for."""
         s = self.settings
         if s.pack:
-            packed = data.pack(columns, self._lengths)
-            rows, pairs = len(packed.members), len(columns["labels"])
-            self.remarks.append(
-                f"train: {pairs:,} pairs in {rows:,} rows of {self._lengths[0]} and "
-                f"{self._lengths[1]}, {packed.fraction:.0%} of them tokens."
-            )
+            packed, pairs = data.pack(columns, self._lengths), len(columns["labels"])
+            self.remarks.append(packed_remark(f"train: {pairs:,} pairs", packed))
             columns, shapes = dict(packed.columns), [packed.shape]
         return data.Batches(columns, shapes, s.batch_size, pad, s.seed)
 
     def _stream(self, pad: int) -> data.Streaming:
         """Return batches of what is read, tokenised and cut up while training."""
         s = self.settings
-        source = data.stream_files(s.train or [])
         encode = data.EncodePairs(
             self._tokenizer,
             s.direction,
@@ -228,21 +215,7 @@ class Translation:
             empty="skip" if s.skip_empty else "error",
             **self._known,
         )
-        if s.pack:
-            cut: dict[str, Any] = {"length": self._lengths}
-        else:
-            cut = {
-                "shapes": data.sample_shapes(source, encode, self._lengths, s.buckets)
-            }
-        return data.Streaming(
-            source,
-            encode,
-            size=s.batch_size,
-            pad=pad,
-            seed=s.seed,
-            workers=s.workers,
-            **cut,
-        )
+        return streamed(s, encode, self._lengths, pad)
 
     def _tokens(self, name: str, pairs: Pairs) -> dict[str, Any]:
         s = self.settings

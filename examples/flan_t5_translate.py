@@ -117,9 +117,10 @@ def run(s: Settings) -> None:
         same = task.translate(merged, batch) == task.translate(fit.params, batch)
         facts = {
             **tasks.facts_of(s, summary, fit),
-            "merged model": "translates a batch as the unmerged does"
+            "merged model": "translates a batch as the unmerged does, in " + s.products
             if same
-            else "some translations differ from the unmerged model's (rounding)",
+            else "some translations differ from the unmerged model's by rounding, in "
+            + s.products,
             "whole script": f"{time.perf_counter() - began:.0f} s",
         }
         task.report(folder, facts, before, after, summary)

@@ -127,7 +127,7 @@ def test_the_report_says_what_was_measured(finished):
         "| travel | 32 |",
         f"{summary.trainable:,} ({summary.fraction:.2%} of {summary.total:,})",
         "24 steps (1.50 epochs)",
-        "| merged model | translates a batch as the unmerged does |",
+        "| merged model | translates a batch as the unmerged does, in float32 |",
         "| chrF | source | reference | before | after |",
         "e to its power is the perplexity",
         "| command | python ",

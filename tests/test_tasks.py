@@ -74,6 +74,15 @@ class Mine(tasks.AdapterOptions, tasks.TrainingOptions):
     words: str = train.option("", "of its own", group="mine")
 
 
+def test_what_products_round_to_is_said_of_a_gpu(monkeypatch):
+    assert Mine().products == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert Mine().products == "float32 with products in TF32"
+    assert Mine(precision="bfloat16").products == "bfloat16"
+    with jax.default_matmul_precision("highest"):
+        assert Mine().products == "float32"
+
+
 def settings(*argv):
     return train.read_settings(Mine, argv)
 

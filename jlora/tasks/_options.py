@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import jlora
-from jlora import data, models, optim, train
+from jlora import _compat, data, models, optim, train
 from jlora._errors import OptionError
 from jlora.tasks._devices import DeviceOptions
 from jlora.train import option
@@ -154,6 +154,18 @@ class TrainingOptions(DeviceOptions):
             f"--batch-size {self.batch_size} does not fall into --accumulate "
             f"{self.accumulate} equal parts": self.batch_size % self.accumulate,
         })  # fmt: skip
+
+    @property
+    def products(self) -> str:
+        """What the model's products round to, in words.
+
+        A GPU rounds the factors of float32 products to TF32, if nobody tells JAX
+        otherwise.
+        """
+        told = _compat.default_precision() in (None, "default", "tensorfloat32")
+        if self.precision == "float32" and told and jax.default_backend() == "gpu":
+            return "float32 with products in TF32"
+        return self.precision
 
     @property
     def key(self) -> jax.Array:

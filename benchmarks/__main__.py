@@ -14,8 +14,8 @@ from benchmarks.cases import SHAPES
 from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 
 BUSY = 0.4  # load a core, before a run
-COMMANDS = ("step_time", "compile_time", "memory", "merge", "generate", "text", "load",
-            "sweep", "many", "mixed_batches", "initialise", "qlora",
+COMMANDS = ("step_time", "compile_time", "memory", "head", "merge", "generate",
+            "text", "load", "sweep", "many", "mixed_batches", "initialise", "qlora",
             "optimisers", "glue", "data", "plan", "gpu")  # fmt: skip
 # They load a checkpoint, and train on text.
 TRAINING = ("initialise", "qlora", "optimisers")
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
             "report",
         ):
             _add_case(one.add_argument_group("what is measured").add_argument)
-        if name == "memory":
+        if name in ("memory", "head"):
             words = "XLA's account for a GPU that is not here; needs jax[cuda12]"
             add("--compile-for", choices=sorted(TARGETS), help=words)
         if name == "compile_time":

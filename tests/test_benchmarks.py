@@ -19,6 +19,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import gpu, jax_steps, report, results, step_time, sweep  # noqa: E402
 from benchmarks.__main__ import COMMANDS, TRAINING, main, parser  # noqa: E402
 from benchmarks.cases import Case, cases  # noqa: E402
+from benchmarks.programs import work_of  # noqa: E402
 from benchmarks.race import (  # noqa: E402
     ENVIRONMENTS,
     Contender,
@@ -37,6 +38,7 @@ RUNS = {
     "step_time": [*GPT, "--contenders", *step_time.OURS],
     "compile_time": [*GPT, "--repeats", "1", "--depths", "2", "3"],
     "memory": [*GPT, "--contenders", "jlora", "full fine-tuning"],
+    "head": [*GPT],
     "merge": [*GPT, "--contenders", "jlora", "jlora, donated"],
     "generate": [*GPT, "--contenders", "jlora", "merged", "--beams", "2"],
     "text": ["--contenders", "jlora"],
@@ -137,6 +139,13 @@ def check_memory(rows):
     assert all(row["peak_mib"] > row["arguments_mib"] > 0 for row in rows)
 
 
+def check_head(rows):
+    losses = [row["loss"] for row in rows]
+    assert losses == pytest.approx(losses[:1] * len(rows), rel=1e-5)
+    assert rows[-1]["contender"] == "whole logits"
+    assert all(row["temporary_mib"] > 0 for row in rows)
+
+
 def check_glue(rows):
     ours, head = rows
     assert ours["trainable"] > head["trainable"] == 2 * 96 + 2
@@ -169,7 +178,7 @@ def check_optimisers(rows):
 
 
 CHECKS = {"step_time": check_step_time, "compile_time": check_compile_time,
-          "memory": check_memory, "text": check_text, "plan": check_plan,
+          "memory": check_memory, "head": check_head, "text": check_text, "plan": check_plan,
           "optimisers": check_optimisers, "glue": check_glue}  # fmt: skip
 
 
@@ -320,6 +329,49 @@ def test_memory_for_a_gpu_that_is_not_here(monkeypatch):
     rows = main([*run, "--contenders", *step_time.OURS])
     assert [row["contender"] for row in rows] == list(step_time.OURS)
     assert all(row["peak_mib"] > row["arguments_mib"] > 0 for row in rows)
+
+
+def test_the_head_for_a_gpu_that_is_not_here(monkeypatch):
+    run = ["head", *TINY, *GPT, "--compile-for", "h100"]
+    for row in main([*run, "--contenders", "jlora"]):
+        words = "CUDA plugin is not here: pip install 'jax[cuda12]'"
+        assert words in row["error"] if "error" in row else row["kernels"] > 0
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    monkeypatch.setattr(jax_steps, "sharding_on", lambda target: here)
+    rows = main(run)
+    assert rows[-1]["to_whole"] == 1
+    assert all(row["accessed_mib"] > 0 and row["median_ms"] is None for row in rows)
+
+
+PROGRAM = """\
+%fused (param_0: f32[8,100], param_1: s32[]) -> f32[8,10] {
+  %param_0 = f32[8,100]{1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %cut.1 = f32[8,10]{1,0} dynamic-slice(%param_0, %param_1, %param_1), sizes={8,10}
+  ROOT %e.1 = f32[8,10]{1,0} exponential(%cut.1)
+}
+
+%body (p: (f32[8,100], s32[], f32[8,10])) -> (f32[8,100], s32[], f32[8,10]) {
+  %p = (f32[8,100]{1,0}, s32[], f32[8,10]{1,0}) parameter(0)
+  %x = f32[8,100]{1,0} get-tuple-element(%p), index=0
+  %i = s32[] get-tuple-element(%p), index=1
+  %y = f32[8,10]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %z = (f32[8,10]{1,0}, s8[4096]{0}) custom-call(%y, %y), custom_call_target="gemm"
+  ROOT %out = (f32[8,100]{1,0}, s32[], f32[8,10]{1,0}) tuple(%x, %i, %y)
+}
+
+ENTRY %main (a: f32[8,100], b: s32[], c: f32[8,10]) -> bf16[8,100] {
+  %a = f32[8,100]{1,0} parameter(0)
+  %start = (f32[8,100]{1,0}, s32[], f32[8,10]{1,0}) tuple(%a, %b, %c)
+  %loop = (f32[8,100]{1,0}, s32[], f32[8,10]{1,0}) while(%start), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %last = bf16[8,100]{1,0} convert(%a)
+}
+"""
+
+
+def test_a_programs_kernels_and_bytes():
+    fusion, product = 4 + 320 + 320, 3 * 320
+    assert work_of(PROGRAM) == (3 * 2 + 1, 3 * (fusion + product) + 3200 + 1600)
 
 
 def test_gpu_rows_are_the_wide_models_in_bfloat16():

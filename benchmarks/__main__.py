@@ -16,7 +16,7 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "head", "merge", "generate",
             "text", "load", "sweep", "many", "mixed_batches", "initialise", "qlora",
-            "optimisers", "glue", "data", "plan", "gpu")  # fmt: skip
+            "optimisers", "glue", "e2e", "data", "plan", "gpu")  # fmt: skip
 # They load a checkpoint, and train on text.
 TRAINING = ("initialise", "qlora", "optimisers")
 
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
             "text",
             *TRAINING,
             "glue",
+            "e2e",
             "data",
             "plan",
             "gpu",
@@ -89,6 +90,17 @@ def parser() -> argparse.ArgumentParser:
             add("--length", type=int, help="tokens; longer texts are cut (128)")
             words = "peak rates: of LoRA, of every weight, of the head alone"
             add("--rates", nargs=3, type=float, default=[2e-3, 1e-4, 5e-3], help=words)
+        if name == "e2e":
+            add("--model", metavar="DIR", required=True, help="the base; made if new")
+            add("--tokenizer", metavar="DIR", help="of a new base, GPT-2's say")
+            add("--data", metavar="DIR", required=True, help="the challenge's files")
+            add("--base-epochs", type=float, default=4.0, help="of a new base (4)")
+            add("--epochs", type=float, default=3.0)
+            add("--seeds", type=int, default=1)
+            add("--rank", type=int, default=8)
+            add("--batch", type=int, default=32)
+            words = "peak rates: of LoRA, of every weight"
+            add("--rates", nargs=2, type=float, default=[5e-3, 1e-3], help=words)
         if name == "data":
             add("--model", metavar="DIR", required=True, help="with a tokenizer")
             add("--data", metavar="DIR", required=True, help="holds train.{de,en}[.gz]")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from benchmarks.initialise import _device, _versions
-from benchmarks.race import Row, Rows, curve
+from benchmarks.race import Row, Rows, curve, over_seeds
 
 FULL, HEAD, PEFT = "full fine-tuning", "head alone", "PEFT"
 CONTENDERS = ("jlora", PEFT, FULL, HEAD)
@@ -44,24 +44,14 @@ def run(options: Any) -> Iterator[Rows]:
             except ImportError as error:  # a peer that is not here
                 runs = [{"error": f"{type(error).__name__}: {error}"}]
             title = f"{pathlib.Path(options.model).name}, {task}"
-            rows.append({"case": title, "contender": name, **_together(runs)})
+            rows.append(
+                {
+                    "case": title,
+                    "contender": name,
+                    **over_seeds(runs, "score", ["loss"]),
+                }
+            )
         yield rows, about
-
-
-def _together(runs: list[Row]) -> Row:
-    """One row of the runs of all seeds."""
-    if "error" in runs[0]:
-        return runs[0]
-    scores = [row["score"] for row in runs]
-    return {
-        **runs[0],
-        "score": statistics.mean(scores),
-        "std": statistics.stdev(scores) if len(scores) > 1 else None,
-        "loss": statistics.mean(row["loss"] for row in runs),
-        "median_ms": statistics.median(row["median_ms"] for row in runs),
-        "seeds": len(runs),
-        "scores": scores,
-    }
 
 
 def _run(options: Any, task: str, name: str, seed: int) -> tuple[Row, Row]:

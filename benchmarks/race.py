@@ -257,3 +257,16 @@ def curve(one: Callable[[Any], float], batches: Iterable[Any]) -> Row:
         "median_ms": statistics.median(times), "first_loss": losses[0],
         "loss": sum(tail) / len(tail), "losses": losses,
     }  # fmt: skip
+
+
+def over_seeds(runs: list[Row], score: str, others: Sequence[str] = ()) -> Row:
+    """One row of the runs of all seeds: means, and the deviation of the score."""
+    if "error" in runs[0]:
+        return runs[0]
+    scores = [row[score] for row in runs]
+    means = {n: statistics.mean(row[n] for row in runs)
+             for n in (score, *others) if n in runs[0]}  # fmt: skip
+    if "median_ms" in runs[0]:
+        means["median_ms"] = statistics.median(row["median_ms"] for row in runs)
+    deviation = statistics.stdev(scores) if len(scores) > 1 else None
+    return {**runs[0], **means, "std": deviation, "seeds": len(runs), "scores": scores}

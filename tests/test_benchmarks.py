@@ -31,6 +31,7 @@ from benchmarks.race import (  # noqa: E402
 from benchmarks.work import Workload  # noqa: E402
 
 T5 = str(pathlib.Path(__file__).parent.parent / "examples/assets/tiny-t5-de-en")
+GPT2 = str(pathlib.Path(T5).with_name("tiny-gpt2-places"))
 BERT = str(pathlib.Path(T5).with_name("tiny-bert"))
 TINY = ["--quick", "--repeats", "2", "--warmup", "0", "--in-process"]
 GPT = ["--shape", "gpt2-4x128"]
@@ -60,6 +61,7 @@ RUNS = {
     "data": ["--model", T5, "--workers", "0"],
     "plan": [],
     "gpu": ["--contenders", "jlora", "floor", "jlora, nf4", "merge"],
+    "e2e": ["--tokenizer", GPT2, "--contenders", "base", "jlora", "full fine-tuning"],
     "glue": ["--model", BERT, "--tasks", "sst2", "--contenders", "jlora", "head alone"],
 }
 
@@ -70,6 +72,9 @@ def corpus(tmp_path_factory):
     for code, words in (("de", "ein Haus mit Garten"), ("en", "a house and garden")):
         lines = [" ".join(words.split()[: 1 + i % 4]) + f" {i}" for i in range(12)]
         (folder / f"train.{code}").write_text("\n".join(lines) + "\n")
+    for file, kind in (("devset.csv", "coffee shop"), ("testset_w_refs.csv", "pub")):
+        rows = [f'"name[N{i}], eatType[{kind}]",N{i} is a {kind}.' for i in range(12)]
+        (folder / file).write_text("\n".join(["mr,ref", *rows]) + "\n")
     (folder / "sst2").mkdir()
     for split in ("train", "dev"):
         rows = [f"the book was {'good' if i % 3 else 'bad'} {i}\t{int(i % 3 > 0)}\n"
@@ -92,8 +97,9 @@ def test_all_commands_are_run():
 
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_measures_saves_and_is_reported(command, corpus, tmp_path):
-    reads = command in ("text", "glue", "data", *TRAINING)
+    reads = command in ("text", "glue", "e2e", "data", *TRAINING)
     data = ["--data", str(corpus)] if reads else []
+    data += ["--model", str(tmp_path / "base")] if command == "e2e" else []
     folder = tmp_path / "results"
     rows = main([command, *TINY, *RUNS[command], *data, "--results", str(folder)])
     saved = json.loads((folder / f"{command}.json").read_text())
@@ -164,6 +170,15 @@ def check_plan(rows):
         assert row["plan_to_xla"] == row["plan_mib"] / row["xla_mib"]
 
 
+def check_e2e(rows):
+    base, ours, full = rows
+    assert base["trainable"] == 0 < ours["trainable"] < full["trainable"]
+    assert ours["steps"] == len(ours["losses"]) == full["steps"] == 3
+    assert ours["losses"][0] == pytest.approx(full["losses"][0], 1e-5)  # one base
+    assert ours["losses"] != full["losses"]
+    assert all(0 <= row["bleu"] <= 100 for row in rows)
+
+
 def check_text(rows):
     assert rows[0]["compilations"] <= rows[0]["steps"] == 2
     assert 0 <= rows[0]["padding"] < 0.5
@@ -179,7 +194,7 @@ def check_optimisers(rows):
 
 CHECKS = {"step_time": check_step_time, "compile_time": check_compile_time,
           "memory": check_memory, "head": check_head, "text": check_text, "plan": check_plan,
-          "optimisers": check_optimisers, "glue": check_glue}  # fmt: skip
+          "optimisers": check_optimisers, "glue": check_glue, "e2e": check_e2e}  # fmt: skip
 
 
 # -- the report ------------------------------------------------------------------------
@@ -264,7 +279,7 @@ def test_rounds_differ_in_their_order():
 
 def test_contenders_that_nobody_knows():
     for command in {*RUNS} - {"compile_time", "data", "plan"}:
-        reads = command in ("glue", *TRAINING)
+        reads = command in ("glue", "e2e", *TRAINING)
         data = ["--data", "."] if reads or command == "text" else []
         data += ["--model", T5] if reads else []
         with pytest.raises(SystemExit, match="no contender nothing; there are "):

@@ -233,6 +233,18 @@ def test_lora_plus_gives_rates_by_label(tree):
     assert got["head"]["kernel"].value == got["tokens"]["embedding"].rows == 1
 
 
+def test_lora_plus_takes_a_traced_ratio(tree):
+    half, grads = gradients(tree)
+
+    def b_of(ratio):
+        updates, _ = lora_plus(ratio).update(grads, optax.EmptyState(), half)
+        return updates["q"]["kernel"].adapters[""].b
+
+    got = jax.vmap(b_of)(jnp.array([1.0, 4.0]))
+    assert_close(got[1], 4 * got[0])
+    assert_close(got[0], b_of(1))
+
+
 def test_decay_is_for_factors_and_matrices(tree):
     half, _ = gradients(tree)
     mask = decay_mask(half)

@@ -35,6 +35,7 @@ def lora_plus(
     Args:
       ratio: of B's rate to the optimiser's, which is A's; 1 changes nothing. The
         paper's experiments take 16 of a rate that is somewhat lower than plain LoRA's.
+        It may be traced, as a job's own in `jlora.sweep`.
       embedding_ratio: of both factors of an embedding. PEFT's `loraplus_lr_embedding`
         is this times the optimiser's rate.
       embeddings: the names of leaves that are embeddings.

@@ -140,16 +140,16 @@ def test_every_row_once_and_on_from_any_batch(folder, end):
 
 def test_what_is_before_a_place_is_not_read(folder, monkeypatch):
     """A file is sought, and of what follows only the window is read."""
-    from jlora.data import _shards
+    from jlora.data import _line_rows
 
     source = data.stream_files(shards(folder, (40,)))
     own = stream(source, seed=None)
     reading = own.stream()
     list(itertools.islice(reading, 7))  # the third window of 12 rows has begun
     place, read = reading.position(), []
-    plain = _shards._Lines.next
+    plain = _line_rows._Lines.next
     monkeypatch.setattr(
-        _shards._Lines, "next", lambda s: read.append(s.lines) or plain(s)
+        _line_rows._Lines, "next", lambda s: read.append(s.lines) or plain(s)
     )
     next(own.stream(7, place))
     assert read == list(range(24, 36))

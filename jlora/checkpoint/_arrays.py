@@ -130,3 +130,22 @@ def _like(data: jax.Array, x: Any, impl: str | None) -> Any:
         # Orbax commits to a device; a state that was free stays free to go anywhere.
         data = jnp.asarray(np.asarray(data))
     return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
+
+
+def own_copies(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Copies of arrays that the next step may reuse the memory of.
+
+    Orbax copies what lies on an accelerator before it returns; of what lies in the
+    host's memory it keeps a view.
+    """
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.Array) and _platform(x) == "cpu":
+            return jnp.copy(x)
+        return x
+
+    return {name: one(x) for name, x in arrays.items()}
+
+
+def _platform(x: jax.Array) -> str:
+    return str(next(iter(x.devices())).platform)

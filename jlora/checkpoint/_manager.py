@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import shutil
 import time
 import warnings
@@ -20,16 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp  # `_storage` says what to install
 
 from jlora._errors import CheckpointError, JloraWarning
 from jlora._files import PathLike
 from jlora._processes import agree, on_first
 from jlora.checkpoint import _storage
+from jlora.checkpoint._arrays import own_copies
 from jlora.checkpoint._entries import Check
 from jlora.checkpoint._failures import brief, clear, failure, quiet
 from jlora.checkpoint._fingerprint import Fingerprint, fingerprint
+from jlora.checkpoint._keeping import Keeping
 from jlora.checkpoint._states import restore_state, state_content
 
 if TYPE_CHECKING:
@@ -73,12 +73,9 @@ class Checkpoints:
         overwrite: bool = False,
         background: bool = False,
     ) -> None:
-        _check_policy(keep_last, keep_best, best_mode)
+        self._keeping = Keeping(keep_last, keep_best, best_metric, best_mode)
         self._place = _storage.local_path(directory)
-        self._best = best_metric if keep_best else None
-        self._worst = math.inf if best_mode == "min" else -math.inf
         self._background = background
-        self._options = self._manager_options(keep_last, keep_best, best_mode)
         self._with_base = include_base
         self._overwrite = overwrite
         self._saving: int | None = None  # the step that is being written
@@ -87,29 +84,6 @@ class Checkpoints:
         self._base: tuple[list[Any], Fingerprint] | None = None
         on_first(f"opening {str(self._place)!r}", self._prepare)
         self._manager = self._open()
-
-    def _manager_options(self, keep_last: int, keep_best: int, mode: str) -> Any:
-        managers = ocp.checkpoint_managers
-        policies: list[Any] = [managers.LatestN(keep_last)]
-        if keep_best:
-            best = managers.BestN(
-                get_metric_fn=self._rank,
-                reverse=mode == "min",
-                n=keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-            policies.append(best)
-        return ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(policies),
-            best_fn=self._rank if keep_best else None,
-            best_mode=mode,
-            enable_async_checkpointing=self._background,
-            cleanup_tmp_directories=True,
-        )
-
-    def _rank(self, metrics: Mapping[str, float]) -> float:
-        value = metrics[self._best or ""]
-        return self._worst if math.isnan(value) else value
 
     def _prepare(self) -> None:
         """Make the folder, and undo a replacement that was interrupted.
@@ -140,7 +114,9 @@ class Checkpoints:
         _storage.recover(self._place)
 
     def _open(self) -> Any:
-        return ocp.CheckpointManager(self._place, options=self._options)
+        return ocp.CheckpointManager(
+            self._place, options=self._keeping.options(background=self._background)
+        )
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint."""
@@ -154,7 +130,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The best of them, by `best_metric`; None without `keep_best`."""
         self.wait()
-        return self._manager.best_step() if self._best else None
+        return self._manager.best_step() if self._keeping.keep_best else None
 
     def save(
         self,
@@ -182,7 +158,7 @@ class Checkpoints:
         arrays, config = state_content(
             state, data_position, self._with_base, self._fingerprint(state)
         )
-        numbers = self._numbers(metrics)
+        numbers = self._keeping.numbers(metrics)
         step = config["step"]
         what = f"saving step {step} in {str(self._place)!r}"
         # The first process looks at what is there; the others may see it later.
@@ -196,7 +172,7 @@ class Checkpoints:
         if replaces:
             self._move(what, self._put_aside)
         args = _storage.save_args(
-            "state", _own(arrays) if self._background else arrays, config
+            "state", own_copies(arrays) if self._background else arrays, config
         )
         try:
             agree(what, self._failure(step, args, numbers))
@@ -398,15 +374,6 @@ class Checkpoints:
         self._base = (leaves, base)
         return base
 
-    def _numbers(self, metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
-        if self._best is not None and self._best not in (metrics or {}):
-            raise CheckpointError(
-                f"the best checkpoints are kept by {self._best!r}, which is not among "
-                f"the metrics {sorted(metrics or {})}.\nPass save(state, metrics={{"
-                f"{self._best!r}: ...}}), or another best_metric."
-            )
-        return None if metrics is None else dict(map(_number, metrics.items()))
-
     def _is_there(self, step: int, config: Mapping[str, Any]) -> bool:
         if step not in self.steps() or step in self._damaged:
             return False
@@ -461,50 +428,8 @@ class Checkpoints:
         _storage.recover(self._place)
 
 
-def _check_policy(keep_last: Any, keep_best: Any, best_mode: Any) -> None:
-    try:
-        is_fine = operator.index(keep_last) >= 1 and operator.index(keep_best) >= 0
-    except TypeError:
-        is_fine = False
-    if not is_fine or best_mode not in ("min", "max"):
-        raise CheckpointError(
-            f"keep_last={keep_last!r}, keep_best={keep_best!r}, best_mode="
-            f"{best_mode!r}; expected whole numbers of at least 1 and 0, and 'min' or "
-            "'max'."
-        )
-
-
-def _number(metric: tuple[str, Any]) -> tuple[str, float]:
-    name, value = metric
-    try:
-        return name, float(value)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the metric {name!r} is {value!r}; metrics are single numbers."
-        ) from error
-
-
 def _is(x: Any, y: Any) -> bool:
     return x is y
-
-
-def _own(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Copies of arrays that the next step may reuse the memory of.
-
-    Orbax copies what lies on an accelerator before it returns; of what lies in the
-    host's memory it keeps a view.
-    """
-
-    def one(x: Any) -> Any:
-        if isinstance(x, jax.Array) and _platform(x) == "cpu":
-            return jnp.copy(x)
-        return x
-
-    return {name: one(x) for name, x in arrays.items()}
-
-
-def _platform(x: jax.Array) -> str:
-    return str(next(iter(x.devices())).platform)
 
 
 def _try_config(place: Path) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from jlora import _compat
 from jlora._transform._rules.layout import reshape_groups
+from jlora.planning import _loops
 from jlora.planning._flat import Operation
 from jlora.planning._spread import Label, Spread
 from jlora.planning._values import Spec, Value, spec_of
@@ -330,88 +329,6 @@ def _top(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
     return walk.make(op, [walk.gathered(x, spec)], [spec] * len(op.results))
 
 
-# -- programs in programs --------------------------------------------------------------
-
-
-def _scan(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
-    s = _compat.scan_parts(op.eqn)
-    first = s.num_consts + s.num_carry
-    consts, carry, xs = (
-        values[: s.num_consts],
-        values[s.num_consts : first],
-        values[first:],
-    )
-    slices = [_a_slice(walk, x) for x in xs]
-    carry, result = _settled(walk, s.body, consts, carry, slices)
-    walk.costs.add(result.costs, s.length)
-    specs = [v.spec for v in carry]
-    specs += [((), *v.spec) for v in result.outputs[s.num_carry :]]
-    made = walk.make(
-        op, values, specs, inner=result.peak, moved=result.costs.moved * s.length
-    )
-    for one, v in zip(made, result.outputs, strict=True):
-        one.is_data = v.is_data
-    return made
-
-
-def _a_slice(walk: Spread, x: Value) -> Value:
-    """One of a stack along its first dimension, which is whole: else it is gathered."""
-    x = walk.gathered(x, ((), *x.spec[1:]))
-    part = Value(x.shape[1:], x.itemsize, x.spec[1:], x.bytes // max(1, x.shape[0]))
-    part.is_data, part.what = x.is_data, "slice"
-    return part
-
-
-def _settled(
-    walk: Spread, body: Any, consts: list[Value], carry: list[Value], xs: list[Value]
-) -> tuple[list[Value], Any]:
-    """A loop's carry, cut as the loop leaves it, and one turn of the loop."""
-    result = walk.inner(body, [*consts, *carry, *xs], walk.sizes, len(carry))
-    for _ in range(3):
-        again = [
-            _joined(walk, v, out) for v, out in zip(carry, result.outputs, strict=False)
-        ]
-        if [v.spec for v in again] == [v.spec for v in carry] and (
-            [v.is_data for v in again] == [v.is_data for v in carry]
-        ):
-            break
-        carry = again
-        result = walk.inner(body, [*consts, *carry, *xs], walk.sizes, len(carry))
-    return carry, result
-
-
-def _joined(walk: Spread, v: Value, out: Value) -> Value:
-    """A carry that goes in one way and comes out another: cut as it comes out."""
-    spec = out.spec if out.is_data or not any(v.spec) else v.spec
-    same = walk.value(v.shape, np.dtype("uint8"), spec)
-    return Value(
-        v.shape, v.itemsize, spec, int(same.bytes * v.itemsize),
-        v.is_data or out.is_data, v.what,
-    )  # fmt: skip
-
-
-def _while(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
-    """A loop whose turns nobody knows: one is counted."""
-    w = _compat.while_parts(op.eqn)
-    middle = w.num_cond_consts + w.num_body_consts
-    consts, carry = values[w.num_cond_consts : middle], values[middle:]
-    carry, result = _settled(walk, w.body, consts, carry, [])
-    walk.costs.add(result.costs)
-    walk.costs.unknown.add("the number of turns of a while loop")
-    specs = [v.spec for v in carry]
-    return walk.make(op, values, specs, inner=result.peak, moved=result.costs.moved)
-
-
-def _cond(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
-    """The costliest branch."""
-    results = [walk.inner(body, values[1:], walk.sizes, len(op.results))
-               for body in _compat.cond_branches(op.eqn)]  # fmt: skip
-    most = max(results, key=lambda r: sum(r.costs.flops.values()))
-    walk.costs.add(most.costs)
-    specs = [v.spec for v in most.outputs]
-    return walk.make(op, values, specs, inner=max(r.peak for r in results))
-
-
 _REDUCTIONS = (
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
     "reduce_xor", "argmax", "argmin",
@@ -451,9 +368,9 @@ _RULES: dict[str, Rule] = {
     "gather": _lookup,
     "top_k": _top,
     **dict.fromkeys(_DECOMPOSITIONS, _unknown),
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
+    "scan": _loops.scan,
+    "while": _loops.while_loop,
+    "cond": _loops.cond,
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(["scatter", "scatter-add", "scatter-max", "scatter_add"], _scatter),
 }

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import struct
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -538,3 +539,53 @@ def test_trees_that_the_format_cannot_hold(tmp_path):
         saved(tmp_path, adapted(train=["head"]), config={"modules_to_save": None})
     assert not list(tmp_path.iterdir())
     saved(tmp_path, adapted(targets=two), config={"lora_dropout": 0.2})
+
+
+# -- servers ---------------------------------------------------------------------------
+
+
+def a_decoder():
+    config = models.LlamaConfig(
+        vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = models.Llama(config)
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    return model, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+
+def remark_on(folder, model, tree, task_type="CAUSAL_LM"):
+    """What saving an adapter warns of; nothing is None."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jlora.peft.save(folder, tree, model=model, task_type=task_type, overwrite=True)
+    assert len(caught) < 2
+    return str(caught[0].message) if caught else None
+
+
+def test_what_servers_do_not_read_is_said_once(tmp_path):
+    model, params = a_decoder()
+    plain = jlora.lorafy(params, 2, ["query", "value"], alpha=8)
+    assert remark_on(tmp_path, model, plain) is None
+    own = {
+        "query": jlora.Target(rank=2, alpha=4),
+        "value": jlora.Target(rank=4, alpha=8),
+    }
+    assert remark_on(tmp_path, model, jlora.lorafy(params, targets=own)) is None
+    own["value"] = jlora.Target(rank=4, alpha=2)
+    unlike = jlora.lorafy(params, targets=own)
+    said = remark_on(tmp_path, model, unlike)
+    config = jlora.peft.read_config(tmp_path)
+    others = (
+        "v_proj by 0.5" if config["lora_alpha"] / config["r"] == 2 else "q_proj by 2"
+    )
+    for layer in range(3):
+        assert f"model.layers.{layer}.self_attn.{others}" in said
+    assert "TGI leaves" not in said
+    assert "with one rank and alpha; or serve the merged model" in said
+    assert remark_on(tmp_path, model, unlike, "FEATURE_EXTRACTION") is None
+    lacking = jlora.lorafy(params, 2, r".*layers/[02]/.*(q_proj|v_proj)/kernel")
+    said = remark_on(tmp_path, model, lacking)
+    assert "model.layers.1.self_attn.q_proj\n  model.layers.1.self_attn.v_proj" in said
+    assert "alpha/r" not in said

@@ -30,6 +30,7 @@ from jlora.peft._files import (
 from jlora.peft._form_load import form_adapters
 from jlora.peft._form_save import form_content, is_of_forms
 from jlora.peft._names import Model, Names, Table, advice_to_part
+from jlora.peft._serving import warn_of_servers
 from jlora.peft._start import on_its_base, start_of
 
 Tree = Any
@@ -187,7 +188,8 @@ def save(
 
     The configuration is the smallest that says what the tree is. Of a module with a
     trained leaf that is no bias every leaf is saved, for PEFT knows whole modules.
-    Adapters on slices of a fused kernel become one of the sum of their ranks.
+    Adapters on slices of a fused kernel become one of the sum of their ranks. A warning
+    says where vLLM and TGI would serve a decoder's adapter otherwise than PEFT.
 
     Args:
       folder: the folder to write; other files in it stay.
@@ -241,6 +243,8 @@ def save(
     saved = _save.saved_params(merged, found, nodes, table)
     _save.check_conv1d(given, saved)
     write(place, merged, _save.tensors(found, saved, nodes, merged, table))
+    modules = [n for n, x in found.items() if x.param.called and not x.is_parameter]
+    warn_of_servers(merged, {*modules}, table.modules())
 
 
 def _table(leaves: Mapping[str, Any], model: Model | None, names: Names) -> Table:

@@ -6,6 +6,7 @@ and what lies below the first adapter is computed once where the slots share a b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from jlora.sweep._bank import Bank, Kept
 from jlora.sweep._jobs import Hyper
 from jlora.sweep._plan import Optimizer, adamw, checked_optimizer
 from jlora.train._evaluation import EvalStep
+from jlora.train._form import Lying
 from jlora.train._gradients import GradientSettings, LossFn, cast, cast_base, cast_full
 from jlora.train._step import (
     Hook,
@@ -101,6 +103,12 @@ class SweepStep(TrainStep):
 
     def _placed(self, batch: Batch) -> Batch:
         return _on_mesh(batch, self._mesh, "error")
+
+    def _next(self, state: Bank, lying: Lying) -> Bank:
+        step, trainable, opt_state = lying.moving()
+        return dataclasses.replace(
+            state, step=step, trainable=trainable, opt_state=opt_state
+        )
 
     def __call__(  # type: ignore[override]
         self, bank: Bank, batch: Batch, *, shared: bool = False

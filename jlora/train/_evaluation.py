@@ -68,8 +68,11 @@ class EvalStep:
 
     def totals(self, state: TrainState | Tree, batch: Batch) -> Totals:
         """Each metric as `(total, count)`, to be summed over batches."""
-        params = _eval_params(state)
-        arrays, rest = take_apart(params)
+        if isinstance(state, TrainState):
+            params, arrays, rest = state.evaluated
+        else:
+            params = with_dropout(state, None)
+            arrays, rest = take_apart(params)
         batch = as_batch(batch)
         arguments = (
             (rest, kept_parts(params, self._mesh)),
@@ -87,11 +90,6 @@ class EvalStep:
         if self._mesh is None:
             return batch
         return place_batch(batch, self._mesh, uneven="replicate")
-
-
-def _eval_params(state: TrainState | Tree) -> Tree:
-    params = state.params if isinstance(state, TrainState) else state
-    return with_dropout(params, None)
 
 
 def make_eval_step(

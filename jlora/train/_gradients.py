@@ -123,16 +123,19 @@ class Objective:
 
     def gradients(self, trainable: Tree) -> tuple[Tree, Totals]:
         """Gradients of the mean loss, in the leaves' dtypes, and all totals."""
+        sums, totals = self.sums(trainable)
+        return mean_gradients(sums, totals, trainable), totals
+
+    def sums(self, trainable: Tree) -> tuple[Tree, Totals]:
+        """Gradients of the loss's total, in float32 at least, and all totals."""
 
         def one(trainable: Tree, batch: Any, key: Array) -> tuple[Tree, Totals]:
             grad = jax.grad(self._total, has_aux=True)
             grads, totals = grad(trainable, batch, key)
             return jax.tree.map(at_least_f32, grads), totals
 
-        grads, totals = self._sum(one, trainable)
-        weight = nonzero(totals["loss"][1])
-        mean = lambda g, x: (g / weight.astype(g.dtype)).astype(x.dtype)  # noqa: E731
-        return jax.tree.map(mean, grads, trainable), totals
+        sums: tuple[Tree, Totals] = self._sum(one, trainable)
+        return sums
 
     def value_fn(self) -> Callable[[Tree], Array]:
         """The mean loss as a function that can be differentiated in both modes.
@@ -216,6 +219,13 @@ class Objective:
             whole = NamedSharding(mesh, PartitionSpec())
             found = lax.with_sharding_constraint(found, whole)
         return jax.tree.map(_tree_sum, found)
+
+
+def mean_gradients(sums: Tree, totals: Totals, trainable: Tree) -> Tree:
+    """Gradients of the mean loss, in the leaves' dtypes."""
+    weight = nonzero(totals["loss"][1])
+    mean = lambda g, x: (g / weight.astype(g.dtype)).astype(x.dtype)  # noqa: E731
+    return jax.tree.map(mean, sums, trainable)
 
 
 def _product(grad: Array, tangent: Array) -> Array:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlora._processes import put
 from jlora._tree.dropout import with_dropout
 from jlora._tree.partition import combine, split
+from jlora.train._form import Lying
 from jlora.train._static import Rest, is_array, put_together, take_apart
 
 if TYPE_CHECKING:
@@ -43,6 +44,21 @@ class TrainState:
     frozen: Tree
     opt_state: Any
     key: Array
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what is not there: what a step has left as it lies.
+        lying: Lying | None = self.__dict__.get("lying")
+        if lying is None or name not in ("trainable", "opt_state"):
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}"
+            )
+        _, trainable, opt_state = lying.moving()
+        self.__dict__.update(trainable=trainable, opt_state=opt_state)
+        return self.__dict__[name]
+
+    def __reduce__(self) -> Any:
+        fields = dataclasses.fields(self)
+        return type(self), tuple(getattr(self, f.name) for f in fields)
 
     @classmethod
     def create(
@@ -78,10 +94,24 @@ class TrainState:
             return _abstract(make, params, key)
         return _together(make(params, key), mesh)
 
-    @property
+    @classmethod
+    def as_it_lies(cls, lying: Lying, frozen: Tree, key: Array) -> TrainState:
+        """A state of which the moving halves are made when they are asked for."""
+        state = object.__new__(cls)
+        step = lying.buffers[0]
+        state.__dict__.update(step=step, frozen=frozen, key=key, lying=lying)
+        return state
+
+    @functools.cached_property
     def params(self) -> Tree:
         """The lorafied tree: evaluate, merge or save this."""
         return combine(self.trainable, self.frozen)
+
+    @functools.cached_property
+    def evaluated(self) -> tuple[Tree, list[Any], Rest]:
+        """`params` without dropout; its arrays, and the rest of it."""
+        tree = with_dropout(self.params, None)
+        return tree, *take_apart(tree)
 
 
 def _abstract(make: Callable[..., TrainState], params: Tree, key: Array) -> TrainState:

@@ -22,13 +22,16 @@ from jlora._tree.options import one_of
 from jlora.sharding._batches import place_batch
 from jlora.train._batch import Batch, as_batch
 from jlora.train._codes import Kept, gathering, kept_parts
+from jlora.train._form import Form, Lying
 from jlora.train._gradients import (
     AxisName,
     GradientSettings,
     LossFn,
     Objective,
     at_least_f32,
+    mean_gradients,
 )
+from jlora.train._layout import Layout, layout_of, traced
 from jlora.train._prefetch import Placed
 from jlora.train._state import TrainState, strongly_typed
 from jlora.train._static import put_together, take_apart
@@ -60,6 +63,8 @@ class StepInfo(NamedTuple):
 
 #: A function of what happens in a step that returns more metrics.
 Hook = Callable[[StepInfo], Mapping[str, Array]]
+#: The rest of a step once there are gradients: `(sums, moving) -> (moving, metrics)`.
+Finish = Callable[[Tree, Any], tuple[Any, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +199,8 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
     loss = totals_fn(loss_fn, on_missing)
     pure = functools.partial(update, loss, tx, settings)
-    return TrainStep(pure, donate, parallel, axis_name, mesh, groups)
+    finish = functools.partial(_finish, tx, dataclasses.replace(settings, hooks=()))
+    return TrainStep(pure, donate, parallel, axis_name, mesh, groups, finish)
 
 
 def check_mesh(mesh: Any, parallel: Parallel = "jit") -> None:
@@ -236,13 +242,15 @@ class TrainStep:
         axis_name: Any,
         mesh: Mesh | None = None,
         groups: int | None = None,
+        finish: Callable[..., Any] | None = None,
     ) -> None:
-        self._pure = pure
+        self._pure, self._finish = pure, finish
         self._donate = (0,) if donate else ()
         self._parallel = parallel
         self._axis_name = axis_name
         self._mesh, self._traced_on = mesh, None if groups else mesh
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Form, Any] = {}
+        self._layouts: dict[Any, Layout] = {}
         self._traces = 0
         self._check_ids = IdCheck()
 
@@ -251,25 +259,32 @@ class TrainStep:
         ahead = isinstance(batch, Placed)
         host = batch.host if ahead else as_batch(batch)
         batch = batch.device if ahead else self._placed(host)
-        run, arguments, treedef = self._prepare(state, batch)
+        lying = self._lying(state)
+        run = self._program(lying.form, state.frozen)
+        arguments = (lying.buffers, lying.frozen, state.key, batch)
         if self._parallel == "jit":
             trace = lambda: run.trace(*arguments).jaxpr  # noqa: E731
             self._check_ids(run, host, trace)
-        leaves, metrics = run(*arguments)
-        step, trainable, opt_state = jax.tree.unflatten(treedef, leaves)
-        return dataclasses.replace(
-            state, step=step, trainable=trainable, opt_state=opt_state
-        ), metrics
+        buffers, metrics = run(*arguments)
+        if self._donate:
+            _give_up(state, lying.form)
+        return self._next(state, lying._replace(buffers=buffers)), metrics
+
+    def _next(self, state: Any, lying: Lying) -> Any:
+        """The state after a step."""
+        return type(state).as_it_lies(lying, state.frozen, state.key)
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """Trace without running, as `jax.jit(f).trace`: for the program itself."""
-        run, arguments, _ = self._prepare(state, self._placed(as_batch(batch)))
-        return run.trace(*arguments)
+        lying, batch = self._lying(state), self._placed(as_batch(batch))
+        run = self._program(lying.form, state.frozen)
+        return run.trace(lying.buffers, lying.frozen, state.key, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """Lower without running, as `jax.jit(f).lower`: for costs and memory."""
-        run, arguments, _ = self._prepare(state, self._placed(as_batch(batch)))
-        return run.lower(*arguments)
+        lying, batch = self._lying(state), self._placed(as_batch(batch))
+        run = self._program(lying.form, state.frozen)
+        return run.lower(lying.buffers, lying.frozen, state.key, batch)
 
     def cache_size(self) -> int:
         """How many times the step was compiled: 1, or its arguments change shape."""
@@ -277,27 +292,59 @@ class TrainStep:
             return self._traces
         return sum(map(_compat.compilations, self._compiled.values()))
 
-    def _prepare(self, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
-        """The compiled function, its arguments, and the structure of its result."""
-        # Flattened once: nodes are flattened in Python, and a model has hundreds.
-        leaves, treedef = jax.tree.flatten(
-            (state.step, state.trainable, state.opt_state)
-        )
+    def _lying(self, state: Any) -> Lying:
+        """A state as it lies; one of trees is taken apart first."""
+        known: Lying | None = state.__dict__.get("lying")
+        if known is not None:
+            return known
+        moving = (state.step, state.trainable, state.opt_state)
+        leaves, structure = jax.tree.flatten(moving)
         frozen, rest = take_apart(state.frozen)
-        if self._parallel == "pmap":
-            known: Any = (treedef, rest)
-            wrap = functools.partial(jax.pmap, axis_name=self._axis_name)
-        else:
-            # The new state is laid out as the old one; the compiler could choose
-            # another layout, and the next call would be compiled anew.
-            shardings = [named_sharding(x) for x in leaves]
-            known = (treedef, rest, tuple(shardings))
-            wrap = functools.partial(jax.jit, out_shardings=(shardings, None))
-        if known not in self._compiled:
-            kept = kept_parts(state.frozen, self._traced_on)
-            flat = functools.partial(self._flat, treedef, rest, kept)
-            self._compiled[known] = wrap(flat, donate_argnums=self._donate)
-        return self._compiled[known], (leaves, frozen, state.key, batch), treedef
+        layout = self._layout(moving, leaves, structure)
+        buffers = layout.pack(leaves)
+        mapped = self._parallel == "pmap"
+        shardings = () if mapped else tuple(map(named_sharding, buffers))
+        return Lying(Form(structure, rest, layout, shardings), buffers, frozen)
+
+    def _layout(self, moving: Any, leaves: list[Any], structure: Any) -> Layout:
+        """How the leaves of a state shall lie."""
+        if self._finish is None or self._parallel == "pmap":
+            return Layout(len(leaves))
+        places = tuple(getattr(x, "sharding", None) for x in leaves)
+        looks = tuple((x.shape, x.dtype) for x in leaves)
+        known = (structure, looks, places)
+        if known not in self._layouts:
+            program = functools.partial(self._update_alone, moving, leaves, structure)
+            self._layouts[known] = layout_of(moving, program)
+        return self._layouts[known]
+
+    def _update_alone(self, moving: Any, leaves: list[Any], structure: Any) -> Any:
+        """The program of an update, of a loss of which nothing is known."""
+        assert self._finish is not None
+        finish = functools.partial(
+            self._finish,
+            jax.random.key(0),
+            {"loss": (jnp.ones(()), jnp.ones(()))},
+            lambda half: sum(jnp.sum(at_least_f32(x)) for x in jax.tree.leaves(half)),
+        )
+        sums = jax.eval_shape(lambda half: jax.tree.map(at_least_f32, half), moving[1])
+        grads, halves = jax.tree.flatten(sums)
+        return traced(_of_leaves(finish, halves, structure), grads, leaves)[0]
+
+    def _program(self, form: Form, half: Tree) -> Any:
+        """The compiled function of a form, and of the frozen half of such a state."""
+        if form not in self._compiled:
+            if self._parallel == "pmap":
+                wrap: Any = functools.partial(jax.pmap, axis_name=self._axis_name)
+            else:
+                # The new state is laid out as the old one; the compiler could choose
+                # another layout, and the next call would be compiled anew.
+                out = ([*form.shardings], None)
+                wrap = functools.partial(jax.jit, out_shardings=out)
+            kept = kept_parts(half, self._traced_on)
+            flat = functools.partial(self._flat, form, kept)
+            self._compiled[form] = wrap(flat, donate_argnums=self._donate)
+        return self._compiled[form]
 
     def place(self, batch: Batch) -> Batch:
         """Put a batch where the step takes it, while another step runs perhaps.
@@ -313,27 +360,61 @@ class TrainStep:
 
     def _flat(
         self,
-        treedef: Any,
-        rest: Any,
+        form: Form,
         kept: Kept | None,
-        leaves: Any,
+        buffers: Any,
         frozen: Any,
         key: Any,
         batch: Any,
     ) -> Any:
         self._traces += 1
-        moving = jax.tree.unflatten(treedef, leaves)
-        of_run = (put_together(frozen, rest), key)
+        leaves = form.layout.unpack(buffers)
+        moving = jax.tree.unflatten(form.structure, leaves)
+        of_run = (put_together(frozen, form.rest), key)
         with on_mesh(self._traced_on), gathering(kept):
-            moving, metrics = self._pure(moving, of_run, batch)
-        leaves, structure = jax.tree.flatten(moving)
-        if structure != treedef:
-            raise StructureError(
-                "the optimiser returns a state of another structure than it was given."
-                "\nMake the state with the optimiser that the step has: "
-                f"TrainState.create(params, tx).\n  was {treedef}\n  is  {structure}"
-            )
-        return [strongly_typed(x) for x in leaves], metrics
+            if not form.layout.stacks:
+                moving, metrics = self._pure(moving, of_run, batch)
+                return _leaves_of(moving, form.structure), metrics
+
+            def finished(finish: Finish, sums: Tree, _: Any) -> Any:
+                grads, halves = jax.tree.flatten(sums)
+                f = _of_leaves(finish, halves, form.structure)
+                return form.layout.apply(f, grads, buffers, leaves)
+
+            return self._pure(moving, of_run, batch, finished)
+
+
+def _of_leaves(finish: Finish, halves: Any, structure: Any) -> Any:
+    """An update as a function of lists of leaves."""
+
+    def f(grads: list[Any], leaves: list[Any]) -> tuple[list[Any], Metrics]:
+        moving = jax.tree.unflatten(structure, leaves)
+        moving, metrics = finish(jax.tree.unflatten(halves, grads), moving)
+        return _leaves_of(moving, structure), metrics
+
+    return f
+
+
+def _leaves_of(moving: Any, structure: Any) -> list[Array]:
+    leaves, own = jax.tree.flatten(moving)
+    if own != structure:
+        raise StructureError(
+            "the optimiser returns a state of another structure than it was given."
+            "\nMake the state with the optimiser that the step has: "
+            f"TrainState.create(params, tx).\n  was {structure}\n  is  {own}"
+        )
+    return [strongly_typed(x) for x in leaves]
+
+
+def _give_up(state: Any, form: Form) -> None:
+    """Free the leaves of which the step has been given stacks, as if they had been."""
+    if "lying" in state.__dict__ or not form.layout.stacks:
+        return
+    leaves = jax.tree.leaves((state.step, state.trainable, state.opt_state))
+    for own in form.layout.stacks:
+        for i in own:
+            if isinstance(leaves[i], jax.Array):
+                leaves[i].delete()
 
 
 def on_mesh(mesh: Mesh | None) -> Any:
@@ -358,6 +439,7 @@ def update(
     moving: Any,
     kept: Any,
     batch: Any,
+    finished: Callable[[Finish, Tree, Any], Any] | None = None,
 ) -> tuple[Any, Metrics]:
     """One step of one run, uncompiled.
 
@@ -368,15 +450,37 @@ def update(
       moving: `(step, trainable, opt_state)`.
       kept: `(frozen, key)`, of the run.
       batch: the batch.
+      finished: what to make of the rest of the step, a function of the summed gradients
+        and what moves, and of these; None runs it.
 
     Returns:
-      What moves, as it came, and the metrics.
+      What moves, as it came, and the metrics; or what `finished` returns.
     """
-    step, trainable, opt_state = moving
+    step, trainable, _ = moving
     frozen, run_key = kept
     key = jax.random.fold_in(run_key, step)
     objective = Objective(loss, settings.gradients, frozen, batch, key)
-    raw, totals = objective.gradients(trainable)
+    sums, totals = objective.sums(trainable)
+    finish: Finish = functools.partial(
+        _finish, tx, settings, key, totals, objective.value_fn()
+    )
+    if finished is not None:
+        return finished(finish, sums, moving)
+    return finish(sums, moving)
+
+
+def _finish(
+    tx: Any,
+    settings: StepSettings,
+    key: Array,
+    totals: Totals,
+    value_fn: Callable[[Tree], Array],
+    sums: Tree,
+    moving: Any,
+) -> tuple[Any, Metrics]:
+    """What a step does with its gradients."""
+    step, trainable, opt_state = moving
+    raw = mean_gradients(sums, totals, trainable)
     metrics = means(totals)
     norm = _global_norm(raw)
     metrics["weight"] = totals["loss"][1]
@@ -390,7 +494,7 @@ def update(
         trainable,
         value=metrics["loss"],
         grad=raw,
-        **_loss_functions(objective),
+        **_loss_functions(value_fn),
     )
     for hook in settings.hooks:
         info = StepInfo(step, trainable, grads, updates, key)
@@ -402,9 +506,8 @@ def update(
     return (step + 1, new, new_opt), metrics
 
 
-def _loss_functions(objective: Objective) -> dict[str, Callable[..., Array]]:
+def _loss_functions(value: Callable[[Tree], Array]) -> dict[str, Callable[..., Array]]:
     """The loss under both names that optax has for it."""
-    value = objective.value_fn()
 
     def value_fn(trainable: Tree, obj_fn: Any = None) -> Array:
         # optax hands its line searches every argument that value_fn has, and refuses

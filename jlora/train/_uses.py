@@ -155,7 +155,7 @@ def _walk(jaxpr: Any, known: Sequence[Any], found: list[Use]) -> list[Any]:
     for eqn in bare.eqns:
         operands = [read(v) for v in eqn.invars]
         has_ids = any(isinstance(k, Layout) for k in operands)
-        is_parameter = eqn.primitive.name in _SAME and operands[0] is not None
+        is_parameter = _is_parameter(eqn, operands)
         if not has_ids and not is_parameter:
             continue
         results = _follow(eqn, operands, found)
@@ -165,10 +165,17 @@ def _walk(jaxpr: Any, known: Sequence[Any], found: list[Use]) -> list[Any]:
     return [read(v) for v in bare.outvars]
 
 
+def _is_parameter(eqn: Eqn, operands: list[Any]) -> bool:
+    """Whether the result is a parameter: one is, or is cut from a stack of them."""
+    name = eqn.primitive.name
+    cut = name in _CUT and isinstance(operands[0], _Parameter)
+    return cut or (name in _SAME and operands[0] is not None)
+
+
 def _follow(eqn: Eqn, operands: list[Any], found: list[Use]) -> list[Any]:
     name = eqn.primitive.name
     first = operands[0] if operands else None
-    if name in _SAME:
+    if name in _SAME or (name in _CUT and isinstance(first, _Parameter)):
         return [first]
     if name in _compat.JIT:
         jit = _compat.jit_parts(eqn)
@@ -237,6 +244,7 @@ def _note_rows(eqn: Eqn, operands: list[Any], found: list[Use]) -> None:
         found.append(Use(ids, size, "rows", None))
 
 
+_CUT = ("slice", "squeeze", "reshape")
 _SAME = (
     "convert_element_type",
     "copy",

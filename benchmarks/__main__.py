@@ -16,9 +16,10 @@ from benchmarks.race import ENVIRONMENTS, TARGETS, Row
 BUSY = 0.4  # load a core, before a run
 COMMANDS = ("step_time", "compile_time", "memory", "head", "merge", "generate",
             "text", "load", "sweep", "many", "mixed_batches", "initialise", "qlora",
-            "optimisers", "glue", "e2e", "data", "plan", "gpu")  # fmt: skip
+            "optimisers", "glue", "e2e", "data", "plan", "gpu", "dispatch")  # fmt: skip
 # They load a checkpoint, and train on text.
 TRAINING = ("initialise", "qlora", "optimisers")
+WITHOUT_CASE = ("load", "text", "glue", "e2e", "data", "plan", "gpu", "dispatch")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,17 +35,7 @@ def parser() -> argparse.ArgumentParser:
             _add_run(one.add_argument_group("run").add_argument)
         if name == "gpu":
             add("--budget-s", type=float, default=360.0, help="seconds for all (360)")
-        if name not in (
-            "load",
-            "text",
-            *TRAINING,
-            "glue",
-            "e2e",
-            "data",
-            "plan",
-            "gpu",
-            "report",
-        ):
+        if name not in (*WITHOUT_CASE, *TRAINING, "report"):
             _add_case(one.add_argument_group("what is measured").add_argument)
         if name in ("memory", "head"):
             words = "XLA's account for a GPU that is not here; needs jax[cuda12]"
@@ -105,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
             add("--model", metavar="DIR", required=True, help="with a tokenizer")
             add("--data", metavar="DIR", required=True, help="holds train.{de,en}[.gz]")
             add("--workers", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+        if name == "dispatch":
+            add("--kernels", nargs="+", type=int, metavar="N", help="adapted (448)")
         if name == "many":
             add("--steps", type=int, default=20, help="of each run (20)")
         if name == "sweep":
@@ -138,6 +131,7 @@ def _add_case(add: Any) -> None:
     add("--length", dest="source", type=int, help="tokens of the source")
     add("--target-length", dest="target", type=int, help="of the target, if any")
     add("--dtype", choices=["float32", "bfloat16"])
+    add("--depth", type=int, help="layers (the model's)")
     add("--scan-layers", action="store_true", help="in our models")
     add("--remat", action="store_true", help="in our models")
     words = "in our models (einsum; with --gpu and bfloat16 cudnn)"

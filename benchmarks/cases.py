@@ -138,6 +138,7 @@ def sizes(options: Any, shape: str) -> dict[str, Any]:
     """
     narrow = (options.dtype or SHAPES[shape].get("dtype", "float32")) != "float32"
     fused = "cudnn" if options.gpu and not options.dry and narrow else "einsum"
-    names = ("batch", "source", "target", "dtype", "scan_layers", "remat", "quick")
+    names = ("batch", "source", "target", "dtype", "depth", "scan_layers", "remat",
+             "quick")  # fmt: skip
     given = {name: getattr(options, name) for name in names}
     return given | {"attn_implementation": options.attn_implementation or fused}

@@ -1,4 +1,7 @@
-"""Memory of a step: XLA's account of the program, and the peak of a worker."""
+"""Memory of a step: XLA's account of the program, and the peak of a worker.
+
+Of a program for a GPU also the kernels of a step, and the bytes that they access.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ NAMES = ("by hand", "jlora", "full fine-tuning")
 COLUMNS = (
     "case", "compiled_for", "contender", "arguments_mib", "outputs_mib", "aliased_mib",
     "temporary_mib", "peak_mib", "to_full", "rss_mib", "device_mib", "xla_gflop",
-    "error",
+    "accessed_mib", "kernels", "kernels_to_floor", "error",
 )  # fmt: skip
 
 
@@ -26,13 +29,17 @@ def run(options: Any) -> Iterator[Rows]:
         about: dict[str, Any] = {}
         names = options.contenders or NAMES
         rows = [_row(one, name, options, about) for name in names]
-        peaks = {row["contender"]: row.get("peak_mib") for row in rows}
-        full = peaks.get("full fine-tuning")
-        for row in rows:
-            row["to_full"] = (
-                row["peak_mib"] / full if full and "peak_mib" in row else None
-            )
+        _compare(rows, "peak_mib", "full fine-tuning", "to_full")
+        _compare(rows, "kernels", "floor", "kernels_to_floor")
         yield rows, about
+
+
+def _compare(rows: list[Row], figure: str, other: str, column: str) -> None:
+    """Fill in the ratios of a figure to another contender's."""
+    of = {row["contender"]: row.get(figure) for row in rows}
+    for row in rows:
+        known = of.get(other) and row.get(figure)
+        row[column] = row[figure] / of[other] if known else None
 
 
 def _row(one: Case, name: str, options: Any, about: dict[str, Any]) -> Row:

@@ -52,6 +52,7 @@ RATIOS = {
     "to_compile": "PEFT, torch.compile",
     "to_safe_merge": "PEFT, safe_merge",
     "to_one_by_one": "one by one",
+    "to_flat_lists": "flat lists",
 }
 Row = dict[str, Any]
 Rows = tuple[list[Row], dict[str, Any]]  # and about the workers they come from

@@ -605,3 +605,32 @@ def test_reshape_groups_pair_equal_sizes(old, seed):
     assert [d for _, right in groups for d in right] == list(range(len(new)))
     for left, right in groups:
         assert np.prod([old[d] for d in left]) == np.prod([new[d] for d in right])
+
+
+def test_what_is_trained_is_looked_up_for_trees_of_one_structure(monkeypatch):
+    def lorafied(name):
+        return jlora.lorafy({name: jnp.ones((3, 2))}, 1, [name])
+
+    first = jlora.split(lorafied("w"))
+    monkeypatch.setattr(jlora._tree.partition, "labels", None)
+    again = jlora.split(lorafied("w"))
+    assert jax.tree.structure(again) == jax.tree.structure(first)
+
+
+def test_halves_of_a_tree_whose_structure_has_no_hash():
+    @jax.tree_util.register_pytree_node_class
+    class Noted:
+        def __init__(self, x):
+            self.x = x
+
+        def tree_flatten(self):
+            return [self.x], ["no", "hash"]
+
+        @classmethod
+        def tree_unflatten(cls, notes, children):
+            return cls(*children)
+
+    tree = [Noted(jnp.ones(2)), jlora.lorafy({"w": jnp.ones((3, 2))}, 1, ["w"])]
+    half, frozen = jlora.split(tree)
+    assert (half[0].x, frozen[1]["w"].adapters[""].a) == (None, None)
+    assert jlora.combine(half, frozen)[1]["w"].base is tree[1]["w"].base

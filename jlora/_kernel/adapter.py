@@ -215,14 +215,17 @@ class Adapter:
         """Everything that is not an array; the role is a note."""
         return (*(getattr(self, n) for n in _STATIC[:-1]), Note(self.role))
 
-    # A jitted step flattens the whole tree at each call, so this is kept lean.
-    def tree_flatten(self) -> tuple[Any, Any]:
-        """Children; the rest is static."""
-        children = (
+    @property
+    def children(self) -> tuple[Any, ...]:
+        """The arrays, in the order of `KEYS`."""
+        return (
             self.a, self.b, self.scale, self.key, self.magnitude, self.bias, self.gain,
             self.keep, self.which, self.parts,
         )  # fmt: skip
-        return children, self.static
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Children; the rest is static."""
+        return self.children, self.static
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Children by name."""

@@ -21,6 +21,7 @@ Its value is `base + scale * a @ b`; with DoRA that, each column brought to the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -157,19 +158,24 @@ class LowRank(_OnBase):
             shape = f"{self.base.layout.form} of {shape}"
         return f"LowRank({self.path!r}, {shape}" + "".join(terms) + ")"
 
+    @functools.cached_property
+    def static(self) -> tuple[Any, ...]:
+        """Everything that is not an array; the path is a note."""
+        metas = [
+            (name, None if name else t.static) for name, t in self.adapters.items()
+        ]
+        return Note(self.path), tuple(metas)
+
+    # Trees have hundreds of these and are flattened often, so this is kept lean.
     def tree_flatten(self) -> tuple[Any, Any]:
         """Base first; the unnamed adapter's factors directly under the node."""
         children: list[Any] = [self.base]
-        static: list[Any] = []
         for name, adapter in self.adapters.items():
             if name:
                 children.append(adapter)
-                static.append((name, None))
             else:
-                inline, meta = adapter.tree_flatten()
-                children.extend(inline)
-                static.append((name, meta))
-        return children, (Note(self.path), tuple(static))
+                children += adapter.children
+        return children, self.static
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Children by name."""
@@ -193,7 +199,11 @@ class LowRank(_OnBase):
                 end = at + len(KEYS)
                 adapters[name] = Adapter.tree_unflatten(meta, rest[at:end])
                 at = end
-        return cls(base, adapters, note.text)
+        node = object.__new__(cls)  # a frozen dataclass sets each field slowly
+        node.__dict__.update(
+            base=base, adapters=adapters, path=note.text, static=static
+        )
+        return node
 
 
 def _cast(x: Array, dtype: Any) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from jlora._errors import JloraWarning, StructureError
 from jlora._kernel.adapter import DIMS_OF, PARTS, Adapter
-from jlora._kernel.nodes import Full, LowRank, Rows, is_node, same_structure
+from jlora._kernel.nodes import Full, LowRank, Rows, is_node
 from jlora._paths import BIAS_NAMES, leaf_paths, map_with_path, name_of
 from jlora._text import listed
 from jlora._transform.frozen import beside
@@ -112,10 +113,24 @@ def split(tree: Tree) -> tuple[Tree, Tree]:
     Raises:
       StructureError: nothing in the tree is trained.
     """
-    mask = _mask(tree)
-    trainable = jax.tree.map(lambda x, m: x if m else None, tree, mask)
-    frozen = jax.tree.map(lambda x, m: None if m else x, tree, mask)
+    leaves, structure = jax.tree.flatten(tree)
+    try:
+        mask = _known_mask(structure)
+    except TypeError:  # what is static there has no hash
+        mask = _mask_of(structure)
+    pairs = list(zip(leaves, mask, strict=True))
+    trainable = jax.tree.unflatten(structure, [x if m else None for x, m in pairs])
+    frozen = jax.tree.unflatten(structure, [None if m else x for x, m in pairs])
     return trainable, frozen
+
+
+def _mask_of(structure: Any) -> tuple[bool, ...]:
+    """Which leaves of such a tree are trained."""
+    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return tuple(jax.tree.leaves(_mask(tree)))
+
+
+_known_mask = functools.lru_cache(maxsize=64)(_mask_of)
 
 
 def combine(trainable: Tree, frozen: Tree) -> Tree:
@@ -125,14 +140,15 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
       StructureError: the halves are of different trees, or both hold a leaf.
     """
     is_none = lambda x: x is None  # noqa: E731
-    if not same_structure(trainable, frozen, is_leaf=is_none):
+    structure: Any
+    leaves, structure = jax.tree.flatten(trainable, is_leaf=is_none)
+    others, own = jax.tree.flatten(frozen, is_leaf=is_none)
+    if structure != own:
         raise StructureError(
             "the two halves are not of one tree.\nPass the results of one "
             "jlora.split(tree), or updates of them."
         )
 
-    leaves, structure = jax.tree.flatten(trainable, is_leaf=is_none)
-    others = jax.tree.leaves(frozen, is_leaf=is_none)
     pairs = list(zip(leaves, others, strict=True))
     twice = [i for i, pair in enumerate(pairs) if all(x is not None for x in pair)]
     if twice:

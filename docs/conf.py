@@ -34,6 +34,7 @@ extensions = [
     "sphinx_copybutton",
     "docstrings",
     "generate",
+    "languages",
     "messages",
     "outside",
 ]

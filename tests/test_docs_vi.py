@@ -1,5 +1,6 @@
 """The Vietnamese tutorial is the English one: the same commands, code and output."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -30,3 +31,17 @@ def test_the_page_has_the_sections_of_the_english_one(page):
         for p in (page, DOCS / "start" / page.name)
     ]
     assert sections[0] == sections[1]
+
+
+@pytest.mark.parametrize(
+    ("page", "language"),
+    [("vi/tutorial", "vi"), ("start/tutorial", "en"), ("vi", "vi")],
+)
+def test_a_page_says_its_language(page, language):
+    where = DOCS / "_ext" / "languages.py"
+    spec = importlib.util.spec_from_file_location("languages", where)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    context = {"language": "en"}
+    module.set_language(None, page, "page.html", context, None)
+    assert context["language"] == language

@@ -12,7 +12,12 @@ import optax
 from jlora import data, train
 from jlora.tasks._generation import Generator
 from jlora.tasks._options import AdapterOptions, Loaded, TrainingOptions, refuse
-from jlora.tasks._reports import closing_part, print_facts
+from jlora.tasks._reports import (
+    closing_part,
+    model_name,
+    print_facts,
+    training_part,
+)
 from jlora.train import option
 
 Tree = Any
@@ -230,6 +235,34 @@ def score_rows(
     return [
         (name, shown(name, before[name]), shown(name, after[name])) for name in after
     ]
+
+
+def scores_part(
+    settings: ChatOptions,
+    folder: train.RunFolder,
+    facts: Mapping[str, str],
+    scores: Sequence[Sequence[str]],
+    what: str,
+    figures: str,
+    remarks: Sequence[str],
+    loss: str = "loss (nats a label)",
+) -> train.Report:
+    """Begin a report: the scores, and what training was.
+
+    Args:
+      settings: of the run.
+      folder: of the run.
+      facts: lines on training.
+      scores: a table whose first row is its head.
+      what: the data is of.
+      figures: says what the scores are.
+      remarks: what a user should know of the data.
+      loss: what stands beside the axis of the plot.
+    """
+    title = f"{model_name(settings.model)}: {what}"
+    document = train.Report(title).section("Before and after")
+    document.table(scores[0], scores[1:]).text(figures).items(remarks)
+    return training_part(document, folder, facts, title, loss)
 
 
 def answers_part(

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jlora import train
 from jlora._processes import on_first
 
 
+def model_name(model: str | None) -> str:
+    """Return what a report calls a model: of a run's merged one it is the run.
+
+    >>> model_name("runs/sft-1/merged"), model_name("google/flan-t5-small")
+    ('sft-1', 'flan-t5-small')
+    """
+    path = Path(model or "")
+    return path.parent.name if path.name == "merged" else path.name
+
+
 def training_part(
-    report: train.Report, folder: train.RunFolder, facts: Mapping[str, str], title: str
+    report: train.Report,
+    folder: train.RunFolder,
+    facts: Mapping[str, str],
+    title: str,
+    loss: str = "loss (nats a label)",
 ) -> train.Report:
     """Add what training was and came to, and the plot of its losses.
 
@@ -19,9 +34,10 @@ def training_part(
       folder: of the run.
       facts: lines of a table, those of `jlora.train.Fit.facts` among them.
       title: of the plot.
+      loss: what stands beside its axis.
     """
     if folder.writes:
-        train.plot_losses(folder.metrics, folder.plot, title)
+        train.plot_losses(folder.metrics, folder.plot, title, loss)
     report.section("Training").table(("what", ""), facts.items())
     return report.image(folder.plot, "loss")
 

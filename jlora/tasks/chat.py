@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jlora
@@ -20,11 +19,11 @@ from jlora.tasks._chats import (
     padding_of,
     prepared,
     score_rows,
+    scores_part,
     use_of,
 )
 from jlora.tasks._losses import causal_loss
 from jlora.tasks._options import Loaded, count_tokens, refuse
-from jlora.tasks._reports import training_part
 from jlora.tasks._streams import packed_remark, stream_refusals, streamed
 from jlora.train import option
 
@@ -164,19 +163,18 @@ class Chat:
           after: how it answers after.
           parameters: what was trained.
         """
-        s, head = self.settings, ("held out", "before", "after")
-        scores = score_rows(before.scores, after.scores, self.prompts.measures)
+        rows = score_rows(before.scores, after.scores, self.prompts.measures)
+        scores = [("held out", "before", "after"), *rows]
         chosen = self.prompts.samples(before.texts, after.texts)
-        use = use_of(folder.merged, chosen[0][0], s.max_new_tokens)
-        title = f"{Path(s.model or '').name}: conversations"
-        document = train.Report(title).section("Before and after").table(head, scores)
-        document.text(FIGURES).items(self.remarks)
-        training_part(document, folder, facts, title)
+        use = use_of(folder.merged, chosen[0][0], self.settings.max_new_tokens)
+        document = scores_part(
+            self.settings, folder, facts, scores, "conversations", FIGURES, self.remarks
+        )
         answers_part(
             document,
             folder,
             facts,
-            [head, *scores],
+            scores,
             chosen,
             "in the data",
             use,

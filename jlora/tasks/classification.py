@@ -27,7 +27,7 @@ from jlora.tasks._classifier import predictions
 from jlora.tasks._examples import Examples
 from jlora.tasks._losses import classification_loss
 from jlora.tasks._options import Loaded, count_tokens
-from jlora.tasks._reports import closing_part, print_facts, training_part
+from jlora.tasks._reports import closing_part, model_name, print_facts, training_part
 
 Tree = Any
 Logits = dict[str, np.ndarray]  # of each test [examples, labels]
@@ -218,13 +218,14 @@ class Classification:
         """
         s, first = self.settings, next(iter(self.examples))
         what = s.glue or Path((s.train or [""])[0]).name.partition(".")[0]
-        title = f"{Path(s.model or '').name}: {what}"
+        title = f"{model_name(s.model)}: {what}"
         document = train.Report(title).section("Before and after")
         document.table(*self.table(before, after)).text(FIGURES).items(self.remarks)
         if s.class_names:
             document.section(f"The classes of {first}")
             document.text(CLASSES).table(*self.by_class(first, after[first]))
-        training_part(document, folder, facts, title)
+        loss = "loss (nats a label)" if s.class_names else "loss (squared error)"
+        training_part(document, folder, facts, title, loss)
         document.section("Examples").text(
             f"Of `{first}`: {'those' if s.class_names else 'numbers'} that training "
             "mended, and then what is still wrong."

@@ -23,7 +23,7 @@ from jlora.tasks._options import (
     count_tokens,
     refuse,
 )
-from jlora.tasks._reports import closing_part, print_facts, training_part
+from jlora.tasks._reports import closing_part, model_name, print_facts, training_part
 from jlora.tasks._streams import packed_remark, stream_refusals, streamed
 from jlora.train import option
 
@@ -392,7 +392,7 @@ class DataToText:
             "length penalty": s.length_penalty,
             "no repeated n-grams of": s.no_repeat or "any length",
         }
-        title = f"{Path(s.model or '').name}: data to text"
+        title = f"{model_name(s.model)}: data to text"
         document = train.Report(title).section("Scores")
         document.table(["metric", *names], rows).text(FIGURES).items(self.remarks)
         document.table(("inference", ""), inference.items())

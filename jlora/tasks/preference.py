@@ -28,12 +28,13 @@ from jlora.tasks._chats import (
     padding_of,
     prepared,
     score_rows,
+    scores_part,
     use_of,
 )
 from jlora.tasks._devices import beside
 from jlora.tasks._losses import Batch, Loss
 from jlora.tasks._options import Loaded, refuse
-from jlora.tasks._reports import training_part
+from jlora.tasks._reports import model_name
 from jlora.train import AnswerScores, option
 
 Tree = Any
@@ -290,24 +291,28 @@ class Preferences:
           after: how it answers after.
           parameters: what was trained.
         """
-        s, head = self.settings, ("held out", "before", "after")
         shares = (LIKELIER, SHOWN["accuracy"], *self.prompts.measures)
-        scores = score_rows(before.scores, after.scores, shares)
+        rows = score_rows(before.scores, after.scores, shares)
+        scores = [("held out", "before", "after"), *rows]
         chosen = self.prompts.samples(before.texts, after.texts)
-        use = use_of(folder.merged, chosen[0][0], s.max_new_tokens)
-        title = f"{Path(s.model or '').name}: preferences"
-        document = train.Report(title).section("Before and after").table(head, scores)
-        document.text(FIGURES).items(self.remarks)
-        training_part(document, folder, facts, title)
+        use = use_of(folder.merged, chosen[0][0], self.settings.max_new_tokens)
+        document = scores_part(
+            self.settings, folder, facts, scores, "preferences", FIGURES, self.remarks,
+            f"loss of preferences ({self.settings.loss})",
+        )  # fmt: skip
         rewards = folder.outputs / "rewards.png"
         if folder.writes:
-            plot_rewards(folder.metrics, rewards, title)
+            plot_rewards(
+                folder.metrics,
+                rewards,
+                f"{model_name(self.settings.model)}: preferences",
+            )
         document.text(f"![rewards]({rewards.relative_to(folder.path)})")
         answers_part(
             document,
             folder,
             facts,
-            [head, *scores],
+            scores,
             chosen,
             "preferred in the data",
             use,

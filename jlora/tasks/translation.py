@@ -23,7 +23,7 @@ from jlora.tasks._options import (
     count_both_sides,
     refuse,
 )
-from jlora.tasks._reports import closing_part, print_facts, training_part
+from jlora.tasks._reports import closing_part, model_name, print_facts, training_part
 from jlora.tasks._streams import packed_remark, stream_refusals, streamed
 from jlora.train import option
 
@@ -315,7 +315,7 @@ class Translation:
             source=chosen[0][1].replace('"', "'"),
             longest=self.translate.max_new_tokens,
         )
-        title = f"{Path(s.model or '').name}: {s.direction}"
+        title = f"{model_name(s.model)}: {s.direction}"
         document = train.Report(title).section("Before and after").table(head, scores)
         document.text(FIGURES).items([*remarks, *self.remarks])
         training_part(document, folder, facts, title)

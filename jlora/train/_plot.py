@@ -9,13 +9,19 @@ from pathlib import Path
 from jlora.train._metrics import MetricsLog
 
 
-def plot_losses(metrics: MetricsLog, path: Path, title: str = "") -> None:
+def plot_losses(
+    metrics: MetricsLog,
+    path: Path,
+    title: str = "",
+    loss: str = "loss (nats a label)",
+) -> None:
     """Draw the training loss, as it is and smoothed, and the validation loss.
 
     Args:
       metrics: the log of a run.
       path: the picture to write, a PNG for instance.
       title: its title.
+      loss: what stands beside its axis.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -35,7 +41,7 @@ def plot_losses(metrics: MetricsLog, path: Path, title: str = "") -> None:
             steps[best], losses[best], "*", color="C3", markersize=11, zorder=3,
             label=f"best: {losses[best]:.3f} at step {steps[best]}",
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats a label)", title=title)
+    axes.set(xlabel="step", ylabel=loss, title=title)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -468,6 +468,13 @@ def without_explicit_axes(f: Callable[..., Any], like: int | None = None) -> Any
     return run
 
 
+def trace_settings() -> Any:
+    """JAX's settings in this thread, as far as programs depend on them; comparable."""
+    from jax._src import config
+
+    return config.trace_context()
+
+
 def coordination_client() -> Any:
     """The client of the service that `jax.distributed.initialize` starts, or None."""
     from jax._src import distributed

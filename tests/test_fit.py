@@ -4,15 +4,18 @@ import json
 import math
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tools import compilations
 
 import jlora
-from jlora import checkpoint, train
+from jlora import checkpoint, data, train
+from jlora.train import _ahead, _fit
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 3)).astype(np.float32)
@@ -334,3 +337,91 @@ def test_an_adapter_of_a_shifted_base_loads_on_the_original(tmp_path):
         ),
         alone.params,
     )
+
+
+# -- programs compiled before they are called -----------------------------------------
+
+
+def of_two_shapes(loss=loss_fn, **options):
+    """A run over batches whose rows are padded to one of two lengths."""
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(1, 7, n).astype(np.int32) for n in (3, 8) * 8]
+    columns = {"input_ids": rows, "target": rng.normal(size=16).astype(np.float32)}
+    batches = {
+        name: data.Batches(columns, [(4,), (8,)], 4, 0, seed)
+        for name, seed in (("train", 1), ("valid", None))
+    }
+
+    def count_and_loss(params, batch, key):
+        ids = batch["input_ids"]
+        x = jnp.stack([jnp.sum(ids == n, 1) for n in (1, 2, 3)], 1) / ids.shape[1]
+        return loss(params, {"x": x, "y": batch["target"][:, None]}, key)
+
+    def run(folder):
+        with train.RunFolder.claim(folder, {}) as place:
+            return train.fit(
+                count_and_loss, params(), optax.adam(0.1), batches["train"], place,
+                steps=6, valid=batches["valid"], eval_every=3, **options,
+            )  # fmt: skip
+
+    return run
+
+
+def test_programs_compiled_ahead_change_nothing_and_are_those_called(
+    tmp_path, monkeypatch
+):
+    threads = []
+
+    def noting(lower):
+        def noted(*args):
+            out = lower(*args)
+            threads.append(threading.current_thread().name)
+            return out
+
+        return noted
+
+    for kind in (train.TrainStep, train.EvalStep):
+        monkeypatch.setattr(kind, "lower", noting(kind.lower))
+    found, programs = {}, {}
+
+    def run(ahead):
+        found[ahead] = of_two_shapes(compile_ahead=ahead)(tmp_path / f"{ahead}")
+
+    for ahead in (False, True):
+        jax.clear_caches()
+        programs[ahead] = compilations(run, (ahead,))
+    same(found[False].params, found[True].params)
+    assert found[False].best_loss == found[True].best_loss
+    assert found[False].compilations == found[True].compilations == 2
+    assert programs[False] == programs[True]
+    assert [name.startswith("jlora-compile") for name in threads] == [True] * 4
+
+
+def test_what_goes_wrong_ahead_is_raised_by_the_call(tmp_path):
+    def wrong(params, batch, key):
+        return jnp.sum(batch["x"] @ params["dense"]["kernel"][:2])
+
+    run = of_two_shapes(wrong, compile_ahead=True)
+    with pytest.raises(TypeError, match="dot_general"):
+        run(tmp_path / "wrong")
+
+
+def test_ahead_is_for_several_cores_and_one_process(monkeypatch):
+    for count in (2, 8):
+        monkeypatch.setattr(_fit, "cores", lambda count=count: count)
+        assert _fit._is_ahead(None, {}) is (count == 8)
+    assert _fit._is_ahead(True, {})
+    assert not _fit._is_ahead(False, {})
+    assert not _fit._is_ahead(True, {"mesh": jax.make_mesh((1,), ("data",))})
+    assert not _fit._is_ahead(True, {"parallel": "pmap"})
+
+
+def test_settings_of_another_thread_are_seen(monkeypatch):
+    """A program made under others than the call's would be made for nothing."""
+    asked = []
+    with jax.default_matmul_precision("highest"):
+        ahead = _ahead.Ahead()
+        ahead.add("f", [{"x": np.ones(3)}], asked.append)
+        ahead.wait("f", {"x": np.zeros(3)})
+        ahead.close()
+    assert asked == []

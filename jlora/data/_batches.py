@@ -196,6 +196,13 @@ class Batches:
         order = rng.permutation(len(batches)) if shuffled else range(len(batches))
         return [batches[i] for i in order]
 
+    def specimens(self, most: int | None = None) -> list[Arrays]:
+        """Return the first batch of each shape, of the first epoch's first so many."""
+        first: dict[Shape, Batch] = {}
+        for batch in self.plan()[:most]:
+            first.setdefault(batch.shape, batch)
+        return list(map(self.arrays, first.values()))
+
     def arrays(self, batch: Batch) -> Arrays:
         """Return a batch's arrays."""
         fill = np.resize(batch.rows, self.size)[self._part]

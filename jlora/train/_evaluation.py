@@ -68,22 +68,26 @@ class EvalStep:
 
     def totals(self, state: TrainState | Tree, batch: Batch) -> Totals:
         """Each metric as `(total, count)`, to be summed over batches."""
+        batch = as_batch(batch)
+        arguments = self._arguments(state, batch)
+        if not self._is_mapped:
+            trace = lambda: self._totals.trace(*arguments).jaxpr  # noqa: E731
+            self._check_ids(arguments[0][0], batch, trace)
+        totals = self._totals(*arguments)
+        return unreplicate(totals) if self._is_mapped else totals
+
+    def lower(self, state: TrainState | Tree, batch: Batch) -> jax.stages.Lowered:
+        """Lower without running, as `jax.jit(f).lower`: for costs and memory."""
+        return self._totals.lower(*self._arguments(state, as_batch(batch)))
+
+    def _arguments(self, state: TrainState | Tree, batch: Batch) -> tuple[Any, ...]:
+        """What is static, the parameters' arrays, and the batch where it is taken."""
         if isinstance(state, TrainState):
             params, arrays, rest = state.evaluated
         else:
             params = with_dropout(state, None)
             arrays, rest = take_apart(params)
-        batch = as_batch(batch)
-        arguments = (
-            (rest, kept_parts(params, self._mesh)),
-            arrays,
-            self._placed(batch),
-        )
-        if not self._is_mapped:
-            trace = lambda: self._totals.trace(*arguments).jaxpr  # noqa: E731
-            self._check_ids(rest, batch, trace)
-        totals = self._totals(*arguments)
-        return unreplicate(totals) if self._is_mapped else totals
+        return (rest, kept_parts(params, self._mesh)), arrays, self._placed(batch)
 
     def _placed(self, batch: Batch) -> Batch:
         # What does not divide is computed by all: no example is lost or counted twice.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from jlora._errors import CheckpointError, NonFiniteError, OptionError
 from jlora._processes import on_first
 from jlora.sharding._batches import batch_shard
+from jlora.train._ahead import LEAST_CORES, Ahead, abstract, cores, specimens
 from jlora.train._callbacks import Log, ProgressBar, Save, Validate
 from jlora.train._evaluation import make_eval_step
 from jlora.train._gradients import LossFn
@@ -133,6 +135,7 @@ def fit(
     keep_best: int = 0,
     patience: int | None = 5,
     prefetch: int = 2,
+    compile_ahead: bool | None = None,
     hang_after: float = 1800.0,
     base: Tree | None = None,
     **options: Any,
@@ -177,6 +180,10 @@ def fit(
       prefetch: batches that a thread makes and puts on the device ahead, so that no
         step waits for one; 0 makes each before its step. The log's `data_wait` says how
         many seconds the steps since the last line have waited for batches.
+      compile_ahead: compile the programs of all shapes of batches beside each other,
+        in threads, as soon as the run begins; of batches that know their shapes, as
+        `jlora.data.Batches` do, in one process and without a mesh. None does it where
+        this process may use four cores or more: XLA compiles with two by itself.
       hang_after: of several processes, seconds without a step after which all end, see
         `Watchdog`.
       base: the plain parameters that `params` was made of, where its start shifted them
@@ -205,6 +212,7 @@ def fit(
     adapter = Kept.of(state, base)
     epoch = len(train) if isinstance(train, Sized) else None
     every = eval_every or max(1, min(epoch or steps, math.ceil(steps / 10)))
+    ahead = Ahead() if _is_ahead(compile_ahead, options) else None
     validate = None
     if valid is not None:
         no_key: Any = None
@@ -233,10 +241,17 @@ def fit(
         patience=patience,
         prefetch=prefetch,
         place=step.place if prefetch else None,
+        on_new_shape=None if ahead is None else partial(ahead.wait, "train"),
     )
     if run.resumed:
         _restore(loop, run, save)
     try:
+        if ahead is not None:
+            shapes = abstract(loop.state)
+            if valid is not None:
+                ahead.add("valid", specimens(valid), partial(measure.lower, shapes))
+            some = specimens(train, steps)
+            ahead.add("train", some, partial(step.lower, shapes))
         state = loop.run()
     except Interrupted as place:
         again = f"{place}. To continue:\n  {run.resume_command}"
@@ -250,6 +265,9 @@ def fit(
         kept = validate is not None and validate.best_step is not None
         where = f"\nThe best adapter so far is kept in {run.adapter}." if kept else ""
         raise NonFiniteError(f"{error}{where}") from error
+    finally:
+        if ahead is not None:
+            ahead.close()
     if validate is None:
         adapter.save(run.adapter, state)
     best = None if validate is None else validate.best_step
@@ -269,6 +287,15 @@ def fit(
         data_waits=loop.data_waits,
         data_wait=loop.data_wait,
     )
+
+
+def _is_ahead(asked: bool | None, options: Mapping[str, Any]) -> bool:
+    """Whether to compile ahead: where it is asked for, or brings something."""
+    if options.get("mesh") is not None or options.get("parallel", "jit") != "jit":
+        return False
+    if jax.process_count() > 1:
+        return False
+    return cores() >= LEAST_CORES if asked is None else asked
 
 
 def _of_all(

@@ -127,6 +127,7 @@ class Loop:
         patience: int | None = 1,
         prefetch: int = 0,
         place: Callable[[Batch], Any] | None = None,
+        on_new_shape: Callable[[Batch], None] | None = None,
     ) -> None:
         """Prepare a loop.
 
@@ -146,10 +147,13 @@ class Loop:
           prefetch: batches that are made ahead, by a thread; 0 makes them in between.
           place: from a batch to one on devices, called in that thread. None leaves it
             to the step.
+          on_new_shape: called before the first step of each shape of batches, with the
+            batch as it was read.
         """
         self.step, self.state, self.batches = step, state, batches
         self.steps, self.callbacks, self.count = steps, callbacks, count
         self.patience, self.prefetch, self.place = patience, prefetch, place
+        self.on_new_shape = on_new_shape
         self.position = self.begun = int(state.step)
         self.seconds = self.step_seconds = 0.0
         self.skipped, self._in_a_row = 0, 0
@@ -307,6 +311,8 @@ class Loop:
         if shapes not in self._shapes:
             self._shapes.add(shapes)
             self.announce("compiling")
+            if self.on_new_shape is not None:
+                self.on_new_shape(host)
         count = self.count(host) if self.count else 0
         self.begun = self.position + 1
         self.state, metrics = self.step(self.state, batch)

@@ -343,7 +343,8 @@ class TrainStep:
                 wrap = functools.partial(jax.jit, out_shardings=out)
             kept = kept_parts(half, self._traced_on)
             flat = functools.partial(self._flat, form, kept)
-            self._compiled[form] = wrap(flat, donate_argnums=self._donate)
+            made = wrap(flat, donate_argnums=self._donate)
+            self._compiled.setdefault(form, made)  # another thread's, if it was first
         return self._compiled[form]
 
     def place(self, batch: Batch) -> Batch:

@@ -96,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
             add("--model", metavar="DIR", required=True, help="with a tokenizer")
             add("--data", metavar="DIR", required=True, help="holds train.{de,en}[.gz]")
             add("--workers", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+            words = "no times: shapes, shares and memory, of a machine that is busy"
+            add("--counts", action="store_true", help=words)
         if name == "dispatch":
             add("--kernels", nargs="+", type=int, metavar="N", help="adapted (448)")
         if name == "many":

@@ -2,13 +2,16 @@
 
 Reads `train.de` and `train.en` as JSON lines from disk, tokenises them (as pairs for an
 encoder-decoder, and the English alone for a decoder) and counts what comes out. No
-device takes part. `own_cpu` is the processor's time in the process that trains.
+device takes part. `own_cpu` is the processor's time in the process that trains. The
+last table is of memory: what a process grows by while it goes through a corpus once.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,13 +20,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.initialise import _device, _versions
-from benchmarks.race import Row, Rows
+from benchmarks.race import Contender, Row, Rows, race
 
 COLUMNS = ("task", "workers", "batches", "examples_per_s", "tokens_per_s",
-           "own_cpu_ms_a_batch", "shapes", "tokens_in_batches", "error")  # fmt: skip
+           "own_cpu_ms_a_batch", "shapes", "tokens_in_batches", "corpus_mib",
+           "grown_mib", "to_corpus", "error")  # fmt: skip
 LENGTHS = (64, 64)
 ROW = (128, 128)
 EXAMPLES = 8192  # that are timed
+CORPORA = (8, 48)  # MiB of JSON lines
+TIMES = ("examples_per_s", "tokens_per_s", "own_cpu_ms_a_batch")
 
 
 def run(options: Any) -> Iterator[Rows]:
@@ -50,7 +56,8 @@ def run(options: Any) -> Iterator[Rows]:
             }
             rows = []
             for cut, how in cuts.items():
-                most = options.workers if cut == "packed" else [0]
+                several = cut == "packed" and not options.counts
+                most = options.workers if several else [0]
                 for workers in most:
                     stream = data.Streaming(
                         source,
@@ -62,10 +69,90 @@ def run(options: Any) -> Iterator[Rows]:
                         **how,
                     )
                     wanted = 64 if options.quick else EXAMPLES
-                    rows.append(
-                        {"task": f"{task}, {cut}", **measured(stream, wanted, pairs)}
-                    )
+                    found = measured(stream, wanted, pairs)
+                    if options.counts:
+                        found = {k: v for k, v in found.items() if k not in TIMES}
+                    rows.append({"task": f"{task}, {cut}", **found})
             yield rows, {"jlora": {"versions": _versions(), "device": _device(jax)}}
+        yield _memory(options, path, pathlib.Path(place, "large.jsonl"))
+
+
+def _memory(options: Any, path: pathlib.Path, large: pathlib.Path) -> Rows:
+    """What processes grow by that read a corpus whole, or as a stream."""
+    options = copy.copy(options)
+    options.repeats, options.warmup = 1, 0
+    rows, about = [], {}
+    for size in (1 / 16,) if options.quick else CORPORA:
+        text = path.read_bytes()
+        with large.open("wb") as out:
+            for _ in range(-(-int(size * 2**20) // len(text))):
+                out.write(text)
+        for how in ("read whole", "streamed in buckets", "streamed, packed"):
+            arguments = {"path": str(large), "model": options.model, "how": how}
+            one = Contender(how, "benchmarks.data:reading", arguments, group=how)
+            result = race([one], options)
+            about |= result.about
+            rows.append({"task": f"memory, {how}", **_grown(result, how, large)})
+    return rows, about
+
+
+def _grown(result: Any, how: str, path: pathlib.Path) -> Row:
+    corpus = path.stat().st_size / 2**20
+    if how in result.errors:
+        return {"corpus_mib": corpus, "error": result.errors[how]}
+    grown = result.facts[how]["grown_mib"]
+    return {"corpus_mib": corpus, "grown_mib": grown, "to_corpus": grown / corpus}
+
+
+def reading(path: str, model: str, how: str) -> Any:
+    """A step that goes through a corpus once; runs in a worker.
+
+    Its memory is looked at before, with one window made, and at every batch.
+    """
+    import jax
+
+    from jlora import data
+
+    jax.devices()  # the worker says which
+    facts: Row = {"grown_mib": 0.0}
+    begun = _held()
+
+    def look() -> None:
+        facts["grown_mib"] = max(facts["grown_mib"], (_held() - begun) / 2**20)
+
+    if how == "read whole":
+
+        def whole() -> None:
+            table = data.read_table(path)
+            texts = [table.text(column) for column in table.columns]
+            look()
+            del texts
+
+        return whole, facts
+
+    tokenizer = data.load_tokenizer(model)
+    encode = data.EncodeTexts(tokenizer, LENGTHS[0], "en")
+    cut: Row = {"length": ROW[0]} if "packed" in how else {"shapes": [LENGTHS]}
+    source = data.stream_files(path)
+    stream = data.Streaming(source, encode, size=32, seed=0, window=32, **cut)
+    begun = _held()  # with the tokenizer
+
+    def once() -> None:
+        batches = stream.stream()
+        try:
+            while not batches.position()["sources"][0]["epoch"]:
+                next(batches)
+                look()
+        finally:
+            batches.close()
+
+    return once, facts
+
+
+def _held() -> int:
+    """Bytes of this process in memory; Linux says."""
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 def write(folder: pathlib.Path, path: pathlib.Path, most: int | None) -> None:

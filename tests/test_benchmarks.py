@@ -169,6 +169,14 @@ def check_glue(rows):
     assert ours["losses"][0] == head["losses"][0]  # B is zero: the same model
 
 
+def check_data(rows):
+    memory = [row for row in rows if row["task"].startswith("memory")]
+    assert len(memory) == 3
+    assert all(
+        row["to_corpus"] == row["grown_mib"] / row["corpus_mib"] for row in memory
+    )
+
+
 def check_plan(rows):
     for row in rows:
         assert row["plan_mib"] > row["temporaries_plan_mib"] > 0
@@ -203,6 +211,7 @@ def check_optimisers(rows):
 
 CHECKS = {"step_time": check_step_time, "compile_time": check_compile_time,
           "memory": check_memory, "head": check_head, "text": check_text, "plan": check_plan,
+          "data": check_data,
           "optimisers": check_optimisers, "glue": check_glue, "e2e": check_e2e,
           "dispatch": check_dispatch}  # fmt: skip
 

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -748,3 +749,17 @@ def test_a_reader_that_leaves_early(tmp_path):
     line = f"{sys.executable} -m jlora inspect {tmp_path} --json | head -n 1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_of_several_processes_says_that_a_run_stopped(process, monkeypatch, capsys):
+    from jlora.cli._common import end_by
+    from jlora.train import Interrupted
+
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    with pytest.raises(SystemExit) as stop:
+        end_by(Interrupted("step 3 of 9", signal.SIGTERM))
+    assert stop.value.code == 0
+    said = capsys.readouterr().err
+    assert ("stopped by SIGTERM" in said) == (process == 0)
+    assert process == 0 or not said

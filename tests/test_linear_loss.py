@@ -373,3 +373,11 @@ def test_features_of_the_models(name, dtype):
     want = cross_entropy(model.apply(variables, *args), labels)
     rtol = 1e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+def test_groups_of_rows_without_columns():
+    """What a pass without gradients gives in the mean's place."""
+    x = jnp.arange(12.0).reshape(6, 2)
+    whole, none = _linear_loss._in_groups(lambda x: (2 * x, x[:, :0]), 3, x)
+    assert jnp.array_equal(whole, 2 * x)
+    assert none.shape == (6, 0)

@@ -71,13 +71,12 @@ def _joined(walk: Spread, v: Value, out: Value) -> Value:
 
 
 def while_loop(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
-    """A loop whose turns nobody knows: one is counted."""
+    """A loop whose turns nobody knows: one is counted, as the head's loss makes."""
     w = _compat.while_parts(op.eqn)
     middle = w.num_cond_consts + w.num_body_consts
     consts, carry = values[w.num_cond_consts : middle], values[middle:]
     carry, result = _settled(walk, w.body, consts, carry, [])
     walk.costs.add(result.costs)
-    walk.costs.unknown.add("the number of turns of a while loop")
     specs = [v.spec for v in carry]
     return walk.make(op, values, specs, inner=result.peak, moved=result.costs.moved)
 

@@ -299,8 +299,11 @@ def _in_groups(f: Callable[..., Any], groups: int, *rows: Array) -> Any:
     def cut(x: Array) -> Array:
         return x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1)
 
+    def whole(x: Array) -> Array:  # which may be of no columns
+        return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
     out = lax.map(lambda some: f(*some), tuple(map(cut, rows)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+    return jax.tree.map(whole, out)
 
 
 def _sums(

@@ -25,6 +25,15 @@ def listed(items: Iterable[str], most: int = 8) -> str:
     return "\n  ".join(lines[:most] + more)
 
 
+def first_line(said: object) -> str:
+    r"""What a text says first, or an error, so that one message may quote another.
+
+    >>> first_line(ValueError("no such file\nLook again."))
+    'no such file'
+    """
+    return str(said).strip().partition("\n")[0]
+
+
 def count(number: int, thing: str) -> str:
     """A number of things, in the plural where there are more or fewer than one.
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp  # `_storage` says what to install
 from jlora._errors import CheckpointError, JloraWarning
 from jlora._files import PathLike
 from jlora._processes import agree, on_first
+from jlora._text import first_line
 from jlora.checkpoint import _storage
 from jlora.checkpoint._arrays import own_copies
 from jlora.checkpoint._entries import Check
@@ -324,7 +325,7 @@ class Checkpoints:
                 raise _storage.DamagedError(f"{str(place)!r} has no description.")
             found = restore_state(place, state, check=check)
         except _storage.DamagedError as raised:
-            fault = str(raised).splitlines()[0]
+            fault = first_line(raised)
         except CheckpointError as raised:
             error = raised
         told = agree(f"restoring step {step} of {str(self._place)!r}", error, fault)

@@ -28,6 +28,7 @@ from jlora._files import PathLike as PathLike
 from jlora._files import local_path as local_path
 from jlora._files import read_json
 from jlora._processes import agree, on_first
+from jlora._text import first_line
 from jlora.checkpoint._arrays import as_arrays, encoded, entries_of, named, refilled
 from jlora.checkpoint._arrays import wanted as wanted_arrays
 from jlora.checkpoint._digests import IN_BLOCKS, LeafPrint, leaf_kind, leaf_prints
@@ -227,7 +228,7 @@ def read_config(path: Path, kind: str | None) -> Config:
     try:
         config = read_json(found / "config" / "metadata")  # Orbax's name for it
     except CheckpointError as error:
-        raise DamagedError(_damaged(path, str(error).splitlines()[0])) from error
+        raise DamagedError(_damaged(path, first_line(error))) from error
     stated = config.pop("checksum", None)
     if stated != _checksum(config):
         raise DamagedError(_damaged(path, "its description fails its checksum"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora._errors import DataError
+from jlora._text import first_line
 from jlora.data._languages import Direction, direction
 from jlora.data._parallel import Pair, table_pairs
 from jlora.data._table import Table, is_table, read_table
@@ -128,7 +129,7 @@ def load_from_hub(
     try:
         return datasets.load_dataset(name, config, split=split, **options)
     except Exception as error:  # readers of many formats raise errors of their own
-        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        cause = first_line(error.__cause__ or error)
         raise DataError(
             f"{where} cannot be read: {cause}\nCheck the name, the configuration and "
             "the split; a dataset of the hub needs a connection or a copy in the cache."

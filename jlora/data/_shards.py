@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jlora._errors import DataError
+from jlora._text import first_line
 from jlora.data._line_rows import Commas, Objects, Tabs, Texts
 from jlora.data._line_rows import Place as Place
 from jlora.data._line_rows import Row as Row
@@ -168,7 +169,7 @@ class _Parquet:
                 yield from part.to_pylist()
 
     def _broken(self, error: Exception) -> DataError:
-        first = str(error).partition("\n")[0]
+        first = first_line(error)
         return DataError(f"{self.path} cannot be read: {first}")
 
 
@@ -257,7 +258,7 @@ class _Streamed:
         except StopIteration:
             raise
         except Exception as error:  # readers of many formats raise errors of their own
-            cause = str(error.__cause__ or error).strip().partition("\n")[0]
+            cause = first_line(error.__cause__ or error)
             raise DataError(f"{self.name} cannot be read: {cause}") from error
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jlora._errors import DataError
+from jlora._text import first_line
 from jlora.data._csv import Record, comma_records, tab_records
 from jlora.data._text import raw_lines, read_bytes, read_text, unpacked_name
 
@@ -336,14 +337,14 @@ def _parquet(path: Path) -> Table:
         names = unique_names(file.schema_arrow.names, str(path))
         rows = file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        first = str(error).partition("\n")[0]
+        first = first_line(error)
         raise DataError(f"{path} cannot be read: {first}") from error
 
     def cells(name: str) -> list[Cell]:
         try:
             return file.read(columns=[name]).column(0).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            first = str(error).partition("\n")[0]
+            first = first_line(error)
             raise DataError(f"{path}, column {name}: {first}") from error
 
     return Table(str(path), names, rows, cells)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora._errors import DataError
+from jlora._text import first_line
 from jlora.data._batches import IGNORED
 
 CHUNK = 10_000  # texts that go to the tokenizer at once
@@ -83,7 +84,7 @@ def load_tokenizer(source: Any) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).partition("\n")[0]
+        first = first_line(error)
         raise DataError(f"{source} has no readable tokenizer: {first}") from error
 
 

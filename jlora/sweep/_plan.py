@@ -24,6 +24,7 @@ from jlora._errors import OptionError
 from jlora._kernel.adapter import Adapter
 from jlora._kernel.nodes import LowRank, is_array, is_node
 from jlora._paths import leaf_paths
+from jlora._text import first_line
 from jlora._tree.partition import split
 from jlora.sweep._bank import Bank, Kept, put, stack, take
 from jlora.sweep._jobs import ADAPTER_FIELDS, Hyper, Job, check_jobs, hyper_of
@@ -305,7 +306,7 @@ def checked_optimizer(
         raise OptionError(
             "the optimiser decides by the value of a number that differs from slot to "
             "slot, which is known on the device alone: "
-            f"{str(error).splitlines()[0]}\nWrite a schedule as a function of the "
+            f"{first_line(error)}\nWrite a schedule as a function of the "
             "count, lambda count: hp.learning_rate * jnp.exp(-count / 100)."
         ) from error
     if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):

@@ -14,7 +14,7 @@ import numpy as np
 
 from jlora._errors import OptionError
 from jlora._files import PathLike, local_path
-from jlora._text import count, table
+from jlora._text import count, first_line, table
 from jlora.sweep._jobs import Job
 
 Tree = Any
@@ -155,7 +155,7 @@ class Results(Sequence[Result]):
             for r in self.rows
         ]  # fmt: skip
         reasons = [
-            f"{r.name} {r.status}: {r.reason.splitlines()[0]}"
+            f"{r.name} {r.status}: {first_line(r.reason)}"
             for r in self.rows if r.reason and r.status != DONE
         ]  # fmt: skip
         told = f"{count(len(self.rows), 'job')} in {self.seconds:.1f} s, the step "

@@ -10,6 +10,7 @@ from typing import Any
 
 from jlora._errors import CheckpointError
 from jlora._files import read_json, tensor_headers
+from jlora._text import first_line
 from jlora.cli._inspect._report import Report
 from jlora.models._hf.families import family_of
 from jlora.models._hf.tensors import TensorFolder
@@ -65,7 +66,7 @@ def _refused(config: Mapping[str, Any]) -> str | None:
     try:
         family_of(config.get("model_type"), "config.json").config.from_dict(config)
     except CheckpointError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     except MISREAD as error:
         return f"config.json holds a value of the wrong type: {error}"
     return None

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from jlora._errors import CheckpointError
 from jlora._files import TensorHeader as Header
 from jlora._files import tensor_headers
+from jlora._text import first_line
 from jlora.cli._inspect._report import Report
 from jlora.peft._config import alpha_of, rank_of, scale_of
 from jlora.peft._contents import PREFIX, without_names
@@ -92,7 +93,7 @@ def _refused(config: Config, place: Path) -> str | None:
     try:
         check_config(config, CONFIG)
     except CheckpointError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     if not (place / WEIGHTS).exists():
         return f"there is no {WEIGHTS}"
     return None

@@ -30,6 +30,10 @@ Tree = Any
 class TrainState:
     """Everything a run needs to go on, as a pytree.
 
+    Between steps on one device leaves that are alike lie in stacks. The halves, and
+    `params`, are cut from them when they, or the state's leaves, are asked for; whoever
+    waits for a step waits for its metrics, `jax.block_until_ready(metrics)`.
+
     Attributes:
       step: how many updates were made, int32.
       trainable: the trainable half of the lorafied tree, see `jlora.split`.

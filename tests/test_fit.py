@@ -406,10 +406,7 @@ def test_what_goes_wrong_ahead_is_raised_by_the_call(tmp_path):
         run(tmp_path / "wrong")
 
 
-def test_ahead_is_for_several_cores_and_one_process(monkeypatch):
-    for count in (2, 8):
-        monkeypatch.setattr(_fit, "cores", lambda count=count: count)
-        assert _fit._is_ahead(None, {}) is (count == 8)
+def test_ahead_is_for_one_process_without_a_mesh():
     assert _fit._is_ahead(True, {})
     assert not _fit._is_ahead(False, {})
     assert not _fit._is_ahead(True, {"mesh": jax.make_mesh((1,), ("data",))})

@@ -22,8 +22,6 @@ from jlora import _compat
 Batch = Any
 Tree = Any
 
-# With two cores XLA's own threads keep both busy: see benchmarks/NOTES.md.
-LEAST_CORES = 4
 MOST_THREADS = 4
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jlora._errors import CheckpointError, NonFiniteError, OptionError
 from jlora._processes import on_first
 from jlora.sharding._batches import batch_shard
-from jlora.train._ahead import LEAST_CORES, Ahead, abstract, cores, specimens
+from jlora.train._ahead import Ahead, abstract, specimens
 from jlora.train._callbacks import Log, ProgressBar, Save, Validate
 from jlora.train._evaluation import make_eval_step
 from jlora.train._gradients import LossFn
@@ -135,7 +135,7 @@ def fit(
     keep_best: int = 0,
     patience: int | None = 5,
     prefetch: int = 2,
-    compile_ahead: bool | None = None,
+    compile_ahead: bool = False,
     hang_after: float = 1800.0,
     base: Tree | None = None,
     **options: Any,
@@ -182,8 +182,9 @@ def fit(
         many seconds the steps since the last line have waited for batches.
       compile_ahead: compile the programs of all shapes of batches beside each other,
         in threads, as soon as the run begins; of batches that know their shapes, as
-        `jlora.data.Batches` do, in one process and without a mesh. None does it where
-        this process may use four cores or more: XLA compiles with two by itself.
+        `jlora.data.Batches` do, in one process and without a mesh. With two cores it
+        brings nothing, and where JAX does not find what a thread made, a program is
+        compiled twice; so try it before you rely on it.
       hang_after: of several processes, seconds without a step after which all end, see
         `Watchdog`.
       base: the plain parameters that `params` was made of, where its start shifted them
@@ -289,13 +290,11 @@ def fit(
     )
 
 
-def _is_ahead(asked: bool | None, options: Mapping[str, Any]) -> bool:
-    """Whether to compile ahead: where it is asked for, or brings something."""
+def _is_ahead(asked: bool, options: Mapping[str, Any]) -> bool:
+    """Whether to compile ahead: where it is asked for, and the programs are known."""
     if options.get("mesh") is not None or options.get("parallel", "jit") != "jit":
         return False
-    if jax.process_count() > 1:
-        return False
-    return cores() >= LEAST_CORES if asked is None else asked
+    return asked and jax.process_count() == 1
 
 
 def _of_all(

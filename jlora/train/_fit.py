@@ -183,8 +183,7 @@ def fit(
       compile_ahead: compile the programs of all shapes of batches beside each other,
         in threads, as soon as the run begins; of batches that know their shapes, as
         `jlora.data.Batches` do, in one process and without a mesh. With two cores it
-        brings nothing, and where JAX does not find what a thread made, a program is
-        compiled twice; so try it before you rely on it.
+        brings nothing.
       hang_after: of several processes, seconds without a step after which all end, see
         `Watchdog`.
       base: the plain parameters that `params` was made of, where its start shifted them
@@ -252,7 +251,7 @@ def fit(
             if valid is not None:
                 ahead.add("valid", specimens(valid), partial(measure.lower, shapes))
             some = specimens(train, steps)
-            ahead.add("train", some, partial(step.lower, shapes))
+            ahead.add("train", some, step.lower_ahead(loop.state))
         state = loop.run()
     except Interrupted as place:
         again = f"{place}. To continue:\n  {run.resume_command}"

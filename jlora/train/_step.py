@@ -20,6 +20,7 @@ from jlora._errors import OptionError, StructureError
 from jlora._transform.replay import OnMissing
 from jlora._tree.options import one_of
 from jlora.sharding._batches import place_batch
+from jlora.train._ahead import abstract
 from jlora.train._batch import Batch, as_batch
 from jlora.train._codes import Kept, gathering, kept_parts
 from jlora.train._form import Form, Lying
@@ -285,6 +286,16 @@ class TrainStep:
         lying, batch = self._lying(state), self._placed(as_batch(batch))
         run = self._program(lying.form, state.frozen)
         return run.lower(lying.buffers, lying.frozen, state.key, batch)
+
+    def lower_ahead(self, state: TrainState) -> Callable[[Batch], jax.stages.Lowered]:
+        """From a batch to the program that a call with this state compiles.
+
+        The state's arrays are not kept, so that a step may be given them meanwhile.
+        """
+        lying = self._lying(state)
+        run = self._program(lying.form, state.frozen)
+        given = abstract((lying.buffers, lying.frozen, state.key))
+        return lambda batch: run.lower(*given, self._placed(as_batch(batch)))
 
     def cache_size(self) -> int:
         """How many times the step was compiled: 1, or its arguments change shape."""

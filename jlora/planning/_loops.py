@@ -23,6 +23,7 @@ def scan(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
     )
     slices = [_a_slice(walk, x) for x in xs]
     carry, result = _settled(walk, s.body, consts, carry, slices)
+    _begin(walk, values[s.num_consts : first], carry)
     walk.costs.add(result.costs, s.length)
     specs = [v.spec for v in carry]
     specs += [((), *v.spec) for v in result.outputs[s.num_carry :]]
@@ -60,6 +61,12 @@ def _settled(
     return carry, result
 
 
+def _begin(walk: Spread, given: list[Value], carry: list[Value]) -> None:
+    """Sums that begin at zero are made as the loop has them."""
+    for v, own in zip(given, carry, strict=True):
+        walk.make_as(v, own.spec)
+
+
 def _joined(walk: Spread, v: Value, out: Value) -> Value:
     """A carry that goes in one way and comes out another: cut as it comes out."""
     spec = out.spec if out.is_data or not any(v.spec) else v.spec
@@ -76,6 +83,7 @@ def while_loop(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Val
     middle = w.num_cond_consts + w.num_body_consts
     consts, carry = values[w.num_cond_consts : middle], values[middle:]
     carry, result = _settled(walk, w.body, consts, carry, [])
+    _begin(walk, values[middle:], carry)
     walk.costs.add(result.costs)
     specs = [v.spec for v in carry]
     return walk.make(op, values, specs, inner=result.peak, moved=result.costs.moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -99,13 +100,20 @@ def read_step(request: Request, mesh: Any) -> Read:
     step, trainable, opt_state, frozen, key, batch = inputs
     donated = [*step, *trainable, *opt_state]
     flat = [*donated, *frozen, *key, *batch]
-    with gathering(_kept(work, request, mesh)):
+    with _as_on(request, mesh), gathering(_kept(work, request, mesh)):
         jaxpr = work.step().trace(work.state, work.batch).jaxpr
     found = account(jaxpr, flat, sizes, donated=len(donated))
     parts = {"base": frozen, "adapters": trainable, "optimiser": opt_state,
              "batch": [*batch, *key, *step]}  # fmt: skip
     held = {name: sum(v.bytes for v in vs) for name, vs in parts.items()}
     return Read(work, held, found, jaxpr)
+
+
+def _as_on(request: Request, mesh: Any) -> Any:
+    """Trace as a step that is given the mesh: the head's chunks are of its tokens."""
+    if request.mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh))
 
 
 def _kept(work: _program.Work, request: Request, mesh: Any) -> Any:

@@ -149,7 +149,11 @@ def _same(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
 def _constrained(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
     """As the program says it is cut; dimensions it leaves open stay as they are."""
     (x,) = values
-    said = spec_of(op.eqn.params["sharding"].spec, len(x.shape))
+    # Read on one device, a program for a mesh has axes that are not there.
+    said = tuple(
+        tuple(a for a in axes if a in walk.sizes)
+        for axes in spec_of(op.eqn.params["sharding"].spec, len(x.shape))
+    )
     free = op.eqn.params["unconstrained_dims"]
     new = {a for d, axes in enumerate(said) for a in axes if d not in free}
     spec = tuple(

@@ -117,6 +117,12 @@ class Spread:
         self.did.append(Did(operation.name, tuple(reads), tuple(writes), **more))
         return writes
 
+    def make_as(self, x: Value, spec: Spec) -> None:
+        """Have each device make its part of a value that is of one number."""
+        if x.is_same:
+            part = self.value(x.shape, np.uint8, spec).bytes
+            x.spec, x.bytes = spec, int(part * x.itemsize)
+
     def gathered(self, x: Value, spec: Spec) -> Value:
         """Return a value that is cut over fewer mesh axes; once for all who ask."""
         spec = tuple(
@@ -169,8 +175,5 @@ class Spread:
                 spec.append(tuple(kept))
             met[n] = self.gathered(values[n], tuple(spec))
         for v, own in zip(values, labels, strict=True):
-            if v.is_same:
-                v.spec = tuple(tuple(cut[label]) for label in own)
-                v.bytes = self.value(v.shape, np.uint8, v.spec).bytes
-                v.bytes = int(v.bytes * v.itemsize)
+            self.make_as(v, tuple(tuple(cut[label]) for label in own))
         return met, {label: tuple(axes) for label, axes in cut.items()}

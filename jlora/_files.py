@@ -200,8 +200,10 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
       OSError: the file cannot be written.
     """
     safetensors = _safetensors()
+    # Of a view, a transposed one say, its writer takes the memory as it lies.
+    whole = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     try:
-        safetensors.numpy.save_file(dict(tensors), file, metadata=_METADATA)
+        safetensors.numpy.save_file(whole, file, metadata=_METADATA)
     except safetensors.SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from error
 

@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jlora
@@ -100,3 +101,12 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
     ):
         (folder / "m").write_text(str(1 / 0))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(), (3, 5), (2, 3, 5)])
+def test_a_view_is_written_as_it_reads(shape, tmp_path):
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape).T
+    _files.write_tensors(tmp_path / "x.safetensors", {"x": x})
+    found = _files.read_tensors(tmp_path / "x.safetensors")["x"]
+    assert found.shape == x.shape
+    np.testing.assert_array_equal(found, x)

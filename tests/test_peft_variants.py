@@ -97,6 +97,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:a server would not:jlora.JloraWarning")
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_gives_pefts_logits(case, tmp_path):
     model, params = models.load(GOLDEN / MODELS[case] / "base")

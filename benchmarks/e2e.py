@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from benchmarks.fine_tuning import fine_tune
 from benchmarks.initialise import _device, _versions
 from benchmarks.race import Row, Rows, curve, over_seeds
 
@@ -157,29 +158,9 @@ def _base(*_: Any) -> tuple[Any, Row, Row]:
 def _jlora(
     settings: Any, loaded: Any, task: Any, batches: Any, steps: int
 ) -> tuple[Any, Row, Row]:
-    import jax
-
-    import jlora
-    from jlora import checkpoint, train
-    from jlora.train._report import size_of
-
     tx, _ = settings.optimizer(steps)
     tree = settings.adapt(loaded.params, settings.key)
-    state = train.TrainState.create(tree, tx, settings.key)
-    step = train.make_train_step(task.loss_fn, tx, clip_norm=1.0)
-
-    def one(batch: Any) -> float:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return float(metrics["loss"])
-
-    row = curve(one, batches)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_adapter(f"{folder}/adapter", state.params)
-        size = size_of(pathlib.Path(folder))
-    row |= {"trainable": jlora.summary(tree).trainable, "mbytes": size / 1e6}
-    about = {"versions": _versions(), "device": _device(jax)}
-    return state.params, row, about
+    return fine_tune(tree, task.loss_fn, tx, settings.key, batches)
 
 
 def _peft(

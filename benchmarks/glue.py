@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.initialise import _device, _versions
+from benchmarks.fine_tuning import fine_tune
 from benchmarks.race import Row, Rows, curve, over_seeds
 
 FULL, HEAD, PEFT = "full fine-tuning", "head alone", "PEFT"
@@ -92,31 +92,16 @@ def _run(options: Any, task: str, name: str, seed: int) -> tuple[Row, Row]:
 def _jlora(
     name: str, settings: Any, loaded: Any, examples: Any, batches: Any, optimizer: Any
 ) -> tuple[Row, Callable[[str], Any], Row]:
-    import jax
-
     import jlora
-    from jlora import checkpoint, train
-    from jlora.train._report import size_of
 
     if name == HEAD:
         tree = jlora.lorafy(loaded.params, 1, [], train=["classifier"])
     else:
         tree = settings.adapt(loaded.params, settings.key)
-    state = train.TrainState.create(tree, optimizer[0], settings.key)
-    step = train.make_train_step(examples.loss_fn, optimizer[0], clip_norm=1.0)
-
-    def one(batch: Any) -> float:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return float(metrics["loss"])
-
-    row = curve(one, batches)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_adapter(f"{folder}/adapter", state.params)
-        size = size_of(pathlib.Path(folder))
-    row |= {"trainable": jlora.summary(tree).trainable, "mbytes": size / 1e6}
-    about = {"versions": _versions(), "device": _device(jax)}
-    return row, lambda test: examples.logits(state.params, examples.tests[test]), about
+    params, row, about = fine_tune(
+        tree, examples.loss_fn, optimizer[0], settings.key, batches
+    )
+    return row, lambda test: examples.logits(params, examples.tests[test]), about
 
 
 def _peft(

@@ -14,7 +14,7 @@ from jlora._kernel.adapter import Adapter
 from jlora._kernel.axes import RANK, Array, Dims
 from jlora._kernel.nodes import LowRank
 from jlora._kernel.quantized import Quantized
-from jlora._kernel.quantized import fitting as fitting
+from jlora._kernel.specs import fitting, names_of
 
 
 def factor_spec(spec: PartitionSpec, dims: Dims, rank: Any = None) -> PartitionSpec:
@@ -31,14 +31,10 @@ def factor_spec(spec: PartitionSpec, dims: Dims, rank: Any = None) -> PartitionS
     """
     parts = tuple(spec)
     own = [parts[d] if 0 <= d < len(parts) else None for d in dims]
-    taken = {name for part in own for name in _names(part)}
-    if rank is not None and RANK in dims and not taken & {*_names(rank)}:
+    taken = {name for part in own for name in names_of(part)}
+    if rank is not None and RANK in dims and not taken & {*names_of(rank)}:
         own[dims.index(RANK)] = rank
     return PartitionSpec(*own)
-
-
-def _names(part: Any) -> tuple[Any, ...]:
-    return part if isinstance(part, tuple) else () if part is None else (part,)
 
 
 def place_spec(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora._kernel import codebooks
 from jlora._kernel.axes import Array
 from jlora._kernel.opaque import Note, Opaque
+from jlora._kernel.specs import fitting
 
 PACKED = ("nf4", "fp4")  # two codes a byte
 FORMS = ("int8", "nf4", "fp4", "fp8")
@@ -274,24 +275,6 @@ class Quantized(Opaque):
         layout, note = static
         codes, absmax, nested_absmax, offset = children
         return cls(codes, absmax, nested_absmax, offset, layout, note.text)
-
-
-def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """A spec without the entries that do not divide their axis of the shape.
-
-    An adapter on a part of a fused kernel may be cut less finely than the kernel.
-
-    >>> mesh = jax.sharding.AbstractMesh((2,), ("x",))
-    >>> tuple(fitting(PartitionSpec("x", None), (3, 4), mesh))
-    (None, None)
-    """
-
-    def ways(part: Any) -> int:
-        names = part if isinstance(part, tuple) else (part,)
-        return math.prod(mesh.shape.get(name, 1) for name in names)
-
-    pairs = zip(tuple(spec), shape, strict=False)
-    return PartitionSpec(*(None if n % ways(part) else part for part, n in pairs))
 
 
 _ARRAYS = ("codes", "absmax", "nested_absmax", "offset")

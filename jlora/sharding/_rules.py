@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora._errors import OptionError, ShapeError, StructureError
+from jlora._kernel.specs import names_of
 from jlora._paths import name_of
 from jlora._text import listed
 from jlora.sharding._logical import LAYOUTS, LOGICAL, TABLE
@@ -258,13 +259,6 @@ def _compiled(pattern: Any) -> re.Pattern[str]:
         raise OptionError(
             f"the rule {pattern!r} is no regular expression: {error}."
         ) from None
-
-
-def names_of(part: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a partition spec names."""
-    if part is None or part is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return part if isinstance(part, tuple) else (part,)
 
 
 def _on(mesh: Mesh, part: Any) -> Any:

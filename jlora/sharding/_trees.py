@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlora._errors import JloraWarning
 from jlora._kernel.axes import RANK
 from jlora._kernel.nodes import Full, LowRank, Rows, is_array, is_node
-from jlora._kernel.placement import fitting, place_spec
+from jlora._kernel.placement import place_spec
 from jlora._kernel.quantized import Quantized
+from jlora._kernel.specs import fitting
 from jlora._paths import leaf_paths, map_with_path
 from jlora._processes import put
 from jlora._text import listed

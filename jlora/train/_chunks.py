@@ -17,8 +17,9 @@ import jax
 
 from jlora import _compat
 from jlora._errors import ShapeError
+from jlora._kernel.specs import names_of
 from jlora.sharding._batches import batch_spec
-from jlora.sharding._rules import names_of, ways_of
+from jlora.sharding._rules import ways_of
 
 CACHED = 2048  # classes, of a part for a processor's cache
 BYTES = 384 * 2**20  # of the logits of a part, on other devices

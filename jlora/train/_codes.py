@@ -18,8 +18,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jlora._kernel.quantized import Quantized
+from jlora._kernel.specs import names_of
 from jlora.sharding._batches import data_axes
-from jlora.sharding._rules import names_of
 
 Tree = Any
 #: For each quantised kernel of a tree in order: the mesh and the parts of its codes'

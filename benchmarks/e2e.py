@@ -43,19 +43,16 @@ def run(options: Any) -> Iterator[Rows]:
     folder = pathlib.Path(options.model)
     if not (folder / "config.json").exists():
         make_base(options, folder)
-    rows, about = [], {}
+    rows, about = [], dict[str, Row]()
     with tempfile.TemporaryDirectory() as place:
         files = split(options, pathlib.Path(place))
         for name in options.contenders or CONTENDERS:
-            runs = []
-            try:
-                for seed in range(1 if options.quick else options.seeds):
-                    row, about[name] = _run(options, files, name, seed)
-                    runs.append(row)
-            except ImportError as error:  # a peer that is not here
-                runs = [{"error": f"{type(error).__name__}: {error}"}]
-            together = over_seeds(runs, "bleu", [*METRICS, "loss", "held_out"])
-            rows.append({"case": f"{folder.name}, E2E", "contender": name, **together})
+            one = functools.partial(_run, options, files, name)
+            row, ran_on = over_seeds(
+                one, options, "bleu", [*METRICS, "loss", "held_out"]
+            )
+            about |= {name: ran_on} if ran_on else {}
+            rows.append({"case": f"{folder.name}, E2E", "contender": name, **row})
     yield rows, about
 
 
@@ -147,10 +144,9 @@ def _run(
     return {**scores, **row}, about
 
 
-def _base(*_: Any) -> tuple[Any, Row, Row]:
+def _base(settings: Any, loaded: Any, *_: Any) -> tuple[Any, Row, Row]:
     import jax
 
-    loaded = _[1]
     about = {"versions": _versions(), "device": _device(jax)}
     return loaded.params, {"trainable": 0, "mbytes": 0.0}, about
 

@@ -11,6 +11,7 @@ draws sentences, head and order anew. `mbytes` is what a task adds to the base o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import pathlib
@@ -34,23 +35,13 @@ def run(options: Any) -> Iterator[Rows]:
     """Yield the rows of each task."""
     names = options.contenders or [*CONTENDERS]
     for task in options.tasks:
-        rows, about = [], {}
+        rows, about = [], dict[str, Row]()
         for name in names:
-            runs = []
-            try:
-                for seed in range(1 if options.quick else options.seeds):
-                    row, about[name] = _run(options, task, name, seed)
-                    runs.append(row)
-            except ImportError as error:  # a peer that is not here
-                runs = [{"error": f"{type(error).__name__}: {error}"}]
+            one = functools.partial(_run, options, task, name)
+            row, ran_on = over_seeds(one, options, "score", ["loss"])
+            about |= {name: ran_on} if ran_on else {}
             title = f"{pathlib.Path(options.model).name}, {task}"
-            rows.append(
-                {
-                    "case": title,
-                    "contender": name,
-                    **over_seeds(runs, "score", ["loss"]),
-                }
-            )
+            rows.append({"case": title, "contender": name, **row})
         yield rows, about
 
 

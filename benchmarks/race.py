@@ -260,14 +260,32 @@ def curve(one: Callable[[Any], float], batches: Iterable[Any]) -> Row:
     }  # fmt: skip
 
 
-def over_seeds(runs: list[Row], score: str, others: Sequence[str] = ()) -> Row:
-    """One row of the runs of all seeds: means, and the deviation of the score."""
-    if "error" in runs[0]:
-        return runs[0]
+def over_seeds(
+    one: Callable[[int], tuple[Row, Row]],
+    options: Any,
+    score: str,
+    others: Sequence[str] = (),
+) -> tuple[Row, Row]:
+    """One row of the runs of all seeds: means, and the deviation of the score.
+
+    Args:
+      one: from a seed to a run's figures, and what it ran on.
+      options: of the command: `seeds`, and `quick` for one.
+      score: the figure that counts.
+      others: figures that have means, too.
+    """
+    runs, about = list[Row](), Row()
+    try:
+        for seed in range(1 if options.quick else options.seeds):
+            row, about = one(seed)
+            runs.append(row)
+    except ImportError as error:  # a peer that is not here
+        return {"error": f"{type(error).__name__}: {error}"}, about
     scores = [row[score] for row in runs]
     means = {n: statistics.mean(row[n] for row in runs)
              for n in (score, *others) if n in runs[0]}  # fmt: skip
     if "median_ms" in runs[0]:
         means["median_ms"] = statistics.median(row["median_ms"] for row in runs)
     deviation = statistics.stdev(scores) if len(scores) > 1 else None
-    return {**runs[0], **means, "std": deviation, "seeds": len(runs), "scores": scores}
+    together = {**runs[0], **means, "std": deviation, "seeds": len(runs)}
+    return {**together, "scores": scores}, about

@@ -167,11 +167,8 @@ def _as_node(x: Any) -> LowRank | Rows:
 def _checked_dtype(dtype: Any, requantize: bool) -> Any:
     if dtype is None:
         return None
-    try:
-        known = jnp.dtype(dtype)
-    except TypeError:
-        known = None
-    if known is None or not jnp.issubdtype(known, jnp.floating):
+    known = options.floating(dtype)
+    if known is None:
         raise OptionError(
             f"dtype={dtype!r}: expected one of floating-point numbers, such as "
             "'bfloat16'."

@@ -111,17 +111,23 @@ def _number(x: Any) -> float:
         return math.nan
 
 
+def floating(dtype: Any) -> np.dtype | None:
+    """A dtype of floating-point numbers, or None where it is none."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        return None
+    return found if found is not None and jnp.issubdtype(found, jnp.floating) else None
+
+
 def factor_dtype(dtype: Any) -> np.dtype:
     """A dtype that factors can have.
 
     Raises:
       DtypeError: it is none of floating point, or not enabled in JAX.
     """
-    try:
-        found = None if dtype is None else jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+    found = floating(dtype)
+    if found is None:
         raise DtypeError(
             f"dtype={dtype!r}: expected a floating-point dtype for the factors, "
             "jnp.float32 or jnp.bfloat16."

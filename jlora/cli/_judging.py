@@ -47,13 +47,11 @@ def by_texts(options: Any, source: Source) -> Numbers:
     from jlora.cli import _sources
 
     tests = _tests(options, source)  # before anything heavy, for it may be wrong
-    loaded = _sources.load(source, check=_check(options), dtype=options.dtype)
+    loaded = _sources.load(
+        source, check=_sources.check_of(options), dtype=options.dtype
+    )
     judge = Judge(options, source, loaded)
     return {name: judge(name, texts) for name, texts in tests.items()}
-
-
-def _check(options: Any) -> str:
-    return "values" if options.dtype is None else "shapes"
 
 
 def _settings(kind: Any, source: Source) -> dict[str, Any]:
@@ -213,7 +211,9 @@ def by_task(options: Any, source: Source) -> Numbers:
         source = _sources.find(
             options.source, base=options.base or settings.model, merged=False
         )
-    model, params = _sources.load(source, check=_check(options), dtype=options.dtype)
+    model, params = _sources.load(
+        source, check=_sources.check_of(options), dtype=options.dtype
+    )
     loaded = tasks.Loaded(model, params, data.load_tokenizer(source.model))
     task: Any = kind.make(settings, loaded)
     with tempfile.TemporaryDirectory() as folder:
@@ -324,7 +324,7 @@ def _classifier(
             own["num_labels"] = settings.num_labels
     with warnings.catch_warnings():  # of a head that the adapter brings
         warnings.filterwarnings("ignore", ".*leaves of the chosen", JloraWarning)
-        model, params = _sources.load(source, check=_check(options), **own)
+        model, params = _sources.load(source, check=_sources.check_of(options), **own)
     if getattr(model.config, "head", None) != "classification":
         raise StructureError(
             f"a {type(model).__name__} sorts no texts into classes.\nPass a run of the "

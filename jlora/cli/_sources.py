@@ -200,13 +200,13 @@ def writer(options: Any, settings: Any) -> tuple[Any, str]:
     from jlora.cli._texts import Writer
 
     source = find(options.source, base=options.base, adapter=options.adapter)
-    model, params = load(source, check=_check(options), dtype=options.dtype)
+    model, params = load(source, check=check_of(options), dtype=options.dtype)
     tokenizer = data.load_tokenizer(source.model)
     of_chats = source.settings.get("task") in ("chat", "preference")
     write = Writer(model, params, tokenizer, settings, options.seed, of_chats)
     return write, source.prefix
 
 
-def _check(options: Any) -> str:
+def check_of(options: Any) -> str:
     """A base in another dtype has other values."""
     return "values" if options.dtype is None else "shapes"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jlora
-from jlora import checkpoint, data, init, models, optim, sweep, tasks, train
+from jlora import checkpoint, data, init, models, sweep, tasks, train
 from jlora._errors import NonFiniteError, OptionError
 from jlora._options import options_of
 from jlora.train import Interrupted
@@ -226,12 +226,8 @@ class _Part:
         ]  # fmt: skip
 
         def optimizer(hp: Any) -> optax.GradientTransformation:
-            tx = optax.adamw(
-                lambda count: hp.learning_rate * unit(count),
-                weight_decay=hp.weight_decay,
-            )
-            return (
-                tx if s.lr_ratio == 1 else optax.chain(tx, optim.lora_plus(s.lr_ratio))
+            return s.adamw(
+                lambda count: hp.learning_rate * unit(count), hp.weight_decay
             )
 
         results = sweep.run(

@@ -214,10 +214,16 @@ class TrainingOptions(DeviceOptions):
             warmup=self.warmup_steps(steps),
             decay=self.schedule,  # type: ignore[arg-type]
         )
-        tx = optax.adamw(rate, weight_decay=self.weight_decay)
-        if self.lr_ratio != 1:
-            tx = optax.chain(tx, optim.lora_plus(self.lr_ratio))
-        return tx, rate
+        return self.adamw(rate, self.weight_decay), rate
+
+    def adamw(
+        self, rate: optax.ScalarOrSchedule, weight_decay: Any
+    ) -> optax.GradientTransformation:
+        """Return AdamW of a rate, and with `lr_ratio` LoRA+ after it."""
+        tx = optax.adamw(rate, weight_decay=weight_decay)
+        if self.lr_ratio == 1:
+            return tx
+        return optax.chain(tx, optim.lora_plus(self.lr_ratio))
 
     def fit(
         self,

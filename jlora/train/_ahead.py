@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jlora import _compat
+from jlora.train._batch import shapes_of
 
 Batch = Any
 Tree = Any
@@ -95,11 +96,6 @@ class _Awaited:
         for batch in self._batches:
             self._ahead.wait(self._what, batch)
             yield batch
-
-
-def shapes_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    """What a program is compiled for anew: the shapes of a batch's leaves."""
-    return tuple(map(jax.numpy.shape, jax.tree.leaves(batch)))
 
 
 def specimens(batches: Any, most: int | None = None) -> list[Batch]:

@@ -23,6 +23,11 @@ _REMEDY = (
 )
 
 
+def shapes_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """What a program is compiled for anew: the shapes of a batch's leaves."""
+    return tuple(map(jax.numpy.shape, jax.tree.leaves(batch)))
+
+
 def as_batch(batch: Any) -> Batch:
     """The batch, with mappings that JAX does not know as dicts.
 

@@ -14,6 +14,7 @@ import jax
 
 from jlora._errors import DataError, NonFiniteError
 from jlora._processes import asked_to_stop, stop_together
+from jlora.train._batch import shapes_of
 from jlora.train._prefetch import Placed, batches_from
 from jlora.train._state import TrainState
 from jlora.train._step import TrainStep
@@ -307,7 +308,7 @@ class Loop:
 
     def _dispatch(self, batch: Batch) -> None:
         host = batch.host if isinstance(batch, Placed) else batch
-        shapes = tuple(map(jax.numpy.shape, jax.tree.leaves(host)))
+        shapes = shapes_of(host)
         if shapes not in self._shapes:
             self._shapes.add(shapes)
             self.announce("compiling")

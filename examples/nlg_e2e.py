@@ -2,16 +2,18 @@ r"""Describe places in words with GPT-2 and LoRA, as the LoRA paper does on E2E.
 
 What it shows: text from data. A causal model reads what is to be said of a place,
 `name : The Heron | kind : pub | area : harbour`, and goes on with sentences; adapters
-on the query and value slices of GPT-2's fused `c_attn` are trained on the loss of the
-sentences alone. Then beam search with a length penalty and without repeated n-grams,
-and the five metrics of the E2E challenge (`jlora.metrics.generation`).
+are trained on the loss of the sentences alone. Then beam search with a length penalty
+and without repeated n-grams, and the five metrics of the E2E challenge
+(`jlora.metrics.generation`).
 
 On what: without arguments, on a GPT-2 of half a million parameters and a small corpus
-that lie beside this file. The model describes places to eat; the adapter teaches it
-places to stay, whose slots it never saw.
+that lie beside this file. The model describes places to eat; the adapter, on all its
+linear layers, teaches it places to stay, whose slots it never saw.
 
 How long: a little more than a minute of CPU time, no connection needed. On places that
-it never saw BLEU rises from 35 to 47, with an adapter of 0.05 MB.
+it never saw BLEU rises from 35 to 66, with an adapter of 0.15 MB. (On the query and
+value slices of GPT-2's fused `c_attn`, as in the paper, it rises to 47: so new a task
+wants more layers.)
 
     python examples/nlg_e2e.py                        # train, infer and evaluate
     python examples/nlg_e2e.py train --rank 4 --output runs/mine
@@ -84,8 +86,11 @@ class Settings(tasks.DataToTextSettings):
         }
         files["test"] = self.test or files["test"]
         steps = self.steps or (None if self.epochs else 300)
+        own = {} if self.full else {
+            "targets": self.targets or ["all-linear"], "lr": self.lr or 5e-3,
+        }  # fmt: skip
         return dataclasses.replace(
-            self, model=str(EMBEDDED), steps=steps, before=True, **files
+            self, model=str(EMBEDDED), steps=steps, before=True, **own, **files
         )
 
     def check(self) -> None:
@@ -93,15 +98,14 @@ class Settings(tasks.DataToTextSettings):
         super(Settings, self.with_embedded()).check()
 
 
-def train_adapter(asked: Settings) -> train.RunFolder:
+def train_adapter(s: Settings) -> train.RunFolder:
     """Train the adapter; the run's folder keeps it, the losses and the facts."""
-    s = asked.with_embedded()
     model, params, tokenizer = loaded = s.load(s.model)  # jlora.models.load
     tree = s.adapt(params, s.key)  # jlora.lorafy(params, rank, targets, alpha=alpha)
     summary = jlora.summary(tree)
     task = tasks.DataToText(s, loaded)  # meanings and texts to tokens, to batches
     print(summary, *(f"note: {remark}" for remark in task.remarks), sep="\n")
-    with asked.claim("nlg") as folder:
+    with s.claim("nlg", "describe") as folder:  # a run as `jlora evaluate` knows it
         fit = s.fit(task.loss_fn, tree, task.train, folder, task.valid, base=params)
         if s.merge:
             models.save(model, jlora.merge(fit.params), folder.merged, overwrite=True)
@@ -170,14 +174,14 @@ def with_recipe(words: list[str]) -> list[str]:
 def run(command: str, s: Settings) -> None:
     """Do one of the commands, or all three."""
     s.check_alone("this example")
+    s = s.with_embedded()
     if command in ("all", "train"):
         folder = train_adapter(s)
         s = dataclasses.replace(s, output=str(folder.path), resume=True)
         if command == "train":
             print(f"Now:\n  python {sys.argv[0]} infer {s.output}")
     if command in ("all", "infer", "evaluate"):
-        with s.claim("nlg") as folder:
-            s = s.with_embedded()
+        with s.claim("nlg", "describe") as folder:
             if command != "evaluate":
                 infer(s, folder)
             if command != "infer":

@@ -1,5 +1,7 @@
 """The example of data to text, run in process at few steps, and what lies beside it."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -44,9 +46,21 @@ def test_a_run_trains_says_and_scores(finished):
         "| CIDEr |",
         "loss.png",
         "c_attn",
+        "c_fc",  # all-linear
     ):
         assert part in report
     assert (finished / "loss.png").stat().st_size > 10_000
+
+
+def test_the_command_line_judges_such_a_run_as_the_example_did(finished, run):
+    status, out, err = run("evaluate", finished, "--json")
+    assert status == 0, err
+    found = json.loads(out)["tests"]["test"]
+    report = (finished / "report.md").read_text()
+    for name, score in found.items():
+        assert re.search(rf"\| {name} \| [\d.]+ \| {score:.2f} \|", report), name
+    status, out, _ = run("evaluate", finished, "--limit", 2, "--num-beams", 1, "--json")
+    assert json.loads(out)["tests"]["test"] != found
 
 
 def test_a_finished_run_says_its_test_again_in_another_way(finished, capsys):

@@ -208,6 +208,24 @@ def test_a_sweep_trains_together_or_alone_and_keeps_the_best(run, config):
     assert (status, "holds another run" in err) == (1, True)
 
 
+@pytest.mark.filterwarnings("always::jlora.JloraWarning")
+def test_what_diverged_by_itself_is_not_tried_again(run, config):
+    folder = config.parent / "grid"
+    with config.open("a") as file:
+        file.write('[sweep]\ninit = ["pissa"]\nlr = [3e38, 1e-2, 1e38]\n')
+    status, out, err = run("sweep", config, "--steps", 2, "--output", folder, "--json")
+    assert status == 0
+    assert "init=pissa,lr=1e+38: its last validation loss is not finite" in err
+    rows = json.loads(out)
+    assert rows[0]["loss"] > 0
+    lost = [(r["values"]["lr"], r["loss"], r["adapter"]) for r in rows[1:]]
+    assert lost == [(3e38, None, None), (1e38, None, None)]
+    status, out, err = run("sweep", "--resume", folder, "--json")
+    assert status == 0
+    assert "init=pissa,lr=1e+38: by itself" not in err
+    assert without(json.loads(out), "seconds") == without(rows, "seconds")
+
+
 @pytest.mark.parametrize(
     ("table", "status", "message"),
     [

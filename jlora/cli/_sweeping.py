@@ -165,7 +165,7 @@ def run(task: str, settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Ro
         folder.settings = best.member.settings.kept(task, **{SWEEP: table})
         folder.save_settings()
         rows = [x.row for x in ended]
-        rows.sort(key=lambda row: (row.loss is None, row.loss))
+        rows.sort(key=lambda row: math.inf if row.loss is None else row.loss)
         out = json.dumps([row._asdict() for row in rows], indent=2)
         (folder.path / "results.json").write_text(out + "\n", encoding="utf-8")
         print(
@@ -254,6 +254,9 @@ class _Part:
         """Train one run in a folder of its own; one that has ended is read."""
         (member,) = self.group
         place = self.folder.state / "alone" / member.name
+        diverged = place.with_name(f"{member.name}.diverged")
+        if diverged.exists():
+            return [self._lost(member, diverged.read_text(encoding="utf-8"))]
         print(f"{member.name}: by itself, for {member.alone}", file=sys.stderr)
         task, s = self._make(member.settings), member.settings
         kept = s.kept(self.task)
@@ -268,17 +271,24 @@ class _Part:
             initial = jax.tree.map(jnp.copy, jlora.split(tree)[0])
             try:
                 fit = s.fit(task.loss_fn, tree, task.train, own, task.valid, base=base)
+                loss = own.metrics.rows("valid")[-1]["loss"]
+                if loss is None:  # as the log has what is not finite
+                    raise NonFiniteError("its last validation loss is not finite.")
             except NonFiniteError as error:
-                print(f"{member.name}: {error}", file=sys.stderr)
-                row = Row(member.name, member.values, None, 0, 0.0, 1, None)
-                return [_Ended(member, row, None)]
-            loss = own.metrics.rows("valid")[-1]["loss"]
+                diverged.write_text(str(error), encoding="utf-8")
+                return [self._lost(member, str(error))]
         row = Row(
             member.name, member.values, loss, fit.steps, fit.seconds, 1,
             str(own.adapter),
         )  # fmt: skip
         last = init.unshift(fit.state.params, initial, base)
         return [_Ended(member, row, last)]
+
+    @staticmethod
+    def _lost(member: Member, why: str) -> _Ended:
+        print(f"{member.name}: {why}", file=sys.stderr)
+        row = Row(member.name, member.values, None, 0, 0.0, 1, None)
+        return _Ended(member, row, None)
 
 
 def check_table(table: Any, source: str) -> dict[str, list[Any]]:

@@ -317,3 +317,14 @@ def test_prompts_are_not_learnt():
 def test_no_tokenizer(tmp_path):
     with pytest.raises(DataError, match="has no readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_pieces_of_an_unknown_kind(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(DataError, match="nothing says of which kind") as said:
+        load_tokenizer(tmp_path)
+    assert 'tokenizer_config.json beside it: {"tokenizer_class"' in str(said.value)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert load_tokenizer(tmp_path)("ab")["input_ids"] == [2]

@@ -6,6 +6,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from jlora._text import first_line
 from jlora.data._batches import IGNORED
 
 CHUNK = 10_000  # texts that go to the tokenizer at once
+CONFIG = "tokenizer_config.json"
 SAMPLE = 200  # texts that are decoded again, to see whether anything is lost
 
 Tokenizer = Any  # of the library `transformers`, or what is called as one
@@ -85,7 +87,19 @@ def load_tokenizer(source: Any) -> Tokenizer:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         first = first_line(error)
-        raise DataError(f"{source} has no readable tokenizer: {first}") from error
+        said = f"{source} has no readable tokenizer: {first}"
+        raise DataError(said + _unnamed(source)) from error
+
+
+def _unnamed(source: Any) -> str:
+    """Return a remedy where pieces are there, and nothing that says of what kind."""
+    folder = Path(str(source)).expanduser()
+    if not (folder / "vocab.json").is_file() or (folder / CONFIG).exists():
+        return ""
+    return (
+        f"\nIt has a vocab.json, but nothing says of which kind. Write {CONFIG} beside "
+        'it: {"tokenizer_class": "GPT2Tokenizer"}, or "RobertaTokenizer".'
+    )
 
 
 def tokenise(

@@ -63,7 +63,7 @@ def machine(about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Return a Markdown table of the columns that any row fills."""
     used = [c for c in columns if any(row.get(c) is not None for row in rows)]
-    cells = [[c.replace("_", " ") for c in used]]
+    cells = [[c if " " in c else c.replace("_", " ") for c in used]]
     cells += [[_cell(row.get(c)) for c in used] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])

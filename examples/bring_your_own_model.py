@@ -2,7 +2,7 @@
 
 What it shows: the same four calls on three frameworks, `lorafy`, `lora`, `split` and
 `merge`. A small network learns a function; then an adapter of rank 2 on its two hidden
-kernels, 6 % of the weights, teaches it another one while the base stays as it is.
+kernels, 6% of the weights, teaches it another one while the base stays as it is.
 
 On what: points of a curve, made here. How long: fifteen seconds on two CPU cores.
 

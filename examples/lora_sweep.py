@@ -58,7 +58,8 @@ class Settings(tasks.DeviceOptions):
 
     epochs: float = option(
         1.0, "passes over the training pairs (1)", above=0, group="training")
-    dropout: float = option(0.0, "of the adapters' inputs (0)", least=0, below=1)
+    dropout: float = option(
+        0.0, "rate of dropout on the adapters' inputs (0)", least=0, below=1)
     seed: int = option(0, "of adapters, data order and dropout (0)", least=0)
 
     model: str = option(
@@ -71,7 +72,7 @@ class Settings(tasks.DeviceOptions):
     test: list[str] | None = option(
         None, "the same (a part of --train)", path=True, metavar="FILE")
     direction: str = option("de-en", "two languages, such as en-cs (de-en)")
-    train_size: int | None = option(None, "train on so many pairs (all)", least=1)
+    train_size: int | None = option(None, "train on this many pairs (all)", least=1)
     valid_size: int = option(256, "pairs for the validation loss (256)", least=1)
     test_size: int = option(192, "pairs for BLEU (192)", least=1)
     # fmt: on

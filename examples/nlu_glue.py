@@ -11,8 +11,8 @@ manner of SST-2 and CoLA that lie beside this file: the mood of a review, and wh
 sentence is English.
 
 How long: a good minute on two CPU cores, no connection needed. On sentences that it
-never saw, accuracy of the mood rises from 48 % to 98 %, and Matthews' correlation of
-what is English from about 0 to 94 %.
+never saw, accuracy of the mood rises from 48% to 98%, and Matthews' correlation of
+what is English from about 0 to 94%.
 
     python examples/nlu_glue.py
 
@@ -23,7 +23,7 @@ BERT or RoBERTa:
     python examples/nlu_glue.py --recipe roberta-base --precision bfloat16
 
 The second line trains the LoRA paper's RoBERTa-base (Hu et al. 2021, arXiv:2106.09685,
-appendix D): rank and alpha 8 on query and value, AdamW, 6 % of warm-up, linear decay,
+appendix D): rank and alpha 8 on query and value, AdamW, 6% of warm-up, linear decay,
 and each task's own rate, batch and epochs. The paper has, on GLUE's development sets:
 
               MNLI  SST-2  MRPC  CoLA  QNLI  QQP   RTE   STS-B  mean  trained
@@ -96,7 +96,7 @@ class Settings(tasks.AdapterOptions, tasks.TrainingOptions):
     recipe: str | None = option(
         None, "all of the LoRA paper's settings: --model, --tasks, --rank, --alpha, "
         "--lr, --batch-size, --epochs, ...", choices=("roberta-base",))
-    train_size: int | None = option(None, "train on so many examples (all)", least=1)
+    train_size: int | None = option(None, "train on this many examples (all)", least=1)
     test_size: int | None = option(None, "test so many, the first (all)", least=1)
     max_length: int | None = option(
         None, "tokens; longer texts are cut (128)", least=4)

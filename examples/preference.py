@@ -15,8 +15,8 @@ and the rest rudely; the preferences choose the polite answer. Measured on ten c
 that neither speaks of: how many answers are true, and how many polite.
 
 How long: a minute or two on two CPU cores, no connection needed. Of the model's answers
-22 % are true and 1 % polite; after SFT 95 % are true and none is polite; after DPO all
-are polite, and 95 % true. DPO alone, `--sft-weight 0`, leaves 46 % of them true: it
+22% are true and 1% polite; after SFT 95% are true and none is polite; after DPO all
+are polite, and 95% true. DPO alone, `--sft-weight 0`, leaves 46% of them true: it
 makes both answers less likely, the rejected one more so, and the model forgets what it
 was asked. The loss of the chosen answer beside it (RPO) holds that up.
 

@@ -38,7 +38,7 @@ class ProgramOptions:
 
     compilation_cache: str | None = option(
         None,
-        "keep compiled programs there for the next run, or off (~/.cache/jlora)",
+        "where to keep compiled programs for the next run (~/.cache/jlora); or off",
         metavar="DIR|off",
         extends=True,
         group="programs",

@@ -28,27 +28,27 @@ def lora(
 ) -> Callable[..., Any]:
     """Make a JAX function use lorafied parameters.
 
-    The function is traced on the dense shapes and replayed with the low-rank kernels
-    in the place of the dense ones; nothing of it is edited. Call the result under
-    `jax.jit`, as one would the function itself.
+    The function is traced on the dense shapes and replayed with low-rank kernels in
+    the place of the dense ones; its code is not edited. Call the result under
+    `jax.jit`, like the function itself.
 
     Args:
-      fn: any function of arrays. Lorafied trees may stand anywhere in its arguments;
-        arguments that are not arrays are handed on as they are.
-      on_missing: what to do where a primitive that meets an adapted kernel has no
-        low-rank rule: `"error"`, or `"materialize"` to merge that leaf for that one
-        use, which is said once by a `JloraWarning`.
+      fn: any function of arrays. Lorafied trees may be anywhere in its arguments;
+        arguments that are not arrays are passed on unchanged.
+      on_missing: what to do if a primitive that meets an adapted kernel has no low-rank
+        rule: raise an `"error"`, or `"materialize"` the merged kernel for that one use,
+        with a single `JloraWarning`.
       stop_frozen: give no gradient to the frozen leaves of lorafied trees: the bases
-        of their nodes, and what else stood in the tree when it was lorafied. So
-        `jax.grad` of the whole tree costs no more than that of its trainable half, and
-        `optax.masked` finds nothing to pass on. Leaves that were put beside such a tree
-        later keep their gradient, `{"model": tree, "prompt": soft_prompt}` say. Pass
-        False to differentiate the bases too.
+        of their nodes, and all other leaves that were in the tree when it was lorafied.
+        So `jax.grad` of the whole tree costs no more than that of its trainable half,
+        and `optax.masked` has no gradients to pass through. Leaves added later keep
+        their gradient, as in `{"model": tree, "prompt": soft_prompt}`. Pass False to
+        differentiate the bases too.
 
     Returns:
-      A function of the same arguments. Without a lorafied tree among them it is `fn`.
-      Parameters that `fn` returns come back as the nodes they are, and what is no array
-      as it is.
+      A function of the same arguments. Without a lorafied tree among them it does what
+      `fn` does. Nodes that `fn` returns come back as nodes, and values that are not
+      arrays come back unchanged.
 
     Raises:
       OptionError: an `on_missing` that is neither.

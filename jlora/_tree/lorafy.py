@@ -69,8 +69,8 @@ def lorafy(
 
     Args:
       params: a tree of arrays, of `jax.ShapeDtypeStruct`s, of sharded arrays, or of
-        quantised kernels (`jlora.quantize`). Other leaves, activation functions say,
-        stay as they are.
+        quantised kernels (`jlora.quantize`). Other leaves, such as activation
+        functions, stay as they are.
       rank: r, the adapters' inner dimension, of any integer type.
       targets: which kernels. A list: each entry matches whole path segments (one, or a
         dotted or slashed run of them), or is a role that knows the spellings of the
@@ -79,45 +79,46 @@ def lorafy(
         kernel of a matrix product; `"all-kernels"`: those of convolutions and
         embeddings too. A dict: such entries or expressions, each with its own
         `Target`; the first match wins. Every entry must hit something. An empty list
-        adapts none, where `train`, `bias="all"` or `trainable_tokens` train leaves.
+        adapts no kernel; use it if only `train`, `bias="all"` or `trainable_tokens`
+        are to train leaves.
       alpha: the scale is alpha/r; None means alpha = r.
       key: seeds the factors, folded with each leaf's path; None is `jax.random.key(0)`.
-      train: entries of leaves to train as they are, beside the adapters.
+      train: entries of leaves to train whole, besides the adapters.
       exclude: entries of leaves that `targets` must not touch.
       bias: train no biases, those of adapted layers (`"lora_only"`), or `"all"`.
-      dropout: probability of dropping an input of an adapter, once keys are given by
-        `with_dropout`.
+      dropout: probability of dropping an input of an adapter, once `with_dropout` has
+        given the tree keys.
       rslora: scale by alpha/sqrt(r), Kalajdzievski 2023, arXiv:2312.03732.
-      dora: train each output's length apart from its direction, Liu et al. 2024,
-        arXiv:2402.09353. The kernel's columns are read once a step for their norms;
-        dropout acts on the low-rank term only.
-      lora_bias: give each adapter a bias of its own, which starts at zero. It counts
-        alpha/r times and needs layers that have a bias.
+      dora: train the length of each output column separately from its direction, Liu
+        et al. 2024, arXiv:2402.09353. The kernel's columns are read once per step for
+        their norms; dropout acts on the low-rank term only.
+      lora_bias: give each adapter a bias of its own, which starts at zero. It is scaled
+        by alpha/r too, and needs layers that have a bias.
       variant: another form of the update, `"vera"`, `"loha"`, `"lokr"`, `"adalora"`,
         or one with its settings, `LoKr(...)`. None and `"lora"` are LoRA.
       trainable_tokens: entries of tables `[V, d]` and the rows of each to train as they
         are, `{"shared/embedding": [32100, 32101]}`; the table's other rows stay.
       init: how factors start: `"default"`, `"gaussian"` (embeddings start as PEFT's
-        do), or a name or an object of `jlora.init`, `"pissa"` and `"olora"` among them,
-        which take their product out of the kernels. What needs data is a function
-        there.
+        do), or a name or an object of `jlora.init`. Some of these, such as `"pissa"`
+        and `"olora"`, subtract their product from the kernels. Starts that need data
+        are functions of `jlora.init`.
       dtype: the factors' dtype.
       survey: from `jlora.survey`; makes `"all-linear"` and every kernel's axes exact.
-      **unknown: there are no others; PEFT's names are told ours.
+      **unknown: no others are taken; for PEFT's names the error gives jlora's.
 
     Returns:
       The tree, with a low-rank node in the place of each chosen kernel. Its value is
       unchanged until the adapters are trained. Abstract trees give abstract factors;
-      factors of sharded kernels are sharded along.
+      factors of sharded kernels are sharded like them.
 
     Raises:
-      TargetError: an entry hits nothing, or only leaves that are no kernels; a leaf
+      TargetError: an entry hits nothing, or only leaves that are not kernels; a leaf
         has an adapter already.
       ShapeError: a rank that is not within 1..min(in, out), or unknown axes; a kernel
         of which a variant's update has no low-rank form.
       DtypeError: a kernel, or a `dtype`, that is not of floating point.
       StructureError: `lora_bias` for a layer without bias; two leaves with one path.
-      OptionError: another argument that cannot be, or an unknown one.
+      OptionError: an unknown argument, or one with a value that is not allowed.
       NonFiniteError: `init` decomposes a kernel that holds NaN or infinity.
 
     Source: Hu et al. 2021, arXiv:2106.09685.

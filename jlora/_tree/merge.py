@@ -47,34 +47,32 @@ def merge(
 ) -> Any:  # fmt: skip
     """Fold every adapter into its kernel.
 
-    Each kernel becomes `base + scale * a @ b`, with DoRA brought to its magnitude,
-    accumulated in float32 and rounded once to the base's dtype. Biases of adapters go
-    into those of their layers. Fully trained leaves and rows become plain leaves, and
-    quantised kernels dense ones of the dtype that they were made of.
+    Each kernel becomes `base + scale * a @ b` (with DoRA scaled to its magnitude),
+    summed in float32 and rounded once to the base's dtype. Biases of adapters are added
+    to those of their layers. Fully trained leaves and rows become plain leaves, and
+    quantised kernels become dense, in the dtype that they had before quantisation.
 
     Args:
       tree: a lorafied tree.
       report: also return a `MergeReport`, with the part of each update lost to
         rounding (in bfloat16 that can be most of a small one).
       undo: also return what `unmerge` needs. It keeps the arrays of both trees alive.
-      donate: write each merged kernel over its base, so that no second model needs
-        room (nor, on a CPU, new pages, which take longer than merging does). The bases
-        are deleted in `tree`, and in the parameters it was made of, even where merging
-        fails. A base that stands in the tree twice, is quantised or of another
-        `dtype` is kept.
-      rounding: how a kernel's float32 sum becomes its dtype: to the `"nearest"` number
-        there, or `"stochastic"`: to one of its two neighbours, at random, so that the
-        merged weight is the exact one on average. A small update that nearest rounding
-        drops weight by weight is then kept in the sum over many weights. (Where dtypes
-        are as wide as the sum there is nothing to choose. Biases and trained rows
-        round to nearest.)
-      key: of the random numbers, which a leaf's path is folded into; for `"stochastic"`
-        alone.
-      requantize: quantise again what was quantised, in the same form. A report tells
-        what that and rounding together cost; of 4 bits it is often more than the
+      donate: write each merged kernel over its base, so that no room for a second model
+        is needed (nor, on a CPU, new pages, which take longer than merging does). The
+        bases are deleted in `tree`, and in the parameters it was made from, even if
+        merging fails. A base is kept if the tree holds it twice, if it is quantised, or
+        if `dtype` is another than its own.
+      rounding: how a float32 sum is rounded to the kernel's dtype: to the `"nearest"`
+        number, or `"stochastic"`: to one of its two neighbours, at random, so that the
+        merged weight is exact on average. A small update that nearest rounding
+        drops weight by weight is then kept in the sum over many weights. (Dtypes as
+        wide as the sum are not rounded. Biases and trained rows round to nearest.)
+      key: for the random numbers of `"stochastic"`; each leaf's path is folded into it.
+      requantize: quantise again what was quantised, in the same form. The report says
+        what that and rounding lose together; in 4 bits it is often more than the
         update, so prefer a dense kernel where quality counts.
-      dtype: of every floating-point leaf of the dense tree; None is its own. Sums are
-        rounded to it once, not to the base's dtype first.
+      dtype: of every floating-point leaf of the dense tree; None keeps each leaf's own.
+        Sums are rounded to it once, not to the base's dtype first.
 
     Returns:
       The dense tree; with `report` or `undo` a tuple of it, the report, the undo.
@@ -84,8 +82,8 @@ def merge(
       StructureError: two leaves with one path; a bank of adapters; a report inside
         `jax.jit`; `donate` there, or with what needs the bases; arrays that were
         donated before.
-      OptionError: another `rounding`; a `key` too many, or none where one is needed; a
-        `dtype` that holds no fractions, or beside `requantize`.
+      OptionError: an unknown `rounding`; a `key` where none is used, or none where one
+        is needed; a `dtype` that holds no fractions, or one together with `requantize`.
     """
     dtype = _checked_dtype(dtype, requantize)
     refuse_banks(tree, "jlora.merge")

@@ -73,7 +73,7 @@ class Command:
 COMMANDS = (
     Command(
         "inspect",
-        "say what an adapter, a checkpoint, a model or a whole run's folder holds",
+        "say what the folder of an adapter, a checkpoint, a model or a run holds",
         "  jlora inspect someones/adapter\n"
         "  jlora inspect runs/translate-1\n"
         "  jlora inspect runs/translate-1/adapter --values --plot norms.png\n"
@@ -88,7 +88,7 @@ COMMANDS = (
     ),
     Command(
         "train",
-        "train by a file of settings, or go on with a run",
+        "train from a file of settings, or resume a run",
         "  jlora train --template translate > my.toml\n"
         "  jlora train my.toml\n"
         "  jlora train my.toml --rank 16 --steps 900 --log-to tensorboard\n"
@@ -96,14 +96,15 @@ COMMANDS = (
     ),
     Command(
         "sweep",
-        "train a task's runs over a table of settings, together where that can be",
+        "train a run for each combination in a table of settings, together where "
+        "possible",
         "  jlora sweep grid.toml\n"
         "  jlora sweep grid.toml --steps 100 --output runs/grid --json\n"
         "  jlora sweep --resume runs/grid",
     ),
     Command(
         "plan",
-        "say what a run takes: memory a device, operations, traffic, time",
+        "say what a run takes: memory per device, operations, traffic, time",
         "  jlora plan DIR --rank 16 --targets all-linear --batch-size 8 --length 1024\n"
         "  jlora plan DIR/config.json --quantize nf4 --precision bfloat16 --remat \\\n"
         "      --mesh data=4,fsdp=8,tensor=2 --devices h100\n"
@@ -132,7 +133,7 @@ COMMANDS = (
     ),
     Command(
         "chat",
-        "talk with a model, by its chat template where it has one",
+        "talk with a model, by its chat template if it has one",
         "  jlora chat Qwen/Qwen3-0.6B --sample --temperature 0.7\n"
         "  jlora chat Qwen/Qwen3-0.6B --adapter someones/adapter --system 'Be brief.'",
     ),
@@ -148,7 +149,7 @@ COMMANDS = (
     ),
     Command(
         "completion",
-        "print what lets a shell complete command lines of jlora",
+        "print a script that lets a shell complete jlora's command lines",
         "  jlora completion bash > ~/.local/share/bash-completion/completions/jlora\n"
         "  jlora completion zsh > ~/.zfunc/_jlora\n"
         "  jlora completion fish > ~/.config/fish/completions/jlora.fish",

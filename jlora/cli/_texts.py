@@ -29,20 +29,22 @@ class GenerationOptions(ProgramOptions):
     length_penalty: float | None = option(
         None, "of beam search: above 0 prefers longer answers")
     no_repeat_ngram_size: int | None = option(
-        None, "no sequence of so many tokens occurs twice", least=0)
+        None, "no sequence of this many tokens occurs twice", least=0)
     repetition_penalty: float | None = option(
-        None, "above 1 makes tokens less likely that are there already", above=0)
-    sample: bool = option(False, "draw tokens, by --seed")
+        None, "above 1 makes tokens that occurred already less likely", above=0)
+    sample: bool = option(False, "draw tokens at random, by --seed")
     temperature: float | None = option(
         None, "below 1 prefers likely tokens; with --sample", above=0)
-    top_k: int | None = option(None, "draw among so many tokens", least=0)
+    top_k: int | None = option(
+        None, "draw among this many of the likeliest tokens", least=0)
     top_p: float | None = option(
-        None, "draw among those that together have this probability", above=0)
+        None, "draw among the likeliest tokens that together have this probability",
+        above=0)
     min_p: float | None = option(
-        None, "draw among those at least so likely as the likeliest, in parts of 1",
+        None, "draw among tokens at least this fraction as likely as the likeliest",
         least=0)
     answers: int | None = option(
-        None, "so many for each text: samples, or the best beams", least=1)
+        None, "this many answers to each text: samples, or the best beams", least=1)
     seed: int = option(0, "of --sample (0)", least=0)
     # fmt: on
 

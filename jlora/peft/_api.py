@@ -50,20 +50,21 @@ def load(
     Args:
       folder: what PEFT's `save_pretrained` wrote.
       params: the plain parameters of its base. Adapters of sharded kernels are sharded
-        along; a tree of shapes gives real adapters on an abstract base.
-      model: one whose `torch_names()` says what `names` would, as those of
-        `jlora.models` do.
-      names: what modules are called in PyTorch, where dots for slashes is not it: a
-        dict from modules (or leaves) of the tree, or a function of a module's path.
-        A table that several modules use has all their names: a tied head's ends in
-        `".T"`, that of a module which holds the table and is never called is in
-        parentheses. `{"wte": ("transformer.wte", "lm_head.T")}`; T5's is `{"shared":
-        ("(shared)", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head.T")}`.
-        Leaves of one module stand in the order of the PyTorch model's parameters.
-      adapter: an adapter that PEFT keeps in the subfolder of that name.
-      shifted_base: `params` is the base as PiSSA, CorDA and their like left it, which
-        somebody saved with the adapter. Without it the base of PiSSA (exact) and OLoRA
-        is made again of the original, as PEFT does; of the others it cannot be.
+        like them; a tree of shapes gives real adapters on an abstract base.
+      model: a model with a method `torch_names()` that returns what `names` would
+        contain, as the models of `jlora.models` have.
+      names: what modules are called in PyTorch, if not like their paths with dots for
+        slashes: a dict from modules (or leaves) of the tree, or a function of a
+        module's path. A table that several modules use has all their names: a tied
+        head's ends in `".T"`, and that of a module which holds the table but is never
+        called is in parentheses. `{"wte": ("transformer.wte", "lm_head.T")}`; T5's is
+        `{"shared": ("(shared)", "encoder.embed_tokens", "decoder.embed_tokens",
+        "lm_head.T")}`. List the leaves of one module in the order of the PyTorch
+        model's parameters.
+      adapter: the name of an adapter that PEFT keeps in a subfolder.
+      shifted_base: whether `params` is the base as changed by PiSSA, CorDA and so on,
+        saved with the adapter. If not, the changed base of PiSSA (exact) and OLoRA is
+        made again from the original, as PEFT does; for the others this is impossible.
 
     Returns:
       The lorafied tree. Factors keep the file's dtype, `modules_to_save` and biases
@@ -186,36 +187,38 @@ def save(
 ) -> None:
     """Write adapters and fully trained leaves as PEFT does.
 
-    The configuration is the smallest that says what the tree is. Of a module with a
-    trained leaf that is no bias every leaf is saved, for PEFT knows whole modules.
-    Adapters on slices of a fused kernel become one of the sum of their ranks. A warning
-    says where vLLM and TGI would serve a decoder's adapter otherwise than PEFT.
+    The configuration is the smallest that describes the tree. If a leaf of a module is
+    trained whole and is not a bias, all leaves of that module are saved, since PEFT
+    saves whole modules. Adapters on slices of a fused kernel become one, whose rank is
+    the sum of theirs. A warning says where vLLM and TGI would serve a decoder's adapter
+    differently from PEFT.
 
     Args:
       folder: the folder to write; other files in it stay.
       params: a lorafied tree.
       model: as for `load`.
       names: as for `load`.
-      adapter: write the subfolder of that name, as PEFT does for several adapters.
+      adapter: write into a subfolder of that name, as PEFT does for several adapters.
       base_model_name_or_path: where PEFT finds the base.
       task_type: PEFT's, `"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, ... For classifiers and
         question answering the head is saved too, as PEFT does, trained or not.
       fan_in_fan_out: True for GPT-2, whose layers store their weights as [in, out].
-        The factors are the same; of layers that are trained whole it must be told.
-      config: keys to write as they are, e.g. from `read_config` of what was loaded.
+        The factors are the same either way; layers that are trained whole are not.
+      config: keys to write unchanged, for example from `read_config` of what you
+        loaded.
       initial: for adapters whose bases were shifted (PiSSA, OLoRA): the tree as lorafy
-        made it, or its trainable half. What is written loads on the original base, as
-        the difference of the two, with twice the rank. See `jlora.init.unshift`.
-      shifted_base: write such adapters as they are; they are of use with the tree's
-        bases alone, to be saved beside them.
-      overwrite: replace an adapter that is there already.
+        made it, or its trainable half. The file then holds the difference of the two,
+        with twice the rank, and loads onto the original base. See
+        `jlora.init.unshift`.
+      shifted_base: write such adapters as they are. They work only with the tree's
+        shifted bases, so save those too.
+      overwrite: replace an existing adapter.
 
     Raises:
-      CheckpointError: an adapter is at `folder` already, or it cannot be written.
+      CheckpointError: `folder` has an adapter already, or it cannot be written.
       StructureError: nothing is trained; an adapter that PEFT's format cannot hold, or
-        of a shifted base without `initial` or `shifted_base`;
-        layers that are stacked for a scan; a `config` that does not say what the tree
-        is. Nothing is written.
+        of a shifted base without `initial` or `shifted_base`; layers that are stacked
+        for a scan; a `config` that disagrees with the tree. Nothing is written.
       TargetError: `names` that do not fit the tree.
     """
     check_trained(params)

@@ -38,21 +38,21 @@ def plan(
     remedies: bool | None = None,
     **lorafy: Any,
 ) -> Plan:
-    """Say what a training run takes: bytes a device, operations, traffic, time.
+    """Say what a training run takes: bytes per device, operations, traffic, time.
 
     Nothing is allocated, downloaded or run. The training step of `jlora.train` is
-    traced on shapes, and its program read operation by operation: how the mesh cuts
+    traced on shapes, and its program is read operation by operation: how the mesh cuts
     each value, what devices send for it, what is in memory at once. Parameters, states
-    and batches are exact; temporaries are an estimate of what XLA will do, which mostly
-    puts the whole within a tenth of XLA's own account: see the guide to planning for
-    where it does not. `compiled=True` asks XLA.
+    and batches are exact. Temporaries are an estimate of what XLA will do, which mostly
+    puts the whole within a tenth of XLA's own account; the guide to planning says where
+    it does not. `compiled=True` asks XLA.
 
     Args:
-      model: a model's folder or its `config.json`, what stands in one, a configuration
+      model: a model's folder or its `config.json`, the contents of one, a configuration
         or a model of `jlora.models`; with `loss_fn`, any tree of parameters or shapes.
-      batch: of a step, on all devices together: (examples, tokens), of an
-        encoder-decoder (examples, tokens, tokens of the answer). With `loss_fn`, a tree
-        of arrays or shapes.
+      batch: a step's, over all devices: (examples, tokens) or, for an encoder-decoder,
+        (examples, tokens, tokens of the answer). With `loss_fn`, a tree of arrays or
+        shapes.
       rank: of the adapters.
       targets: as of `jlora.lorafy`.
       quantize: keep the frozen base in this form, as of `jlora.quantize`.
@@ -66,18 +66,18 @@ def plan(
       clip: the gradient's norm; None is off.
       mesh: `"data=2,fsdp=4"`, a mapping, or a mesh; an abstract one needs no devices.
         None is one device. A size may not be -1: there are no devices to count.
-      layout: where parameters lie, as of `jlora.sharding.rules`.
-      uneven: likewise, for axes that the mesh does not divide.
-      devices: an accelerator by name, of those below, or a `jlora.Accelerator`.
-      scan_layers: as of `jlora.models.load`; a model of many layers that are not
+      layout: how parameters are spread, as in `jlora.sharding.rules`.
+      uneven: what to do with axes that the mesh does not divide, as there.
+      devices: an accelerator by its name below, or a `jlora.Accelerator`.
+      scan_layers: as in `jlora.models.load`; a model of many layers that are not
         scanned takes long to trace.
-      remat: likewise.
-      attn_implementation: likewise; `"cudnn"` can be traced on a GPU alone.
+      remat: as in `jlora.models.load`.
+      attn_implementation: likewise; `"cudnn"` can be traced only on a GPU.
       loss_fn: a loss of your own, `(params, batch, key)`; `precision` is then up to it.
-      compiled: compile the step too, and take XLA's account of memory. The mesh has
-        then to be one that `jax.devices()` can make. The account is of these devices:
-        a CPU's XLA computes in float32 where a GPU's computes in bfloat16.
-      remedies: whether to plan what would make it smaller too; None does so where it
+      compiled: compile the step too, and use XLA's account of memory. `jax.devices()`
+        must then be enough for the mesh. The account is for these devices: on a CPU XLA
+        computes in float32 where it computes in bfloat16 on a GPU.
+      remedies: whether to plan also what would make it smaller; None does so if it
         does not fit.
       **lorafy: more arguments of `jlora.lorafy`.
 
@@ -85,14 +85,14 @@ def plan(
       The plan; prints as a table.
 
     Raises:
-      OptionError: an argument that cannot be; a `compiled` plan for other devices than
-        there are.
+      OptionError: an argument that is not allowed; a `compiled` plan for devices that
+        this machine does not have.
       CheckpointError: a configuration that cannot be read or honoured.
       ShapeError: a batch or a kernel that the mesh does not divide; a block of a form.
       TargetError: as of `jlora.lorafy`.
 
-    The numbers of accelerators are those of data sheets, a device's, without sparsity;
-    the network between machines is what the maker's reference machines have.
+    The numbers of accelerators are from data sheets, per device and without sparsity;
+    the network between machines is that of the maker's reference machines.
 
     ========  =======  ==========  =============  ============  =============
     name      memory   bandwidth   bf16 products  in a machine  to the others

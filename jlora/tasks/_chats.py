@@ -36,7 +36,7 @@ class ChatOptions(AdapterOptions, TrainingOptions):
 
     # fmt: off
     lr: float | None = option(None, "peak rate (2e-4)", above=0)
-    batch_size: int = option(16, "examples a step (16)", least=1, group="training")
+    batch_size: int = option(16, "examples per step (16)", least=1, group="training")
     model: str | None = option(
         None, "folder or hub name of a causal language model", path=True,
         group="model and data", metavar="DIR|NAME")
@@ -54,7 +54,7 @@ class ChatOptions(AdapterOptions, TrainingOptions):
         metavar="FILE")
     valid: list[str] | None = option(
         None, "the same, held out (a part of --train)", path=True, metavar="FILE")
-    train_size: int | None = option(None, "train on so many examples (all)", least=1)
+    train_size: int | None = option(None, "train on this many examples (all)", least=1)
     valid_size: int = option(200, "held-out examples (200)", least=1)
     max_length: int = option(1024, "tokens; longer examples are cut (1024)", least=2)
     max_new_tokens: int = option(64, "of answers to held-out prompts (64)", least=1)

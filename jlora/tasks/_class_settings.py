@@ -73,7 +73,7 @@ class ClassificationSettings(AdapterOptions, TrainingOptions):
     metrics: list[str] | None = option(
         None, "to report: accuracy f1 macro_f1 matthews, pearson spearman (the task's)",
         choices=tuple(METRICS), metavar="NAME")
-    train_size: int | None = option(None, "train on so many examples (all)", least=1)
+    train_size: int | None = option(None, "train on this many examples (all)", least=1)
     valid_size: int = option(500, "examples for the loss (500)", least=1)
     test_size: int | None = option(None, "test so many, the first (all)", least=1)
     model_dropout: bool = option(

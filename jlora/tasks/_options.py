@@ -41,16 +41,17 @@ class AdapterOptions(train.RunSettings):
     """Which adapters a run puts on its model, or that it trains every weight."""
 
     # fmt: off
-    rank: int | None = option(None, "r (8)", least=1, group="adapter")
+    rank: int | None = option(None, "the rank r (8)", least=1, group="adapter")
     alpha: float | None = option(None, "the scale is alpha/r (2r)", above=0)
     targets: list[str] | None = option(
         None, "names of layers, or all-linear (query value)")
-    dropout: float = option(0.0, "of the adapters' inputs (0)", least=0, below=1)
+    dropout: float = option(
+        0.0, "rate of dropout on the adapters' inputs (0)", least=0, below=1)
     init: str | None = option(
-        None, "how A and B begin (default: A at random, B zero)",
+        None, "how A and B start (default: A random, B zero)",
         choices=("default", "gaussian", "orthogonal", "pissa", "olora"))
     rslora: bool = option(False, "the scale is alpha/sqrt(r)")
-    dora: bool = option(False, "DoRA: train each output's length apart")
+    dora: bool = option(False, "DoRA: train each output column's length, too")
     quantize: str | None = option(
         None, "keep the frozen base in 8 or 4 bits (QLoRA)",
         choices=("int8", "nf4", "fp4", "fp8"))
@@ -117,8 +118,8 @@ class TrainingOptions(DeviceOptions):
     """How a run trains: batches, steps, the optimiser, precision, validation."""
 
     # fmt: off
-    batch_size: int = option(32, "examples a step (32)", least=1, group="training")
-    accumulate: int = option(1, "parts a batch is cut into (1)", least=1)
+    batch_size: int = option(32, "examples per step (32)", least=1, group="training")
+    accumulate: int = option(1, "parts that a batch is cut into (1)", least=1)
     epochs: float | None = option(
         None, "passes over the training examples (3)", above=0, extends=True,
         replaces="steps")
@@ -126,25 +127,26 @@ class TrainingOptions(DeviceOptions):
         None, "steps, instead of --epochs", least=1, extends=True, replaces="epochs")
     lr: float | None = option(None, "peak rate (3e-3; 1e-3 with --full)", above=0)
     lr_ratio: float = option(
-        1.0, "LoRA+: B's rate is so many times A's (1)", above=0)
+        1.0, "LoRA+: how many times A's rate B's is (1)", above=0)
     schedule: str = option(
         "cosine", "how the rate falls to 0 (cosine)",
         choices=("cosine", "linear", "constant"))
-    warmup: int = option(20, "steps in which it rises (20)", least=0)
+    warmup: int = option(20, "steps in which the rate rises (20)", least=0)
     warmup_ratio: float | None = option(
-        None, "the part of the steps in which it rises", least=0, below=1,
+        None, "the fraction of the steps in which the rate rises", least=0, below=1,
         replaces="warmup")
     weight_decay: float = option(0.0, "AdamW's (0)", least=0)
-    clip: float = option(1.0, "the gradient's norm; 0 is off (1)", least=0)
+    clip: float = option(1.0, "the largest norm of the gradient; 0 is off (1)", least=0)
     precision: str = option(
         "float32", "what the model computes in; adapters stay float32 (float32)",
         choices=("float32", "bfloat16"))
-    buckets: int = option(3, "shapes of batches; more pad less (3)", least=1)
+    buckets: int = option(
+        3, "shapes of batches; with more, less is padded (3)", least=1)
     seed: int = option(0, "of adapters, data order and dropout (0)", least=0)
     eval_every: int | None = option(
         None, "steps between validations (a tenth of the run, or an epoch)", least=1,
         group="evaluation")
-    eval_batch_size: int = option(64, "examples (64)", least=1)
+    eval_batch_size: int = option(64, "examples per batch (64)", least=1)
     # fmt: on
 
     def check(self) -> None:

@@ -40,9 +40,10 @@ class ChatSettings(ChatOptions):
         "all", "which of the assistant's messages are learned (all)",
         choices=("all", "last"))
     pack: bool = option(
-        False, "several conversations a row of --max-length; a batch is of rows")
+        False, "put several conversations in a row of --max-length; a batch counts "
+        "rows")
     streaming: bool = option(
-        False, "read --train, tables, while training: they need not fit in memory")
+        False, "read --train (tables) during training; it need not fit in memory")
     workers: int = option(
         0, "processes that tokenise what is streamed (0: this one)", least=0,
         extends=True)

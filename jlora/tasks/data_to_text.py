@@ -48,16 +48,16 @@ class DataToTextSettings(AdapterOptions, TrainingOptions):
         None, "the same (a part of the training meanings)", path=True, metavar="FILE")
     test: list[str] | None = option(
         None, "the same (another part)", path=True, metavar="FILE", extends=True)
-    train_size: int | None = option(None, "train on so many meanings (all)", least=1)
+    train_size: int | None = option(None, "train on this many meanings (all)", least=1)
     valid_size: int = option(200, "meanings for the loss, the first (200)", least=1)
     test_size: int | None = option(
-        None, "meanings to say, the first (all)", least=2, extends=True)
+        None, "meanings to put into words, the first (all)", least=2, extends=True)
     max_meaning_length: int = option(128, "tokens; longer ones are cut (128)", least=2)
     max_text_length: int = option(64, "tokens; longer ones are cut (64)", least=2)
     pack: bool = option(
-        False, "several examples a row of both lengths; a batch is of rows")
+        False, "put several examples in a row of both lengths; a batch counts rows")
     streaming: bool = option(
-        False, "read --train, tables, while training: they need not fit in memory")
+        False, "read --train (tables) during training; it need not fit in memory")
     workers: int = option(
         0, "processes that tokenise what is streamed (0: this one)", least=0,
         extends=True)
@@ -68,7 +68,7 @@ class DataToTextSettings(AdapterOptions, TrainingOptions):
     length_penalty: float = option(
         0.9, "above 0 favours longer texts (0.9)", extends=True)
     no_repeat: int = option(
-        4, "no n-gram of so many tokens twice in a text; 0 is off (4)", least=0,
+        4, "no n-gram of this many tokens twice in a text; 0 is off (4)", least=0,
         extends=True)
     # fmt: on
 

@@ -50,14 +50,16 @@ class PreferenceSettings(ChatOptions):
     loss: str = option(
         "sigmoid", "DPO's, IPO's, or SLiC's hinge (sigmoid)",
         choices=("sigmoid", "ipo", "hinge"), group="preference")
-    beta: float = option(0.1, "how dear it is to leave the reference (0.1)", above=0)
+    beta: float = option(
+        0.1, "how strongly the model is held to the reference (0.1)", above=0)
     label_smoothing: float = option(
-        0.0, "share of pairs labelled the wrong way round; of sigmoid (0)", least=0,
+        0.0, "share of pairs taken to be labelled the wrong way round; for sigmoid "
+        "(0)", least=0,
         below=0.5)
     sft_weight: float | None = option(
-        None, "RPO: what the chosen answer's own loss counts beside (0)", least=0)
+        None, "RPO: the weight of the chosen answer's own loss (0)", least=0)
     precompute: bool = option(
-        False, "ask the reference once, before training, not at each step")
+        False, "run the reference once, before training, not in each step")
     # fmt: on
 
     usual_lr: ClassVar[float] = 1e-5

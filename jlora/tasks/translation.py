@@ -59,17 +59,17 @@ class TranslationSettings(AdapterOptions, TrainingOptions):
         None, "the same: a test of what should not be forgotten", path=True,
         metavar="FILE")
     direction: str = option("de-en", "two languages, such as en-cs (de-en)")
-    prompt: str | None = option(None, "before each source (translate X to Y: )")
-    train_size: int | None = option(None, "train on so many pairs (all)", least=1)
+    prompt: str | None = option(None, "put before each source (translate X to Y: )")
+    train_size: int | None = option(None, "train on this many pairs (all)", least=1)
     valid_size: int = option(500, "pairs for the loss (500)", least=1)
     test_size: int = option(500, "pairs for BLEU, the first (500)", least=1)
-    skip_empty: bool = option(False, "leave out pairs of which a side is empty")
+    skip_empty: bool = option(False, "leave out pairs with an empty side")
     max_source_length: int = option(128, "tokens; longer texts are cut (128)", least=2)
     max_target_length: int = option(128, "tokens; longer texts are cut (128)", least=2)
     pack: bool = option(
-        False, "several pairs a row of these lengths; a batch is of rows")
+        False, "put several pairs in a row of these lengths; a batch counts rows")
     streaming: bool = option(
-        False, "read --train, tables, while training: they need not fit in memory")
+        False, "read --train (tables) during training; it need not fit in memory")
     workers: int = option(
         0, "processes that tokenise what is streamed (0: this one)", least=0,
         extends=True)

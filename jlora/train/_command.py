@@ -36,7 +36,7 @@ class RunSettings(ProgramOptions, DistributedOptions):
     overwrite: bool = option(False, "replace the run in --output")
     log_to: list[str] | None = option(
         None,
-        "send the log on as well",
+        "also send the log there",
         choices=("tensorboard", "wandb"),
         extends=True,
     )

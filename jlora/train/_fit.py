@@ -140,19 +140,19 @@ def fit(
     base: Tree | None = None,
     **options: Any,
 ) -> Fit:
-    """Train, validate, keep the best adapter, log, save; go on if `run` is resumed.
+    """Train, validate, keep the best adapter, log and save; resume a resumed `run`.
 
-    Ctrl-C (or SIGTERM) finishes the step, saves and raises `Interrupted`; a run that is
-    resumed goes on bit for bit. So does one that was killed, from the last state that
-    was saved; if that is damaged, from the one before, with a warning.
+    Ctrl-C (or SIGTERM) finishes the step, saves and raises `Interrupted`. A resumed run
+    continues bit for bit, even one that was killed: from the last saved state or, if
+    that is damaged, from the one before, with a warning.
 
     A step whose loss or gradient is not finite changes nothing, and is counted and
-    logged. So are losses that jump.
+    logged. Losses that jump are also counted and logged.
 
     With several processes (`jlora.sharding.initialize`) all make this call, with a mesh
-    of all their devices. `train` and `valid` then yield a process's part of each batch,
-    that of `jlora.sharding.batch_shard(mesh)`. The first process writes and shows what
-    there is to see, and every one returns the same.
+    of all their devices. `train` and `valid` then yield this process's part of each
+    batch, as given by `jlora.sharding.batch_shard(mesh)`. The first process writes and
+    prints, and all return the same.
 
     Args:
       loss_fn: `(params, batch, key)` as `make_train_step` takes it; validation passes
@@ -161,35 +161,36 @@ def fit(
       tx: the optimiser.
       train: the training batches.
       run: the folder that everything is written into.
-      steps: how many updates to make, those before a resumption included.
-      valid: validation batches, gone over before the first step and at intervals.
+      steps: how many updates to make, including those before it was resumed.
+      valid: validation batches, evaluated before the first step and at intervals.
       eval_every: steps between validations; None takes a tenth of the run, or an epoch
-        where that is less. The state is saved as often.
-      log_every: steps a line of the log; None takes 10, or a twentieth of a short run.
+        if that is less. The state is saved as often.
+      log_every: steps between lines of the log; None takes 10, or a twentieth of a
+        short run.
       key: the run's PRNG key.
       learning_rate: the schedule, to be logged.
-      count: how many tokens a batch holds, for the rate. Of several processes the
-        first counts its part, and takes the others' for as large.
+      count: a function that counts a batch's tokens, for the rate. With several
+        processes, the first counts its part and assumes that the others are as large.
       unit: what `count` counts.
-      callbacks: more of them.
+      callbacks: additional callbacks.
       keep: how many of the last states to keep.
-      keep_best: how many of the best to keep besides, by validation loss.
-      patience: after how many skipped steps in a row to stop: the parameters are as
-        they were before, so a run that has diverged does not find back by itself. None
+      keep_best: how many of the best to keep as well, by validation loss.
+      patience: after how many skipped steps in a row to stop. They leave the parameters
+        as they were, so a run that has diverged does not recover by itself. None
         never stops. With `skip_nonfinite=False` the first such step ends the run.
       prefetch: batches that a thread makes and puts on the device ahead, so that no
         step waits for one; 0 makes each before its step. The log's `data_wait` says how
         many seconds the steps since the last line have waited for batches.
-      compile_ahead: compile the programs of all shapes of batches beside each other,
-        in threads, as soon as the run begins; of batches that know their shapes, as
-        `jlora.data.Batches` do, in one process and without a mesh. With two cores it
-        brings nothing.
-      hang_after: of several processes, seconds without a step after which all end, see
-        `Watchdog`.
-      base: the plain parameters that `params` was made of, where its start shifted them
-        (PiSSA, OLoRA and their like). The adapter that is kept is then one of these, of
-        twice the rank, and `Fit.params` lies on them; see `jlora.init.unshift`. Without
-        it that adapter belongs to the shifted kernels alone.
+      compile_ahead: compile the programs for all batch shapes in parallel threads as
+        soon as the run begins. This needs batches that know their shapes, as
+        `jlora.data.Batches` do, one process, and no mesh. On two cores nothing is
+        gained.
+      hang_after: with several processes, the seconds without a step after which all
+        end; see `Watchdog`.
+      base: the plain parameters that `params` was made from, if its start shifted them
+        (PiSSA, OLoRA and the like). The adapter that is kept then fits these, with
+        twice the rank, and `Fit.params` has them as its base; see
+        `jlora.init.unshift`. Without `base` the adapter fits only the shifted kernels.
       **options: those of `make_train_step`; `mesh` is for validation, too.
 
     Raises:

@@ -30,7 +30,7 @@ class Options(GenerationOptions):
     adapter: Path | None = option(
         None, "an adapter to put on the model SOURCE", metavar="DIR")
     base: str | None = option(
-        None, "the model that the adapter SOURCE belongs to (what it says)",
+        None, "the model that the adapter SOURCE belongs to (as it says)",
         metavar="DIR|NAME")
     system: str | None = option(
         None, "what the model is told before the conversation", metavar="TEXT")

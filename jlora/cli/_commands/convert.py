@@ -34,7 +34,7 @@ class Options:
         None, "PEFT's, such as SEQ_2_SEQ_LM, CAUSAL_LM", metavar="TYPE",
         group="to PEFT's format")
     base_name: str | None = option(
-        None, "where PEFT is to find the model (--base)", metavar="NAME")
+        None, "where PEFT finds the model (--base)", metavar="NAME")
     check: str | None = option(
         None, "compare the model's values with those it was trained on (the default), "
         "or shapes only, for a model in another dtype", choices=("values", "shapes"))

@@ -23,29 +23,31 @@ class Options(ProgramOptions):
         about="a run, a model or an adapter: a folder, or a model's name on the hub",
         metavar="SOURCE", positional=True)
     data: list[Path] | None = option(
-        None, "of a model with an encoder FILE.de FILE.en, or tables of pairs; of one "
-        "that continues texts, files with a text a line; of a classifier tables of "
-        "labelled texts; else what the run's task reads (the tests of a run)",
+        None, "for a model with an encoder FILE.de FILE.en, or tables of pairs; for "
+        "one that continues texts, files with one text per line; for a classifier, "
+        "tables of labelled texts; otherwise what the run's task reads (the tests of "
+        "a run)",
         metavar="FILE")
     direction: str | None = option(
         None, "of pairs, such as en-cs (the run's)", metavar="A-B")
     prefix: str | None = option(
-        None, "before each text (what a run's model was trained with)", metavar="TEXT")
+        None, "put before each text (what a run's model was trained with)",
+        metavar="TEXT")
     adapter: Path | None = option(
         None, "an adapter to put on the model SOURCE", metavar="DIR")
     base: str | None = option(
-        None, "the model that the adapter SOURCE belongs to (what it says)",
+        None, "the model that the adapter SOURCE belongs to (as it says)",
         metavar="DIR|NAME")
     dtype: str | None = option(
         None, "of the model's weights (its own)", choices=DTYPES)
     longest: int | None = option(
         None, "tokens of a text; longer ones are cut (512; a run's)", least=2)
-    limit: int | None = option(None, "the first so many texts of each file", least=1)
+    limit: int | None = option(None, "only the first N texts of each file", least=1)
     batch_size: int = option(16, "texts at once (16)", least=1)
     num_beams: int | None = option(
         None, "of the answers; 1 is greedy (1; those of a run on E2E)", least=1)
-    loss_only: bool = option(False, "without answers, which take longest")
-    json: bool = option(False, "print the numbers for programs")
+    loss_only: bool = option(False, "skip the answers, which take longest")
+    json: bool = option(False, "print the numbers as JSON")
     text: list[str] | None = option(
         None, "columns of the text, one or two (the run's; sentence)",
         metavar="COLUMN", group="labelled texts")

@@ -23,29 +23,30 @@ class Options(GenerationOptions):
         about="a run, a model or an adapter: a folder, or a model's name on the hub",
         metavar="SOURCE", positional=True)
     texts: list[str] = option(
-        [], "what to answer or continue; without one lines are read from stdin",
+        [], "what to answer or continue; without it, lines are read from stdin",
         metavar="TEXT", positional=True)
     file: Path | None = option(
         None, "take the lines of a file as texts", metavar="FILE")
     adapter: Path | None = option(
         None, "an adapter to put on the model SOURCE", metavar="DIR")
     base: str | None = option(
-        None, "the model that the adapter SOURCE belongs to (what it says)",
+        None, "the model that the adapter SOURCE belongs to (as it says)",
         metavar="DIR|NAME")
     prefix: str | None = option(
-        None, "before each text (what a run's model was trained with)", metavar="TEXT")
+        None, "put before each text (what a run's model was trained with)",
+        metavar="TEXT")
     chat: bool = option(
-        False, "each text is a user's message, put into the tokenizer's chat template "
-        "(of a run on conversations it is)")
+        False, "make each text a user's message in the tokenizer's chat template "
+        "(done for a run on conversations)")
     raw: bool = option(
-        False, "each text as it is, of a run on conversations too")
+        False, "take each text as it is, even for a run on conversations")
     system: str | None = option(
-        None, "what the model is told before each message; a chat, then",
+        None, "what the model is told before each message; implies --chat",
         metavar="TEXT")
     dtype: str | None = option(
         None, "of the model's weights (its own)", choices=DTYPES)
     batch_size: int = option(16, "texts at once (16)", least=1)
-    json: bool = option(False, "a JSON object a text, on a line of its own")
+    json: bool = option(False, "print a JSON object for each text, in one line")
 # fmt: on
 
 

@@ -23,7 +23,7 @@ class Options:
     plot: Path | None = option(
         None, "draw what --values says, layer by layer", metavar="FILE.png"
     )
-    json: bool = option(False, "for programs: nothing is cut")
+    json: bool = option(False, "print JSON, for programs: nothing is cut")
 
 
 def run(options: Options) -> None:

@@ -37,9 +37,9 @@ class Options:
         "values", "compare the model's values with those it was trained on, or shapes "
         "only (values)", choices=("values", "shapes"))
     max_shard: float = option(
-        50.0, "gigabytes a file (50)", above=0, metavar="GB")
+        50.0, "gigabytes per file (50)", above=0, metavar="GB")
     overwrite: bool = option(False, "replace the model in TARGET")
-    json: bool = option(False, "print the report for programs")
+    json: bool = option(False, "print the report as JSON")
 # fmt: on
 
 

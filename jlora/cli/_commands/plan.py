@@ -30,19 +30,19 @@ class Options:
         None, "a model's folder, its config.json, or a file of `jlora train` that "
         "names a folder", metavar="MODEL", positional=True)
     length: int | None = option(
-        None, "tokens of an example (512)", least=1, group="batch")
+        None, "tokens per example (512)", least=1, group="batch")
     target_length: int | None = option(
-        None, "tokens of an answer, of an encoder-decoder (as --length)", least=1)
+        None, "tokens per answer, for an encoder-decoder (as --length)", least=1)
     batch_size: int | None = option(
-        None, "examples a step, on all devices together (32)", least=1)
+        None, "examples per step, over all devices (32)", least=1)
     accumulate: int | None = option(
-        None, "parts a batch is cut into (1)", least=1)
-    rank: int | None = option(None, "r (8)", least=1, group="adapter")
+        None, "parts that a batch is cut into (1)", least=1)
+    rank: int | None = option(None, "the rank r (8)", least=1, group="adapter")
     targets: list[str] | None = option(
         None, "names of layers, or all-linear (query value)")
     dropout: float | None = option(
-        None, "of the adapters' inputs (0)", least=0, below=1)
-    dora: bool | None = option(None, "DoRA: train each output's length apart")
+        None, "rate of dropout on the adapters' inputs (0)", least=0, below=1)
+    dora: bool | None = option(None, "DoRA: train each output column's length, too")
     quantize: str | None = option(
         None, "keep the frozen base in 8 or 4 bits (QLoRA)",
         choices=("int8", "nf4", "fp4", "fp8"))
@@ -50,26 +50,28 @@ class Options:
     precision: str | None = option(
         None, "what the model computes in; adapters stay float32 (float32)",
         choices=("float32", "bfloat16"), group="program")
-    clip: float | None = option(None, "the gradient's norm; 0 is off (1)", least=0)
+    clip: float | None = option(
+        None, "the largest norm of the gradient; 0 is off (1)", least=0)
     scan_layers: bool | None = option(
-        None, "blocks are one that is scanned (yes; no for a file of `jlora train`)")
+        None, "compile the blocks as one, in a scan (yes; no for a file of `jlora "
+        "train`)")
     remat: bool | None = option(
-        None, "compute activations again in the backward pass, to keep fewer")
+        None, "recompute activations in the backward pass, to keep fewer")
     mesh: str | None = option(
-        None, "axes and sizes, data=2,fsdp=4 say (one device)", group="devices")
+        None, "axes and sizes, such as data=2,fsdp=4 (one device)", group="devices")
     layout: str | None = option(
-        None, "where parameters lie (fsdp+tensor)",
+        None, "how parameters are spread (fsdp+tensor)",
         choices=("fsdp", "tensor", "fsdp+tensor", "replicated"))
     uneven: str | None = option(
         None, "what to do with an axis that the mesh does not divide (error)",
         choices=("error", "replicate"))
     devices: str = option("h100", "the accelerator (h100)", metavar="NAME")
     compile: bool = option(
-        False, "compile the step for faked CPU devices, and take XLA's account of "
-        "memory; bfloat16 counts as float32 there")
+        False, "compile the step for simulated CPU devices, and use XLA's account of "
+        "memory; there bfloat16 counts as float32")
     remedies: bool | None = option(
-        None, "plan what would make it smaller too (where it does not fit)")
-    json: bool = option(False, "for programs")
+        None, "also plan what would make it smaller (done if it does not fit)")
+    json: bool = option(False, "print JSON, for programs")
 # fmt: on
 
 

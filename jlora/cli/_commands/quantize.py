@@ -21,7 +21,7 @@ class Options:
     target: Path = option(
         about="the folder to write", metavar="TARGET", positional=True)
     form: str = option(
-        "nf4", "bits of a weight, and what they mean (nf4)",
+        "nf4", "the form of the quantised weights (nf4)",
         choices=("nf4", "fp4", "int8"))
     block: int | None = option(
         None, "weights that share a scale, in 4 bits (64)", least=1)
@@ -30,9 +30,10 @@ class Options:
     exclude: list[str] | None = option(
         None, "parts of kernels' names to leave as they are (lm_head)", metavar="NAME")
     dtype: str | None = option(
-        None, "of what stays dense, and of kernels in use (its own)", choices=DTYPES)
+        None, "of what stays dense, and of kernels while in use (its own)",
+        choices=DTYPES)
     overwrite: bool = option(False, "replace the model in TARGET")
-    json: bool = option(False, "print the report for programs")
+    json: bool = option(False, "print the report as JSON")
 # fmt: on
 
 

@@ -29,9 +29,9 @@ class Options:
         positional=True,
     )
     resume: Path | None = option(
-        None, "go on with a sweep that stopped", metavar="DIR"
+        None, "resume a sweep that stopped", metavar="DIR"
     )
-    json: bool = option(False, "print the results for programs")
+    json: bool = option(False, "print the results as JSON")
     words: tuple[str, ...] = ()
 
 

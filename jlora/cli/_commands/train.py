@@ -20,14 +20,14 @@ class Options:
     """What `jlora train` takes."""
 
     config: Path | None = option(
-        None, "the file of a task and its settings; `jlora train CONFIG --help` "
-        "lists them, and each may follow CONFIG to override the file",
+        None, "a file with a task and its settings; `jlora train CONFIG --help` lists "
+        "them, and options after CONFIG override the file",
         metavar="CONFIG", positional=True)
     template: str | None = option(
         None, "print a file with every setting of a task, and its default",
         metavar="TASK")
     resume: Path | None = option(
-        None, "go on with a run that stopped; --steps or --epochs may lengthen it",
+        None, "resume a run that stopped; --steps or --epochs may lengthen it",
         metavar="RUN")
     words: tuple[str, ...] = ()
 # fmt: on

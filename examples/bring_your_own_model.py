@@ -9,7 +9,7 @@ On what: points of a curve, made here. How long: fifteen seconds on two CPU core
     python examples/bring_your_own_model.py
 
 Needs `pip install "jlora[train]" equinox`. What a framework asks for is in the three
-functions at the top; all below them is the same.
+functions at the top; everything below them is the same.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ forgotten, trained parameters, time of a step, memory at its peak, megabytes on 
 table, a chart, and advice whose numbers are this run's.
 
 On what: without arguments, the translation of flan_t5_translate.py, a T5 of 1.2 M
-parameters and a small corpus of German and English that lie beside this file.
+parameters and a small corpus of German and English that come with this file.
 
 How long: two to three minutes on two CPU cores, no connection needed.
 

@@ -6,7 +6,7 @@ interruption and resumption (`jlora.train.fit`), BLEU before and after, the adap
 small file, and the merged model as a Hugging Face folder.
 
 On what: without arguments, on a T5 of 1.2 M parameters and a small corpus of German and
-English that lie beside this file. The model translates sentences about home and garden
+English that come with this file. The model translates sentences about home and garden
 well and hardly any about ships and travel; the adapter teaches it those.
 
 How long: a minute on two CPU cores, no connection needed. BLEU on sentences of travel

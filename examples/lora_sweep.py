@@ -6,7 +6,7 @@ compiled step on one base; each has its own rank, scale and rate, and ends as it
 alone. A table, three plots and a recommendation that is derived from the run.
 
 On what: without arguments, on the T5 of 1.2 M parameters and the German-English corpus
-that lie beside this file; each run sees the 4,000 pairs once. Losses are nats a token,
+that come with this file; each run sees the 4,000 pairs once. Losses are nats a token,
 BLEU is that of sentences of travel that no run has seen.
 
 How long: a minute and a half on two CPU cores, no connection needed; more with

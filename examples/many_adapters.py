@@ -7,7 +7,7 @@ are missing fails alone, one that learns nothing more would be stopped, and the 
 never notice. Each adapter ends as a run of its own would have made it, and is written
 in PEFT's format.
 
-On what: a T5 of 1.2 M parameters and tenants/translations that lie beside this file.
+On what: a T5 of 1.2 M parameters and tenants/translations that come with this file.
 
 How long: under a minute on two CPU cores, no connection needed.
 

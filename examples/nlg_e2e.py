@@ -1,19 +1,19 @@
 r"""Describe places in words with GPT-2 and LoRA, as the LoRA paper does on E2E.
 
 What it shows: text from data. A causal model reads what is to be said of a place,
-`name : The Heron | kind : pub | area : harbour`, and goes on with sentences; adapters
+`name : The Heron | kind : pub | area : harbour`, and continues with sentences; adapters
 are trained on the loss of the sentences alone. Then beam search with a length penalty
 and without repeated n-grams, and the five metrics of the E2E challenge
 (`jlora.metrics.generation`).
 
 On what: without arguments, on a GPT-2 of half a million parameters and a small corpus
-that lie beside this file. The model describes places to eat; the adapter, on all its
+that come with this file. The model describes places to eat; the adapter, on all its
 linear layers, teaches it places to stay, whose slots it never saw.
 
 How long: a little more than a minute of CPU time, no connection needed. On places that
 it never saw BLEU rises from 35 to 66, with an adapter of 0.15 MB. (On the query and
-value slices of GPT-2's fused `c_attn`, as in the paper, it rises to 47: so new a task
-wants more layers.)
+value slices of GPT-2's fused `c_attn`, as in the paper, it rises to 47: such a new task
+needs more layers.)
 
     python examples/nlg_e2e.py                        # train, infer and evaluate
     python examples/nlg_e2e.py train --rank 4 --output runs/mine
@@ -27,7 +27,7 @@ DIR with trainset.csv, devset.csv and testset_w_refs.csv:
     python examples/nlg_e2e.py --recipe gpt2-medium --data DIR --precision bfloat16
     python examples/nlg_e2e.py --model DIR --train a.csv --test b.csv --rank 16
 
-What is given beside --recipe overrides it. Ctrl-C saves and prints the command that
+Other options override --recipe. Ctrl-C saves and prints the command that
 continues; --help lists all options. Needs `pip install "jlora[train]"`.
 """
 

@@ -7,11 +7,11 @@ holds sentences of all tasks, each of which goes through its own adapter to its 
 (`jlora.tasks.Router`, which is `jlora.bank` and `jlora.mixed`).
 
 On what: without arguments, on a BERT of 0.2 M parameters and two small tasks in the
-manner of SST-2 and CoLA that lie beside this file: the mood of a review, and whether a
+manner of SST-2 and CoLA that come with this file: the mood of a review, and whether a
 sentence is English.
 
-How long: a good minute on two CPU cores, no connection needed. On sentences that it
-never saw, accuracy of the mood rises from 48% to 98%, and Matthews' correlation of
+How long: just over a minute on two CPU cores, no connection needed. On sentences that
+it never saw, accuracy of the mood rises from 48% to 98%, and Matthews' correlation of
 what is English from about 0 to 94%.
 
     python examples/nlu_glue.py
@@ -30,10 +30,10 @@ and each task's own rate, batch and epochs. The paper has, on GLUE's development
     LoRA      87.5  95.1   89.7  63.4  93.3  90.8  86.6  91.5   87.2   0.3 M
     full      87.6  94.8   90.2  63.6  92.8  91.9  78.7  91.2   86.4   125 M
 
-It begins MRPC, RTE and STS-B with the adapter of MNLI; here each begins anew, so these
-three are to end lower. The authors' scripts (microsoft/LoRA, examples/NLU) say alpha 16
+It starts MRPC, RTE and STS-B from the adapter of MNLI; here each starts anew, so expect
+less of these three. The authors' scripts (microsoft/LoRA, examples/NLU) say alpha 16
 and take each batch on each of eight devices; the settings here are those of table 9.
-One GPU and days; `--tasks cola --steps 300` is a look.
+This takes days on one GPU; `--tasks cola --steps 300` gives a first look.
 
 Ctrl-C saves and prints the command that continues; --help lists all options. Needs
 `pip install "jlora[train]"`.

@@ -3,7 +3,7 @@ r"""Teach a language model to answer (SFT), and then which answers are wanted (D
 What it shows: the two trainings that make an assistant of a model that only continues
 text. Supervised fine-tuning learns the assistant's answers in conversations, through
 the tokenizer's chat template, with labels on the answers alone. Direct preference
-optimisation learns of pairs of answers which is wanted; the model that it measures
+optimisation learns from pairs of answers which one is wanted; the model it measures
 against is the same base without its adapter, so no second copy is kept
 (`jlora.without_adapters`). Each writes an adapter, a merged Hugging Face folder with
 its chat template, a report, and plots.
@@ -18,7 +18,7 @@ How long: a minute or two on two CPU cores, no connection needed. Of the model's
 22% are true and 1% polite; after SFT 95% are true and none is polite; after DPO all
 are polite, and 95% true. DPO alone, `--sft-weight 0`, leaves 46% of them true: it
 makes both answers less likely, the rejected one more so, and the model forgets what it
-was asked. The loss of the chosen answer beside it (RPO) holds that up.
+was asked. Adding the loss of the chosen answer (RPO) prevents that.
 
     python examples/preference.py
 

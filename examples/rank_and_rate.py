@@ -5,7 +5,8 @@ query and value and on all linear layers, for several alphas, and for full fine-
 The adapters of one choice of targets are trained together, in one compiled step
 (`jlora.sweep`).
 
-On what: the embedded T5 of 1.2 M parameters, German to English, sentences of travel.
+On what: the T5 of 1.2 M parameters that comes with the examples, German to English,
+sentences about travel.
 
 How long: a quarter of an hour on two CPU cores; `--quick` tries it in a minute. It
 prints Markdown tables, those of docs/guides/choosing.md.

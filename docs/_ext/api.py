@@ -22,7 +22,7 @@ import jlora
 ROOMS = {
     "_transform": ("functions", "Functions"),
     "_tree": ("trees", "Trees of parameters"),
-    "_kernel": ("nodes", "What stands in a tree"),
+    "_kernel": ("nodes", "Nodes of a tree"),
     "adapters": ("adapters", "Several adapters"),
     "quant": ("quantised", "Quantised kernels"),
     "planning": ("planning", "Plans"),

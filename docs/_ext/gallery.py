@@ -7,7 +7,7 @@ import pathlib
 import re
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
-OPTION = re.compile(r"(?<![`\w-])(--[a-z][\w-]*)(?![`\w-])")
+OPTION = re.compile(r"`[^`]*`|(?<![\w-])(--[a-z][\w-]*)")  # code first: it stays
 
 
 def pages() -> dict[str, str]:
@@ -21,6 +21,10 @@ def _section(file: pathlib.Path) -> str:
     text = ast.get_docstring(ast.parse(file.read_text())) or ""
     title, _, rest = text.partition("\n\n")
     # Options in the text: dashes would become one.
-    rest = re.sub(r"(?m)^(?!    ).*$", lambda line: OPTION.sub(r"`\1`", line[0]), rest)
+    rest = re.sub(r"(?m)^(?!    ).*$", lambda line: OPTION.sub(_code, line[0]), rest)
     name = f"[{file.name}](../examples/{file.name})"
     return f"## {title.rstrip('.')}\n\n{name}\n\n{rest}\n"
+
+
+def _code(found: re.Match[str]) -> str:
+    return f"`{found[1]}`" if found[1] else found[0]

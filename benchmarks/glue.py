@@ -27,7 +27,7 @@ FULL, HEAD, PEFT = "full fine-tuning", "head alone", "PEFT"
 CONTENDERS = ("jlora", PEFT, FULL, HEAD)
 COLUMNS = (
     "case", "contender", "lr", "metric", "score", "std", "seeds", "steps", "trainable",
-    "mbytes", "median_ms", "loss", "error",
+    "mbytes", "loss", "error",
 )  # fmt: skip
 
 

@@ -70,6 +70,14 @@ def flat(jaxpr: Any) -> Program:
     return Program(tuple(inputs), tuple(_needed(found, outputs)), tuple(outputs))
 
 
+def used_inputs(jaxpr: Any) -> list[bool]:
+    """Return which of a jaxpr's inputs its results depend on."""
+    program = flat(jaxpr)
+    atoms = [v for o in program.operations for v in o.operands] + [*program.outputs]
+    used = {v for v in atoms if isinstance(v, Variable)}
+    return [v in used for v in program.inputs]
+
+
 def _append(jaxpr: Any, args: Sequence[Atom], found: list[Operation]) -> list[Atom]:
     """Append a jaxpr's operations on `args`; return its results."""
     bare, _ = _compat.open_jaxpr(jaxpr)

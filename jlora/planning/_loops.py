@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jlora import _compat
-from jlora.planning._flat import Operation
+from jlora.planning._flat import Operation, used_inputs
 from jlora.planning._spread import Spread
 from jlora.planning._values import Value
 
@@ -27,8 +27,11 @@ def scan(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
     walk.costs.add(result.costs, s.length)
     specs = [v.spec for v in carry]
     specs += [((), *v.spec) for v in result.outputs[s.num_carry :]]
+    used = used_inputs(s.body)
+    # Of differentiated programs a loop is handed zeros that its body leaves alone.
+    reads = [v for v, is_used in zip(values, used, strict=True) if is_used]
     made = walk.make(
-        op, values, specs, inner=result.peak, moved=result.costs.moved * s.length
+        op, reads, specs, inner=result.peak, moved=result.costs.moved * s.length
     )
     for one, v in zip(made, result.outputs, strict=True):
         one.is_data = v.is_data

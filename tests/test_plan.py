@@ -187,6 +187,80 @@ def test_operations_by_element_hold_nothing():
     assert kept.peak >= 4
 
 
+def test_parts_of_a_cut_dimension_stay_cut():
+    def f(x, w):
+        one, two = jnp.split(x @ w, 2, axis=1)
+        return jnp.concatenate([one + 1, two], axis=1)
+
+    specs = [((), ()), ((), ("tensor",))]
+    found = costs(f, specs, (8, 6), (6, 20), tensor=5)
+    assert found.outputs[0].spec == ((), ("tensor",))
+    sent = 2 * 8 * 20 / 5 * 4 * 4 / 5  # both parts, there and back
+    assert dict(found.costs.sent) == {(("tensor",), "all-to-all"): sent}
+    uneven = costs(f, specs, (8, 6), (6, 18), tensor=2)  # parts of 9
+    assert uneven.outputs[0].is_whole
+
+
+def test_what_a_loop_does_not_read_is_not_kept_for_it():
+    def f(x):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x), None), x, jnp.zeros((31, 31)))[0]
+
+    assert costs(f, [((),)], (7,)).peak < 3 * 7 * 4
+
+
+ROWS, FAN_IN, FAN_OUT, EXPERTS = 12, 14, 5, 3
+
+
+def of_experts(x, w):
+    sizes = jnp.full((EXPERTS,), x.shape[0] // EXPERTS, jnp.int32)
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def test_rows_of_experts_are_written_out_for_each():
+    specs = [((), ()), ((), (), ("tensor",))]
+    shapes = (ROWS, FAN_IN), (EXPERTS, FAN_IN, FAN_OUT)
+    found = costs(of_experts, specs, *shapes, tensor=5)
+    assert found.outputs[0].spec == ((), ("tensor",))
+    assert found.costs.flops["float32"] == 2 * ROWS * FAN_IN * FAN_OUT / 5
+    assert not found.costs.sent
+    sizes = EXPERTS * 4
+    assert found.peak == 4 * (EXPERTS * ROWS * FAN_IN + ROWS * FAN_OUT // 5) + sizes
+
+    def kernels(x, w):
+        return jax.grad(lambda w: of_experts(x, w).sum())(w)
+
+    (grad,) = costs(kernels, specs, *shapes, tensor=5).outputs
+    assert grad.spec == ((), (), ())  # of ones, which nothing cuts
+
+
+def test_each_device_works_on_its_own_examples():
+    mesh = jax.sharding.AbstractMesh((2, 5), ("data", "tensor"))
+    P = jax.sharding.PartitionSpec
+
+    def f(x, w):
+        own = jax.shard_map(
+            of_experts, in_specs=(P("data"), P()), out_specs=P("data"),
+            axis_names={"data"}, check_vma=False,
+        )  # fmt: skip
+        return own(x, w)
+
+    shapes = (2 * ROWS, FAN_IN), (EXPERTS, FAN_IN, FAN_OUT)
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = costs(
+            f, [(("data",), ()), ((), ("data",), ("tensor",))], *shapes,
+            data=2, tensor=5,
+        )  # fmt: skip
+        alone = costs(f, [((), ()), ((), (), ())], *shapes)
+    assert found.outputs[0].spec == (("data",), ("tensor",))
+    assert dict(found.costs.held) == {
+        (("data",), "all-gather"): EXPERTS * FAN_IN * FAN_OUT // 5 * 4
+    }
+    once = 2 * ROWS * FAN_IN * FAN_OUT
+    assert found.costs.flops["float32"] == once / 5
+    assert alone.costs.flops["float32"] == 2 * once
+    assert not found.costs.unknown
+
+
 def test_an_unknown_operation_is_said():
     found = costs(jnp.linalg.cholesky, [(("data",), ())], (6, 6), data=2)
     assert "cholesky" in found.costs.unknown

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 _SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: float(n - 1),
 }
 

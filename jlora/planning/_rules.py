@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jlora._transform._rules.layout import reshape_groups
-from jlora.planning import _loops
+from jlora.planning import _experts, _loops, _manual
 from jlora.planning._flat import Operation
 from jlora.planning._spread import Label, Spread
 from jlora.planning._values import Spec, Value, spec_of
@@ -93,25 +93,6 @@ def _conv(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
     taps = math.prod(kernel.shape) // kernel.shape[numbers.rhs_spec[0]]
     _count(walk, op, 2 * taps * math.prod(out) / walk.devices(cut["batch"]))
     return [made]
-
-
-def _ragged_dot(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
-    """Rows of experts: every row is multiplied by one of the kernels."""
-    x, kernels, *rest = values
-    numbers = op.eqn.params.get("ragged_dot_dimension_numbers")
-    shape = op.results[0].aval.shape
-    whole = [walk.gathered(v, ((),) * len(v.shape)) for v in (kernels, *rest)]
-    x = walk.gathered(x, tuple(a if d == 0 else () for d, a in enumerate(x.spec)))
-    grouped = len(shape) == 3 and numbers is not None  # the kernels' gradient
-    spec: Spec = (
-        ((),) * len(shape) if grouped else (x.spec[0], *[()] * (len(shape) - 1))
-    )
-    (made,) = walk.make(op, [x, *whole], [spec])
-    inner = x.shape[-1]
-    rows = math.prod(x.shape[:-1])
-    outs = kernels.shape[-1] if grouped else shape[-1]
-    _count(walk, op, 2 * rows * inner * outs / walk.devices(x.spec[0]))
-    return [walk.summed(made, x.spec[0] if grouped else ())]
 
 
 # -- operations by element -------------------------------------------------------------
@@ -256,10 +237,31 @@ def _update(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]
 
 
 def _split(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
+    """Parts of a cut dimension are cut as it was: devices exchange what they have."""
     (x,) = values
     axis = op.eqn.params["axis"]
-    spec = tuple(() if d == axis else axes for d, axes in enumerate(x.spec))
-    return walk.make(op, [walk.gathered(x, spec)], [spec] * len(op.results))
+    ways = walk.devices(x.spec[axis])
+    if any(v.aval.shape[axis] % ways for v in op.results):
+        x = walk.gathered(x, tuple(() if d == axis else axes
+                                   for d, axes in enumerate(x.spec)))  # fmt: skip
+    made = walk.make(op, [x], [x.spec] * len(op.results))
+    for v in made:
+        walk.exchanged(v, x.spec[axis])
+    return made
+
+
+def _concatenate(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
+    """The other way round."""
+    axis = op.eqn.params["dimension"]
+    dims = list(range(len(values[0].shape)))
+    met, cut = walk.agree(values, [dims] * len(values))
+    if any(v.shape[axis] % walk.devices(cut[axis]) for v in values):
+        cut[axis] = ()
+    spec = _cut(dims, cut)
+    whole = [walk.gathered(v, spec) for v in met]
+    for v in whole:
+        walk.exchanged(v, v.spec[axis])
+    return walk.make(op, whole, [spec])
 
 
 def _iota(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
@@ -343,12 +345,14 @@ _DECOMPOSITIONS = (
     "householder_product", "tridiagonal", "tridiagonal_solve", "hessenberg",
 )  # fmt: skip
 
+_SUMS = ("psum", "psum2", "psum_invariant", "pmax", "pmin")
+
 _RULES: dict[str, Rule] = {
     "dot_general": _dot,
     "factor_product": _dot,
     "conv_general_dilated": _conv,
-    "ragged_dot": _ragged_dot,
-    "ragged_dot_general": _ragged_dot,
+    "ragged_dot": _experts.ragged_dot,
+    "ragged_dot_general": _experts.ragged_dot,
     "optimization_barrier": _same,
     "held": _same,
     "sharding_constraint": _constrained,
@@ -356,7 +360,7 @@ _RULES: dict[str, Rule] = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
-    "concatenate": _along(["dimension"]),
+    "concatenate": _concatenate,
     "rev": _along(["dimensions"]),
     "sort": _along(["dimension"]),
     "cumsum": _along(["axis"]),
@@ -375,6 +379,8 @@ _RULES: dict[str, Rule] = {
     "scan": _loops.scan,
     "while": _loops.while_loop,
     "cond": _loops.cond,
+    "shard_map": _manual.shard_map,
+    **dict.fromkeys(_SUMS, _manual.sum_over_axes),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(["scatter", "scatter-add", "scatter-max", "scatter_add"], _scatter),
 }

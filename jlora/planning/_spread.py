@@ -151,6 +151,11 @@ class Spread:
             self.costs.communicate("all-reduce", axes, n, x.bytes)
         return x
 
+    def exchanged(self, x: Value, axes: Sequence[str]) -> None:
+        """Note that each device gets its part of a value from others."""
+        if axes:
+            self.costs.communicate("all-to-all", axes, self.devices(axes), x.bytes)
+
     def agree(
         self, values: Sequence[Value], labels: Sequence[Sequence[Label]]
     ) -> tuple[list[Value], dict[Label, tuple[str, ...]]]:

@@ -175,6 +175,23 @@ def test_help_is_in_groups_own_options_first(capsys):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_an_option_with_another_default_stays_in_its_group():
+    @dataclasses.dataclass(kw_only=True)
+    class Base:
+        size: int = option(3, "how large (3)", group="training")
+        parts: int = option(1, "how many (1)")
+
+    @dataclasses.dataclass(kw_only=True)
+    class Own(Base):
+        size: int = option(5, "how large (5)", group="training")
+        word: str = option("a", "a word (a)", group="own")
+
+    lines = template(Own).splitlines()
+    assert [line.partition("  #")[0] for line in lines if line] == [
+        "# own", 'word = "a"', "# training", "size = 5", "parts = 1",
+    ]  # fmt: skip
+
+
 def test_the_lines_of_a_scripts_header_stay_as_they_are(capsys):
     line = "    python script.py --with " + "long " * 12 + "words"
     with pytest.raises(SystemExit):

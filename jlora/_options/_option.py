@@ -159,8 +159,11 @@ def flag(name: str) -> str:
 
 
 def _depth(kind: type, name: str) -> int:
-    """How far up in a class's ancestry a field is declared."""
-    return next(
+    """How far up in a class's ancestry a field is first declared.
+
+    One that a class declares again, with another default, stays in its group.
+    """
+    return max(
         depth
         for depth, cls in enumerate(kind.__mro__)
         if name in inspect.get_annotations(cls)

@@ -96,8 +96,7 @@ COMMANDS = (
     ),
     Command(
         "sweep",
-        "train a run for each combination in a table of settings, together where "
-        "possible",
+        "train a run for each combination in a table of settings",
         "  jlora sweep grid.toml\n"
         "  jlora sweep grid.toml --steps 100 --output runs/grid --json\n"
         "  jlora sweep --resume runs/grid",
@@ -125,7 +124,7 @@ COMMANDS = (
     ),
     Command(
         "generate",
-        "answer or continue texts with a run's model, any model, or an adapter on one",
+        "answer or continue texts with a run, a model, or an adapter on one",
         "  jlora generate runs/translate-1 'Der Wind ist kalt.' 'Die See ist ruhig.'\n"
         "  jlora generate google/flan-t5-small --adapter someones/adapter \\\n"
         "      --file questions.txt --num-beams 4 --json > answers.jsonl\n"
@@ -139,8 +138,7 @@ COMMANDS = (
     ),
     Command(
         "evaluate",
-        "measure a model: the loss of texts, BLEU of its answers, a classifier's "
-        "accuracy",
+        "measure a model: loss, BLEU of its answers, a classifier's accuracy",
         "  jlora evaluate runs/translate-1\n"
         "  jlora evaluate runs/classify-1 --data new.tsv --text review\n"
         "  jlora evaluate DIR --adapter someones/adapter --data test.de test.en \\\n"

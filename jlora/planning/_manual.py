@@ -60,10 +60,9 @@ def _spec(said: Any, ndim: int, manual: set[str]) -> Spec:
 def _part(walk: Spread, v: Value, spec: Spec, manual: set[str]) -> Value:
     """A device's part of an operand, as the body has it."""
     free = tuple(tuple(a for a in axes if a not in manual) for axes in v.spec)
-    walk.make_as(v, tuple((*a, *b) for a, b in zip(spec, free, strict=True)))
-    met = walk.gathered(
-        v, tuple((*a, *b) for a, b in zip(spec, free, strict=True))
-    )  # what is cut by hand in another way is made whole
+    whole = tuple((*a, *b) for a, b in zip(spec, free, strict=True))
+    walk.make_as(v, whole)
+    met = walk.gathered(v, whole)  # what is cut by hand in another way is made whole
     shape = [-(-n // walk.devices(a)) for n, a in zip(v.shape, spec, strict=True)]
     return _renamed(walk, met, shape, free)
 

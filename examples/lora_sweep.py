@@ -58,8 +58,7 @@ class Settings(tasks.DeviceOptions):
 
     epochs: float = option(
         1.0, "passes over the training pairs (1)", above=0, group="training")
-    dropout: float = option(
-        0.0, "rate of dropout on the adapters' inputs (0)", least=0, below=1)
+    dropout: float = option(0.0, "on the adapters' inputs (0)", least=0, below=1)
     seed: int = option(0, "of adapters, data order and dropout (0)", least=0)
 
     model: str = option(

@@ -140,7 +140,7 @@ def fit(
     base: Tree | None = None,
     **options: Any,
 ) -> Fit:
-    """Train, validate, keep the best adapter, log and save; resume a resumed `run`.
+    """Train, validate, keep the best adapter, log, save; continue a resumed `run`.
 
     Ctrl-C (or SIGTERM) finishes the step, saves and raises `Interrupted`. A resumed run
     continues bit for bit, even one that was killed: from the last saved state or, if

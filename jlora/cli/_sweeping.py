@@ -59,6 +59,11 @@ class Row(NamedTuple):
     together: int
     adapter: str | None
 
+    @property
+    def order(self) -> float:
+        """The loss; of a run that diverged more than any."""
+        return math.inf if self.loss is None else self.loss
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -165,7 +170,7 @@ def run(task: str, settings: Any, table: Mapping[str, Sequence[Any]]) -> list[Ro
         folder.settings = best.member.settings.kept(task, **{SWEEP: table})
         folder.save_settings()
         rows = [x.row for x in ended]
-        rows.sort(key=lambda row: math.inf if row.loss is None else row.loss)
+        rows.sort(key=lambda row: row.order)
         out = json.dumps([row._asdict() for row in rows], indent=2)
         (folder.path / "results.json").write_text(out + "\n", encoding="utf-8")
         print(
@@ -185,9 +190,8 @@ class _Ended:
 
 
 def _best(ended: Sequence[_Ended]) -> _Ended | None:
-    losses = [math.inf if x.row.loss is None else x.row.loss for x in ended]
-    lowest = min(losses, default=math.inf)
-    return None if lowest == math.inf else ended[losses.index(lowest)]
+    best = min(ended, key=lambda x: x.row.order, default=None)
+    return None if best is None or best.row.order == math.inf else best
 
 
 @dataclasses.dataclass(frozen=True)

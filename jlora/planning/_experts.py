@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jlora.planning._flat import Operation
 from jlora.planning._spread import Label, Spread
 from jlora.planning._values import Value
@@ -34,9 +32,7 @@ def ragged_dot(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Val
             **dict(zip(left, x.shape, strict=True))}  # fmt: skip
     each = [n for n in size if n != "expert"]
     ways = walk.devices([a for n in cut for a in cut[n]])
-    dtype = np.dtype(op.eqn.invars[0].aval.dtype).name
-    flops = 2 * math.prod(size[n] for n in each) / ways
-    walk.costs.flops[dtype] += flops
+    walk.count(op, 2 * math.prod(size[n] for n in each) / ways)
     return [walk.summed(made, [a for n in inner for a in cut.get(n, ())])]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from jlora._transform._rules.layout import reshape_groups
 from jlora.planning import _experts, _loops, _manual
 from jlora.planning._flat import Operation
@@ -34,11 +32,6 @@ def _cut(labels: Sequence[Label], cut: dict[Label, tuple[str, ...]]) -> Spec:
 
 
 # -- products --------------------------------------------------------------------------
-
-
-def _count(walk: Spread, op: Operation, flops: float) -> None:
-    dtype = np.dtype(op.eqn.invars[0].aval.dtype).name
-    walk.costs.flops[dtype] += flops  # type: ignore[assignment]
 
 
 def _dot(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
@@ -70,7 +63,7 @@ def _product(
     axes = [a for n in inner for a in cut[n]]
     terms = math.prod(size[n] for n in inner)
     ways = walk.devices([a for n in {*out, *inner} for a in cut.get(n, ())])
-    _count(walk, op, 2 * terms * math.prod(made.shape) / ways)
+    walk.count(op, 2 * terms * math.prod(made.shape) / ways)
     return [walk.summed(made, axes)]
 
 
@@ -91,7 +84,7 @@ def _conv(walk: Spread, op: Operation, values: list[Value]) -> Sequence[Value]:
     spec[numbers.out_spec[0]] = cut["batch"]
     (made,) = walk.make(op, whole, [tuple(spec)])
     taps = math.prod(kernel.shape) // kernel.shape[numbers.rhs_spec[0]]
-    _count(walk, op, 2 * taps * math.prod(out) / walk.devices(cut["batch"]))
+    walk.count(op, 2 * taps * math.prod(out) / walk.devices(cut["batch"]))
     return [made]
 
 

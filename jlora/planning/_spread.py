@@ -151,6 +151,11 @@ class Spread:
             self.costs.communicate("all-reduce", axes, n, x.bytes)
         return x
 
+    def count(self, operation: Operation, flops: float) -> None:
+        """Note operations of a product, in its first operand's dtype."""
+        dtype = np.dtype(operation.eqn.invars[0].aval.dtype).name
+        self.costs.flops[dtype] += flops  # type: ignore[assignment]
+
     def exchanged(self, x: Value, axes: Sequence[str]) -> None:
         """Note that each device gets its part of a value from others."""
         if axes:
